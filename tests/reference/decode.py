@@ -1,0 +1,323 @@
+"""Decoding as algorithms.md says it: part A, and part B where A is silent.
+
+Nothing is fast here. A block is a loop of steps; a step is one forward (which keys it sees is the
+cache policy), a choice (which masks to commit is the rule), and a write.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .models import Forward, KeyValue, Model
+
+POLICIES = ("none", "prefix", "dual", "sparse")
+RULES = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
+DEFAULT_RULE = {"llada": "low_confidence", "dream": "entropy"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Every setting of a request (the keyword arguments of ``generate``)."""
+
+    cache_policy: str = "sparse"
+    keep_ratio: float = 0.5
+    kernel_size: int | None = 3  # None: no pooling, the same as 1
+    delay_steps: int = 1
+    granularity: str = "token"
+    page: int = 32
+    block_length: int = 32
+    steps: int | None = None  # None: one per token
+    remasking: str | None = None  # None: the model's own
+    threshold: float | None = None
+    factor: float | None = None
+    alg_temp: float = 0.0
+    cfg_scale: float = 0.0
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    generator: torch.Generator | None = None
+    ignore_eos: bool = True
+    eos_id: int | None = None  # None: the model's own
+
+    def __post_init__(self) -> None:
+        if self.cache_policy not in POLICIES:
+            raise ValueError(f"cache_policy {self.cache_policy!r}")
+        if self.remasking is not None and self.remasking not in RULES:
+            raise ValueError(f"remasking {self.remasking!r}")
+        if self.granularity not in ("token", "page"):
+            raise ValueError(f"granularity {self.granularity!r}")
+        if self.kernel_size is not None and self.kernel_size % 2 == 0:
+            raise ValueError("kernel_size must be odd (A9)")
+        if self.factor is not None and self.threshold is not None:
+            raise ValueError("factor with threshold set (A6)")
+
+    @property
+    def adaptive(self) -> bool:
+        """Threshold or factor say how many, and confidence is the chosen token's probability."""
+        return self.threshold is not None or self.factor is not None
+
+
+@dataclass
+class Stats:
+    """What a run cost and did. CFG's second sequence counts as forwards of its own."""
+
+    full_forwards: int = 0
+    block_forwards: int = 0  # block steps, and the suffix steps of `prefix`
+    query_tokens: int = 0
+    commits: list[list[list[int]]] = field(default_factory=list)  # [block][step] -> positions
+    kept: list[list[Tensor]] = field(default_factory=list)  # [cache fill][layer] -> positions
+
+    @property
+    def reveals(self) -> list[list[int]]:
+        """[block][step] -> number of positions committed."""
+        return [[len(positions) for positions in block] for block in self.commits]
+
+
+def generate(model: Model, prompt_ids: Sequence[int], max_tokens: int, **options: Any) -> list[int]:
+    """The response ids; keyword arguments are the fields of ``Options``."""
+    return generate_with_stats(model, prompt_ids, max_tokens, **options)[0]
+
+
+@torch.inference_mode()
+def generate_with_stats(
+    model: Model, prompt_ids: Sequence[int], max_tokens: int, **options: Any
+) -> tuple[list[int], Stats]:
+    o, stats = Options(**options), Stats()
+    prompt, total = len(prompt_ids), len(prompt_ids) + max_tokens
+    x = torch.full((total,), model.mask_id)
+    x[:prompt] = torch.tensor(prompt_ids, dtype=torch.long)
+    streams = [Stream(model, x, o, stats)]
+    if o.cfg_scale > 0:  # A10: the same canvas with an all-mask prompt
+        if model.kind != "llada":
+            raise ValueError("cfg_scale is for LLaDA (A10)")
+        unconditional = x.clone()
+        unconditional[:prompt] = model.mask_id
+        streams.append(Stream(model, unconditional, o, stats))
+
+    s = prompt
+    for size, steps in blocks(max_tokens, o.block_length, o.steps or max_tokens):
+        e = s + size
+        stats.commits.append([])
+        i = 0
+        while (x[s:e] == model.mask_id).any():  # A2: the block ends when it holds no mask
+            logits = [stream.logits(i, s, e).float() for stream in streams]  # A4
+            guided = logits[0]
+            if o.cfg_scale > 0:  # A10
+                guided = logits[1] + (o.cfg_scale + 1) * (logits[0] - logits[1])
+            rows = (x[s:e] == model.mask_id).nonzero()[:, 0]  # A5: the candidates
+            if model.kind == "dream" and o.cache_policy != "none" and i == 0:
+                rows = rows[:1]  # A8, B7, B8: only x[s] is written
+                tokens, _ = draw(guided[rows], model, o)
+                chosen = torch.tensor([0])
+            else:
+                tokens, chosen = choose(guided[rows], model, o, i, steps, size)
+            positions = s + rows[chosen]
+            for stream in streams:
+                stream.x[positions] = tokens[chosen]
+            stats.commits[-1].append(positions.tolist())
+            i += 1
+        s = e
+
+    response = x[prompt:].tolist()
+    eos = model.eos_id if o.eos_id is None else o.eos_id
+    if not o.ignore_eos and eos in response:  # A11
+        response = response[: response.index(eos) + 1]
+    return response, stats
+
+
+def blocks(total: int, length: int, steps: int) -> Iterator[tuple[int, int]]:
+    """A1: (size, steps) of each block; what the proportional share leaves goes to the first."""
+    sizes = [min(length, total - start) for start in range(0, total, length)]
+    shares = [max(1, steps * size // total) for size in sizes]
+    left = steps - sum(shares)
+    for number, (size, share) in enumerate(zip(sizes, shares, strict=True)):
+        yield size, share + (1 if number < left else 0)
+
+
+# ---------------------------------------------------------------- which keys a step sees (A8, A9)
+
+
+class Stream:
+    """A canvas of L ids and the frozen keys and values of its current block, one pair a layer."""
+
+    def __init__(self, model: Model, x: Tensor, o: Options, stats: Stats) -> None:
+        self.model, self.x, self.o, self.stats = model, x, o, stats
+        self.cache: list[KeyValue] = []
+
+    def logits(self, i: int, s: int, e: int) -> Tensor:
+        """Step i of block [s, e): one forward; the rows that predict positions s..e-1."""
+        fill = self.o.delay_steps if self.o.cache_policy == "sparse" else 0
+        if self.o.cache_policy == "none" or i <= fill:
+            out = self._run(0, len(self.x), None)
+            if self.o.cache_policy != "none" and i == fill:
+                self.cache = self._frozen(out, s, e)  # from before this step's commits
+            return self._predictions(out)[s:e]
+        end = len(self.x) if self.o.cache_policy == "prefix" else e
+        return self._predictions(self._run(s, end, self.cache))[: e - s]
+
+    def _run(self, start: int, end: int, cache: list[KeyValue] | None) -> Forward:
+        self.stats.full_forwards += cache is None
+        self.stats.block_forwards += cache is not None
+        self.stats.query_tokens += end - start
+        return self.model(self.x[start:end], range(start, end), cache)
+
+    def _predictions(self, out: Forward) -> Tensor:
+        """B6: Dream's row p-1 predicts position p, within the rows of this forward."""
+        if self.model.kind == "llada":
+            return out.logits
+        return torch.cat([out.logits[:1], out.logits[:-1]])
+
+    def _frozen(self, out: Forward, s: int, e: int) -> list[KeyValue]:
+        """What of this full forward later steps see besides their own keys (B4, B5)."""
+        others = torch.cat([torch.arange(s), torch.arange(e, len(self.x))])
+        kept = []
+        for q, k in zip(out.q, out.k, strict=True):
+            if self.o.cache_policy == "prefix":
+                kept.append(others[:s])
+            elif self.o.cache_policy == "dual":
+                kept.append(others)
+            else:
+                kept.append(others[select(importance(q[:, s:e], k[:, others]), self.o)])
+        self.stats.kept.append(kept)
+        return [(k[:, j], v[:, j]) for j, k, v in zip(kept, out.k, out.v, strict=True)]
+
+
+def importance(q: Tensor, k: Tensor) -> Tensor:
+    """B5 2-4: raw dot products of the block's mean query, averaged over query heads.  -> [n]."""
+    k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
+    return torch.einsum("hd,hnd->hn", q.mean(dim=1), k).mean(dim=0)
+
+
+def select(scores: Tensor, o: Options) -> Tensor:
+    """B5 5-7 and A9: indices of the kept entries among the n others, in top-k order."""
+    n = len(scores)
+    keep = int(n * o.keep_ratio)
+    pooled = scores.unsqueeze(0)
+    if o.kernel_size is not None and n:
+        pooled = F.max_pool1d(pooled, o.kernel_size, stride=1, padding=o.kernel_size // 2)
+    if o.granularity == "token":
+        return torch.topk(pooled, keep).indices[0]
+    runs = list(torch.split(torch.arange(n), o.page)) if n else []
+    best = torch.tensor([[pooled[0, run].max() for run in runs]], dtype=scores.dtype)
+    order = torch.topk(best, -(-keep // o.page)).indices[0]
+    return torch.cat([runs[r] for r in order.tolist()] or [torch.arange(0)])
+
+
+# ------------------------------------------------- which tokens a step commits (A3-A7, B2, B4, B6)
+
+
+def choose(
+    logits: Tensor, model: Model, o: Options, i: int, steps: int, size: int
+) -> tuple[Tensor, Tensor]:
+    """Step i over the block's masked rows: a token for each row, and which rows to commit."""
+    m = len(logits)
+    rule = o.remasking or DEFAULT_RULE[model.kind]
+    if o.adaptive:
+        tokens, probs = draw(logits, model, o)
+        conf, order = probability(probs, tokens).sort(descending=True, stable=True)
+        if o.threshold is not None:
+            return tokens, order[: at_threshold(conf, o.threshold)]
+        assert o.factor is not None
+        return tokens, order[: at_factor(conf, o.factor)]
+    if rule == "origin":  # B6: each mask by itself; all at the last step
+        tokens, _ = draw(logits, model, o)
+        r = torch.rand(m, generator=o.generator)
+        return tokens, (r < origin_probability(i, steps)).nonzero()[:, 0]
+    k = llada_quota(i, steps, size) if model.kind == "llada" else dream_count(i, steps, m)
+    if k == 0:
+        return torch.empty(m, dtype=torch.long), torch.empty(0, dtype=torch.long)
+    tokens, probs = draw(logits, model, o)
+    if rule == "random":
+        conf = torch.rand(m, generator=o.generator)
+    elif rule == "topk_margin":
+        first, second = probs.topk(2).values.unbind(-1)
+        conf = first - second
+    elif rule == "entropy":
+        conf = (probs * torch.log(probs + 1e-10)).sum(-1)
+    else:  # low_confidence, maskgit_plus
+        conf = probability(probs, tokens)
+    if o.alg_temp > 0:  # k positions without replacement, as an exponential race
+        e = torch.empty(m, dtype=torch.float64).exponential_(generator=o.generator)
+        conf = torch.softmax(conf.double() / o.alg_temp, dim=-1) / e
+    return tokens, conf.sort(descending=True, stable=True).indices[:k]
+
+
+def draw(logits: Tensor, model: Model, o: Options) -> tuple[Tensor, Tensor]:
+    """A3, A7: a token for each row (never the mask id), and the distribution of its confidence."""
+    tokens_allowed = torch.arange(model.vocab) != model.mask_id
+    greedy = logits.masked_fill(~tokens_allowed, -torch.inf).argmax(-1)
+    if o.temperature == 0:
+        return greedy, torch.softmax(logits, -1)
+    filtered = top_p_top_k(logits / o.temperature, o.top_p, o.top_k)
+    noise = torch.empty(logits.shape, dtype=torch.float64)
+    if model.kind == "llada":  # Gumbel-max; log of exp(logits) / (-log u) ** temperature
+        u = noise.uniform_(generator=o.generator)
+        probs = torch.softmax(logits, -1)
+        score = logits.double() - o.temperature * torch.log(-torch.log(u))
+    else:  # categorical, as an exponential race
+        probs = torch.softmax(filtered, -1)
+        score = probs.double() / noise.exponential_(generator=o.generator)
+    alive = tokens_allowed & (filtered > -torch.inf)
+    drawn = score.masked_fill(~alive, -torch.inf).argmax(-1)
+    return torch.where(alive.any(-1), drawn, greedy), probs  # the filter may leave the mask id only
+
+
+def top_p_top_k(logits: Tensor, top_p: float, top_k: int) -> Tensor:
+    """Dream's order: top_p, then top_k; what is cut becomes -inf."""
+    if top_p < 1:
+        ranked, order = logits.sort(dim=-1, descending=True, stable=True)
+        before = torch.softmax(ranked, -1).cumsum(-1).roll(1, dims=-1)
+        before[:, 0] = 0  # probability of everything ranked higher
+        cut = torch.zeros_like(before, dtype=torch.bool).scatter(-1, order, before > top_p)
+        logits = logits.masked_fill(cut, -torch.inf)
+    if top_k > 0:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -torch.inf)
+    return logits
+
+
+def probability(probs: Tensor, tokens: Tensor) -> Tensor:
+    return probs.gather(-1, tokens[:, None])[:, 0]
+
+
+def at_threshold(conf: Tensor, threshold: float) -> int:
+    """B4: of descending confidences the first always, and the others with c >= t in float32."""
+    return max(1, int((conf >= torch.tensor(threshold, dtype=torch.float32)).sum()))
+
+
+def at_factor(conf: Tensor, factor: float) -> int:
+    """B4, the 2601 form, quirk included."""
+    m = len(conf)
+    h = torch.tensor([-1.0] + [1 - factor / (i + 2) for i in range(1, m)], dtype=torch.float32)
+    k = next((i for i in range(m) if conf[i] < h[i]), m - 1)
+    return k + 1 if k in (0, m - 1) else k
+
+
+def llada_quota(i: int, steps: int, masks: int) -> int:
+    """B2.4; past the last step one at a time (A2)."""
+    if i >= steps:
+        return 1
+    return masks // steps + (1 if i < masks % steps else 0)
+
+
+def dream_count(i: int, steps: int, masks: int) -> int:
+    """B6 in float32, truncated; everything at the last step, past it one at a time (A2)."""
+    if i >= steps:
+        return 1
+    if i == steps - 1:
+        return masks
+    return int(masks * leaving(i, steps))
+
+
+def origin_probability(i: int, steps: int) -> Tensor:
+    return torch.tensor(1.0) if i >= steps - 1 else leaving(i, steps)
+
+
+def leaving(i: int, steps: int) -> Tensor:
+    """B6: 1 - t[i+1] / t[i], float32."""
+    t = torch.linspace(1, 1e-3, steps + 1)
+    return 1 - t[i + 1] / t[i]

@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention on CPU, by vLLM's paged kernel.
+
+The kernel reads keys only from pages, and is faster than scaled_dot_product_attention also for
+whole sequences; so the keys of a full forward are laid out in scratch pages, one layer's worth
+that every layer overwrites.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from vllm import _custom_ops as ops
+from vllm import envs
+from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
+
+from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
+
+
+@dataclass(frozen=True)
+class _PagedPlan:
+    query_start: torch.Tensor
+    key_lengths: torch.Tensor
+    page_table: torch.Tensor
+    metadata: torch.Tensor
+
+
+@dataclass(frozen=True)
+class _FullPlan:
+    paged: _PagedPlan
+    slots: torch.Tensor
+    num_pages: int
+
+
+class CPUBackend(AttentionBackend):
+    """vLLM's CPU attention kernel, without causality."""
+
+    def __init__(
+        self, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(shape, page_size, dtype, device)
+        self._isa = _get_attn_isa(dtype, page_size, shape.head_size)
+        self._pages: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._scratch = self._split(self._zeros(1))
+
+    @staticmethod
+    def supports(shape: AttentionShape, page_size: int, dtype: torch.dtype) -> bool:
+        """Return whether the kernel has this head size, page size and dtype."""
+        return (
+            shape.head_size in CPUAttentionBackend.get_supported_head_sizes()
+            and page_size % 32 == 0
+            and dtype in CPUAttentionBackend.supported_dtypes
+        )
+
+    def _zeros(self, num_pages: int) -> torch.Tensor:
+        shape = self.shape
+        return torch.zeros(
+            num_pages, shape.num_kv_heads, self.page_size * 2, shape.head_size, dtype=self.dtype
+        )
+
+    @staticmethod
+    def _split(pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = pages.chunk(2, dim=2)
+        return keys, values
+
+    def bind_pages(self, layers: list[torch.Tensor]) -> None:
+        shape = self.shape
+        self._pages = [
+            self._split(
+                layer.view(self.dtype).view(
+                    -1, shape.num_kv_heads, self.page_size * 2, shape.head_size
+                )
+            )
+            for layer in layers
+        ]
+
+    def _write(
+        self,
+        pages: tuple[torch.Tensor, torch.Tensor],
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> None:
+        ops.cpu_attn_reshape_and_cache(keys, values, pages[0], pages[1], slots, self._isa)
+
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        self._write(self._pages[layer], keys, values, slots)
+
+    def plan_paged(
+        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
+    ) -> _PagedPlan:
+        # A sequence without queries has nothing to compute; the kernel gets none of them.
+        active = query_lengths > 0
+        query_start = np.zeros(int(active.sum()) + 1, dtype=np.int32)
+        np.cumsum(query_lengths[active], out=query_start[1:])
+        query_start_tensor = torch.from_numpy(query_start)
+        key_lengths_tensor = torch.from_numpy(key_lengths[active].astype(np.int32))
+        shape = self.shape
+        metadata = ops.cpu_attn_get_scheduler_metadata(
+            num_reqs=len(query_start) - 1,
+            num_heads=shape.num_heads,
+            num_kv_heads=shape.num_kv_heads,
+            head_dim=shape.head_size,
+            seq_lens=key_lengths_tensor,
+            dtype=self.dtype,
+            query_start_loc=query_start_tensor,
+            causal=False,
+            sliding_window_size=-1,
+            isa=self._isa,
+            enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+        )
+        table = torch.from_numpy(np.ascontiguousarray(page_table[active], dtype=np.int32))
+        return _PagedPlan(query_start_tensor, key_lengths_tensor, table, metadata)
+
+    def _attend(
+        self,
+        pages: tuple[torch.Tensor, torch.Tensor],
+        queries: torch.Tensor,
+        output: torch.Tensor,
+        plan: _PagedPlan,
+    ) -> None:
+        ops.cpu_attention_with_kv_cache(
+            query=queries,
+            key_cache=pages[0],
+            value_cache=pages[1],
+            output=output,
+            query_start_loc=plan.query_start,
+            seq_lens=plan.key_lengths,
+            scale=self.scale,
+            causal=False,
+            alibi_slopes=None,
+            sliding_window=-1,
+            block_table=plan.page_table,
+            softcap=0.0,
+            scheduler_metadata=plan.metadata,
+            s_aux=None,
+        )
+
+    def attend_paged(
+        self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any
+    ) -> None:
+        self._attend(self._pages[layer], queries, output, plan)
+
+    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _FullPlan:
+        page_counts = -(-key_lengths // self.page_size)
+        first_pages = np.concatenate(([0], np.cumsum(page_counts)))
+        table = first_pages[:-1, None] + np.arange(page_counts.max())
+        slots = np.concatenate(
+            [
+                np.arange(first * self.page_size, first * self.page_size + length)
+                for first, length in zip(first_pages, key_lengths, strict=False)
+            ]
+        )
+        # Rows of the table behind a sequence's own pages are never read.
+        table = np.minimum(table, first_pages[-1] - 1)
+        return _FullPlan(
+            self.plan_paged(query_lengths, key_lengths, table),
+            torch.from_numpy(slots.astype(np.int64)),
+            int(first_pages[-1]),
+        )
+
+    def attend_full(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        plan: Any,
+    ) -> None:
+        if self._scratch[0].shape[0] < plan.num_pages:
+            self._scratch = self._split(self._zeros(plan.num_pages))
+        self._write(self._scratch, keys, values, plan.slots)
+        self._attend(self._scratch, queries, output, plan.paged)

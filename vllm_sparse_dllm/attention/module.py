@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Bidirectional attention of one layer: attend, and fill caches on the way."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
+from vllm_sparse_dllm.attention.plan import CacheFill, ForwardPlan
+from vllm_sparse_dllm.cache.saliency import importance, select_entries
+
+
+class BidirectionalAttention(nn.Module):
+    """Runs the two kinds of sequences of a step; holds no weights.
+
+    Args:
+        layer_index: 0-based layer.
+        shape: Heads of this rank.
+        total_heads: Query heads over all ranks; saliency is their mean.
+    """
+
+    def __init__(self, layer_index: int, shape: AttentionShape, total_heads: int) -> None:
+        super().__init__()
+        self.layer_index = layer_index
+        self.shape = shape
+        self.total_heads = total_heads
+
+    def forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plan: ForwardPlan,
+        last: bool,
+    ) -> torch.Tensor:
+        """Attend.
+
+        Args:
+            q: ``[tokens, heads, head_size]`` rotated queries.
+            k: ``[tokens, kv_heads, head_size]`` rotated keys.
+            v: ``[tokens, kv_heads, head_size]`` values.
+            plan: The step.
+            last: The last layer computes only ``plan.last_rows``.
+
+        Returns:
+            ``[rows, heads * head_size]`` for all tokens, in the last layer for ``last_rows``.
+        """
+        backend = plan.backend
+        queries = q.index_select(0, plan.last_rows) if last else q
+        output = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
+        num_cached_tokens = num_cached_rows = 0
+        if plan.cached is not None:
+            cached = plan.cached
+            num_cached_tokens = cached.num_tokens
+            num_cached_rows = plan.num_last_cached if last else num_cached_tokens
+            backend.write(
+                self.layer_index, k[:num_cached_tokens], v[:num_cached_tokens], cached.fresh_slots
+            )
+            if num_cached_rows:
+                backend.attend_paged(
+                    self.layer_index,
+                    queries[:num_cached_rows],
+                    output[:num_cached_rows],
+                    cached.last_plan if last else cached.plan_of(self.layer_index),
+                )
+        if plan.full is not None:
+            if num_cached_rows < queries.shape[0]:
+                backend.attend_full(
+                    queries[num_cached_rows:],
+                    k[num_cached_tokens:],
+                    v[num_cached_tokens:],
+                    output[num_cached_rows:],
+                    plan.full.last_plan if last else plan.full.plan,
+                )
+            for fill in plan.fills:
+                self._fill(q, k, v, fill, backend)
+        return output.view(output.shape[0], -1)
+
+    def _fill(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        fill: CacheFill,
+        backend: AttentionBackend,
+    ) -> None:
+        first = fill.first_token
+        k = k[first : first + fill.length]
+        v = v[first : first + fill.length]
+        if fill.keep is None:
+            offset = 0
+            for start, end in fill.candidates:
+                slots = fill.slots[offset : offset + end - start]
+                if end > start:
+                    backend.write(self.layer_index, k[start:end], v[start:end], slots)
+                offset += end - start
+            fill.num_kept[self.layer_index] = offset
+            return
+        if fill.keep == 0:
+            fill.num_kept[self.layer_index] = 0
+            return
+        block_start, block_end = fill.block
+        block_queries = q[first + block_start : first + block_end]
+        saliency = importance(block_queries, k, fill.candidates, self.total_heads)
+        kept = select_entries(saliency, fill.keep, fill.kernel_size, fill.run_length)
+        # Candidates are everything but the block: behind its start they are shifted by it.
+        kept = torch.where(kept < block_start, kept, kept + (block_end - block_start))
+        num_kept = kept.shape[0]
+        backend.write(
+            self.layer_index,
+            k.index_select(0, kept),
+            v.index_select(0, kept),
+            fill.slots[:num_kept],
+        )
+        fill.num_kept[self.layer_index] = num_kept

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention in plain PyTorch: any device, any head size, one call a sequence."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from vllm_sparse_dllm.attention.interface import AttentionBackend
+
+
+@dataclass(frozen=True)
+class _PagedPlan:
+    #: For each sequence with queries: first and last row, and the slots of its keys.
+    sequences: tuple[tuple[int, int, torch.Tensor], ...]
+
+
+@dataclass(frozen=True)
+class _FullPlan:
+    #: For each sequence with queries: rows [q0, q1) and keys [k0, k1).
+    sequences: tuple[tuple[int, int, int, int], ...]
+
+
+class PortableBackend(AttentionBackend):
+    """scaled_dot_product_attention over gathered keys."""
+
+    def bind_pages(self, layers: list[torch.Tensor]) -> None:
+        shape = self.shape
+        # [2, slots, kv_heads, head_size]: keys of all slots, then values.
+        self._slots = [
+            layer.view(self.dtype).view(2, -1, shape.num_kv_heads, shape.head_size)
+            for layer in layers
+        ]
+
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        self._slots[layer][0].index_copy_(0, slots, keys)
+        self._slots[layer][1].index_copy_(0, slots, values)
+
+    def plan_paged(
+        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
+    ) -> _PagedPlan:
+        ends = np.cumsum(query_lengths)
+        sequences = []
+        for index in np.flatnonzero(query_lengths):
+            slots = page_table[index][:, None] * self.page_size + np.arange(self.page_size)
+            slots = slots.reshape(-1)[: key_lengths[index]].astype(np.int64)
+            start = int(ends[index] - query_lengths[index])
+            device_slots = torch.from_numpy(slots).to(self.device, non_blocking=True)
+            sequences.append((start, int(ends[index]), device_slots))
+        return _PagedPlan(tuple(sequences))
+
+    def _attend(
+        self, queries: torch.Tensor, keys: torch.Tensor, values: torch.Tensor
+    ) -> torch.Tensor:
+        grouped = self.shape.num_heads != self.shape.num_kv_heads
+        return F.scaled_dot_product_attention(
+            queries.transpose(0, 1).unsqueeze(0),
+            keys.transpose(0, 1).unsqueeze(0),
+            values.transpose(0, 1).unsqueeze(0),
+            scale=self.scale,
+            enable_gqa=grouped,
+        )[0].transpose(0, 1)
+
+    def attend_paged(
+        self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any
+    ) -> None:
+        keys, values = self._slots[layer]
+        for start, end, slots in plan.sequences:
+            output[start:end] = self._attend(
+                queries[start:end], keys.index_select(0, slots), values.index_select(0, slots)
+            )
+
+    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _FullPlan:
+        query_ends, key_ends = np.cumsum(query_lengths), np.cumsum(key_lengths)
+        return _FullPlan(
+            tuple(
+                (
+                    int(query_ends[i] - query_lengths[i]),
+                    int(query_ends[i]),
+                    int(key_ends[i] - key_lengths[i]),
+                    int(key_ends[i]),
+                )
+                for i in np.flatnonzero(query_lengths)
+            )
+        )
+
+    def attend_full(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        plan: Any,
+    ) -> None:
+        for q0, q1, k0, k1 in plan.sequences:
+            output[q0:q1] = self._attend(queries[q0:q1], keys[k0:k1], values[k0:k1])

@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse block manager: pages for what a request keeps, through vLLM's KV-cache registry.
+
+vLLM's `KVCacheManager`, block pool, memory profiling and usage statistics work on top of this
+unchanged. One page table serves all layers: each layer keeps other positions, but equally many,
+and slot j holds the j-th kept entry of every layer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.utils.math_utils import cdiv
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.core.kv_cache_utils import BlockHashList, KVCacheBlock
+from vllm.v1.core.single_type_kv_cache_manager import SingleTypeKVCacheManager
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+from vllm.v1.request import Request
+
+
+@dataclass(frozen=True, kw_only=True)
+class SparseCacheSpec(AttentionSpec):
+    """Pages of a layer of a diffusion model.
+
+    Attributes:
+        max_slots: Slots that a request of the whole context needs under the engine's
+            settings; vLLM makes sure at start that the pool has as many.
+        non_causal: Tells vLLM to leave chunked prefill and prefix caching off.
+    """
+
+    max_slots: int
+    non_causal: bool = True
+
+    @property
+    def prefix_cacheable(self) -> bool:
+        return False
+
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        # At least one page: a pool of none is not a pool to vLLM, even if nothing is kept.
+        return max(1, cdiv(self.max_slots, self.block_size)) * self.page_size_bytes
+
+
+class SparseBlockManager(SingleTypeKVCacheManager):
+    """Allocates the pages of a request's kept entries, once, for its whole life.
+
+    There is no prefix to share: a key of a bidirectional model depends on all of its request.
+    """
+
+    def reserve(self, request_id: str, num_pages: int) -> list[int] | None:
+        """Give a request its pages.
+
+        Args:
+            request_id: A request that holds none.
+            num_pages: Pages for its whole life.
+
+        Returns:
+            Page ids, or None if the pool has too few free pages now.
+        """
+        if self.req_to_blocks.get(request_id):
+            raise ValueError(f"request {request_id} holds pages already")
+        if num_pages > self.block_pool.get_num_free_blocks():
+            return None
+        pages = self.block_pool.get_new_blocks(num_pages)
+        if pages:
+            self.req_to_blocks[request_id] = pages
+        return [page.block_id for page in pages]
+
+    @property
+    def num_pages(self) -> int:
+        """Pages of the pool; vLLM keeps one of its blocks for itself."""
+        return self.block_pool.num_gpu_blocks - 1
+
+    def held_pages(self, request_id: str) -> int:
+        """Return how many pages a request holds."""
+        return len(self.req_to_blocks.get(request_id, ()))
+
+    @classmethod
+    def find_longest_cache_hit(
+        cls,
+        block_hashes: BlockHashList,
+        max_length: int,
+        kv_cache_group_ids: list[int],
+        block_pool: BlockPool,
+        kv_cache_spec: KVCacheSpec,
+        drop_eagle_block: bool,
+        alignment_tokens: int,
+        dcp_world_size: int = 1,
+        pcp_world_size: int = 1,
+    ) -> tuple[tuple[list[KVCacheBlock], ...], int]:
+        return tuple([] for _ in kv_cache_group_ids), 0
+
+    def get_num_common_prefix_blocks(self, running_request_id: str) -> int:
+        return 0
+
+    def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
+        """Nothing is shared between requests."""
+
+    def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
+        return 0
+
+
+def register_block_manager() -> None:
+    """Register the spec and its manager with vLLM; may be repeated."""
+    KVCacheSpecRegistry._ensure_registered()
+    KVCacheSpecRegistry.register(SparseCacheSpec, manager_class=SparseBlockManager)

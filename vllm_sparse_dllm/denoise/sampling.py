@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choosing the token of each masked position."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+
+
+class TokenDistribution:
+    """What a step predicts for its candidate positions, and the tokens chosen from it.
+
+    Args:
+        logits: ``[n, vocab]`` float32, the mask id included.
+        tokens: ``[n]`` chosen ids; never the mask id.
+    """
+
+    def __init__(self, logits: torch.Tensor, tokens: torch.Tensor) -> None:
+        self.logits = logits
+        self.tokens = tokens
+
+    @cached_property
+    def log_normalizer(self) -> torch.Tensor:
+        """``[n]`` log of the softmax's denominator; NaN where the logits are unusable."""
+        return torch.logsumexp(self.logits, dim=-1)
+
+    def log_probability(self) -> torch.Tensor:
+        """Return ``[n]`` log-probabilities of the chosen tokens."""
+        chosen = self.logits.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
+        return chosen - self.log_normalizer
+
+    def probability(self) -> torch.Tensor:
+        """Return ``[n]`` probabilities of the chosen tokens."""
+        return self.log_probability().exp()
+
+    def margin(self) -> torch.Tensor:
+        """Return ``[n]`` largest minus second largest probability."""
+        largest = torch.topk(self.logits, 2, dim=-1).values
+        probabilities = (largest - self.log_normalizer.unsqueeze(-1)).exp()
+        return probabilities[:, 0] - probabilities[:, 1]
+
+    def negative_entropy(self) -> torch.Tensor:
+        """Return ``[n]`` sums of ``p * log(p + 1e-10)``."""
+        probabilities = (self.logits - self.log_normalizer.unsqueeze(-1)).exp()
+        return torch.sum(probabilities * torch.log(probabilities + 1e-10), dim=-1)
+
+    def rows(self, index: torch.Tensor) -> TokenDistribution:
+        """Return the distribution of some of the positions."""
+        if index.shape[0] == self.tokens.shape[0]:
+            return self
+        return TokenDistribution(self.logits[index], self.tokens[index])
+
+
+def greedy_tokens(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Return the most probable token of each row that is not the mask id, first on ties."""
+    mask_logits = logits[:, mask_token_id].clone()
+    logits[:, mask_token_id] = -torch.inf
+    tokens = logits.argmax(dim=-1)
+    logits[:, mask_token_id] = mask_logits
+    return tokens
+
+
+class TokenSampler(ABC):
+    """A model family's way to draw at ``temperature > 0``."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def draw(
+        self,
+        logits: torch.Tensor,
+        mask_token_id: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Draw one token a row.
+
+        Args:
+            logits: ``[n, vocab]`` float32.
+            mask_token_id: Never drawn.
+            temperature: Above 0.
+            top_p: 1 for no restriction.
+            top_k: 0 for no restriction.
+            generator: The request's own, on the logits' device.
+
+        Returns:
+            ``[n]`` tokens, and ``[n, vocab]`` logits that confidences are computed from.
+        """
+
+
+class GumbelSampler(TokenSampler):
+    """LLaDA: Gumbel-max in float64; confidences from the unperturbed softmax."""
+
+    name = "gumbel"
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        mask_token_id: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        uniform = torch.rand(
+            logits.shape, dtype=torch.float64, device=logits.device, generator=generator
+        )
+        # argmax(exp(l) / (-log u)^T), in logarithms so that nothing overflows.
+        scores = logits.double() - temperature * torch.log(-torch.log(uniform))
+        if top_p < 1 or top_k > 0:
+            kept = restrict(logits / temperature, top_p, top_k)
+            scores = scores.masked_fill(torch.isneginf(kept), -torch.inf)
+        return _best(scores, logits, mask_token_id), logits
+
+
+class CategoricalSampler(TokenSampler):
+    """Dream: categorical over the tempered, restricted softmax; confidences from the same."""
+
+    name = "categorical"
+
+    def draw(
+        self,
+        logits: torch.Tensor,
+        mask_token_id: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        generator: torch.Generator,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        restricted = restrict(logits / temperature, top_p, top_k)
+        race = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
+        race.exponential_(generator=generator)
+        # In logarithms: a probability of exactly 0 is never drawn.
+        scores = torch.softmax(restricted, dim=-1).double().log() - race.log()
+        return _best(scores, logits, mask_token_id), restricted
+
+
+def _best(scores: torch.Tensor, logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
+    """Return the best token of each row that is not the mask id.
+
+    Where a restriction leaves the mask id alone, that is the most probable other token.
+    """
+    scores[:, mask_token_id] = -torch.inf
+    best = scores.max(dim=-1)
+    return torch.where(
+        torch.isneginf(best.values), greedy_tokens(logits, mask_token_id), best.indices
+    )
+
+
+def restrict(logits: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """Set what ``top_p``, then ``top_k`` leaves out to -inf.
+
+    ``top_p`` keeps the smallest set of most probable tokens whose probability reaches it, at
+    least one; ``top_k`` keeps what is no smaller than the k-th largest logit.
+    """
+    if top_p < 1:
+        ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
+        reached = torch.softmax(ordered, dim=-1).cumsum(dim=-1)
+        before = torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], dim=-1)
+        removed = torch.zeros_like(logits, dtype=torch.bool)
+        removed.scatter_(-1, order, before > top_p)
+        logits = logits.masked_fill(removed, -torch.inf)
+    if 0 < top_k < logits.shape[-1]:
+        smallest_kept = torch.topk(logits, top_k, dim=-1).values[:, -1:]
+        logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
+    return logits

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Blocks of a response, denoising steps per block, and how many tokens a step commits.
+
+Pure Python: the scheduler and the runner read the same timetable.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+#: Lower end of Dream's time axis (Dream, `generation_utils`; algorithms: "Times").
+_DREAM_EPS = 1e-3
+
+
+@dataclass(frozen=True)
+class Canvas:
+    """Where the blocks of one request lie.
+
+    Attributes:
+        prompt_length: P, positions of the prompt.
+        response_length: G, positions of the response.
+        block_length: B, positions of a block; the last one has what is left.
+    """
+
+    prompt_length: int
+    response_length: int
+    block_length: int
+
+    @property
+    def length(self) -> int:
+        """L = P + G."""
+        return self.prompt_length + self.response_length
+
+    @property
+    def num_blocks(self) -> int:
+        return -(-self.response_length // self.block_length)
+
+    @property
+    def longest_block(self) -> int:
+        return min(self.block_length, self.response_length)
+
+    def block(self, index: int) -> tuple[int, int]:
+        """Return the positions [start, end) of a block."""
+        start = self.prompt_length + index * self.block_length
+        return start, min(start + self.block_length, self.length)
+
+
+def share_steps(canvas: Canvas, steps: int | None) -> tuple[int, ...]:
+    """Share denoising steps out among the blocks, in proportion to their sizes.
+
+    Args:
+        canvas: The blocks.
+        steps: T, for the whole response; None means one per token.
+
+    Returns:
+        Steps of each block, at least 1; what division leaves goes to the first blocks.
+    """
+    total = canvas.response_length if steps is None else steps
+    sizes = [end - start for start, end in map(canvas.block, range(canvas.num_blocks))]
+    shares = [max(1, total * size // canvas.response_length) for size in sizes]
+    for index in range(max(0, total - sum(shares))):
+        shares[index] += 1
+    return tuple(shares)
+
+
+class CommitSchedule(ABC):
+    """How many masked positions step ``i`` of a block commits under fixed steps."""
+
+    @abstractmethod
+    def count(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+        """Return the number of commits of ``step``.
+
+        Args:
+            step: 0-based index within the block.
+            num_steps: S, the block's share of steps. At ``step >= num_steps`` one position
+                is committed a step, so that every block ends.
+            num_masked: Positions of the block that are masked now.
+            block_size: Positions of the block.
+        """
+
+
+class EvenSchedule(CommitSchedule):
+    """LLaDA: the block's masks divided evenly, the remainder to the first steps."""
+
+    def count(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+        if step >= num_steps:
+            return min(1, num_masked)
+        quota = block_size // num_steps + (step < block_size % num_steps)
+        return min(quota, num_masked)
+
+
+class LinearTimeSchedule(CommitSchedule):
+    """Dream: a share ``1 - t[i+1] / t[i]`` of the remaining masks, all at the last step."""
+
+    def count(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+        if step >= num_steps:
+            return min(1, num_masked)
+        if step == num_steps - 1:
+            return num_masked
+        return int(np.float32(num_masked) * commit_fractions(num_steps)[step])
+
+
+@lru_cache(maxsize=1024)
+def commit_fractions(num_steps: int) -> tuple[np.float32, ...]:
+    """Return ``1 - t[i+1] / t[i]`` for the ``num_steps`` steps, in float32 arithmetic."""
+    # torch's linspace, not numpy's: they differ in the last bit, and the bit decides counts.
+    import torch
+
+    times = torch.linspace(1, _DREAM_EPS, num_steps + 1, dtype=torch.float32).numpy()
+    fractions = np.float32(1) - times[1:] / times[:-1]
+    return tuple(fractions)

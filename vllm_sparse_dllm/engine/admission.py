@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Admission: every request is checked in the front end, before it reaches the engine.
+
+A `ValueError` here is a ``ValueError`` offline and HTTP 400 in the server. vLLM has a hook that
+sees a request's parameters (`LogitsProcessor.validate_params`) but none that sees them together
+with the prompt and the engine's configuration, and both decide whether a request can ever run;
+so `install` wraps `InputProcessor.process_inputs`, for diffusion models only.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import SamplingParams
+from vllm.v1.engine import EngineCoreRequest
+from vllm.v1.engine.input_processor import InputProcessor
+
+from vllm_sparse_dllm.cache.policies import POLICIES
+from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine.config import DiffusionModelConfig
+from vllm_sparse_dllm.models.configs import model_traits
+from vllm_sparse_dllm.settings import EngineSettings, request_settings
+
+#: vLLM's parameters that are not honoured, and the one value that asks for nothing.
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "presence_penalty": (0.0,),
+    "frequency_penalty": (0.0,),
+    "repetition_penalty": (1.0,),
+    "min_p": (0.0,),
+    "min_tokens": (0,),
+    "logit_bias": (None, {}),
+    "bad_words": (None, []),
+    "allowed_token_ids": (None,),
+    "prompt_logprobs": (None,),
+    "logprob_token_ids": (None,),
+    "structured_outputs": (None,),
+    "thinking_token_budget": (None,),
+}
+
+
+def check_sampling(sampling: SamplingParams) -> None:
+    """Refuse vLLM's parameters that a diffusion model does not honour.
+
+    Raises:
+        ValueError: Naming the parameter, its value and the value that is allowed.
+    """
+    for name, neutral in _NEUTRAL.items():
+        value = getattr(sampling, name, neutral[0])
+        if value not in neutral:
+            raise VLLMValidationError(
+                f"{name} is not supported by diffusion models; it must be {neutral[0]!r}, "
+                f"got {value!r}",
+                parameter=name,
+                value=value,
+            )
+
+
+def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
+    """Refuse a request that cannot run.
+
+    Raises:
+        ValueError: Naming the field, its value and what is allowed.
+    """
+    sampling = request.sampling_params
+    if sampling is None:
+        raise VLLMValidationError("a diffusion model only generates text; pooling is not supported")
+    if request.prompt_token_ids is None or request.prompt_embeds is not None:
+        raise VLLMValidationError("prompt_embeds is not supported by diffusion models")
+    if request.resumable:
+        raise VLLMValidationError("streaming input is not supported by diffusion models")
+    check_sampling(sampling)
+    traits = model_traits(vllm_config.model_config.hf_config)
+    engine = EngineSettings.from_additional_config(vllm_config.additional_config)
+    settings = request_settings(engine, traits, sampling.extra_args)
+
+    assert sampling.max_tokens is not None
+    canvas = Canvas(len(request.prompt_token_ids), sampling.max_tokens, settings.block_length)
+    lengths = f"the prompt has {canvas.prompt_length} tokens and max_tokens is {sampling.max_tokens}"
+    context = vllm_config.model_config.max_model_len
+    if canvas.length > context:
+        raise VLLMValidationError(
+            f"prompt and response must fit the context of {context} tokens, but {lengths}; "
+            "lower max_tokens or raise max_model_len",
+            parameter="max_tokens",
+            value=sampling.max_tokens,
+        )
+    tokens = canvas.length * settings.num_sequences
+    budget = (
+        vllm_config.scheduler_config.max_num_scheduled_tokens
+        or vllm_config.scheduler_config.max_num_batched_tokens
+    )
+    if tokens > budget:
+        guided = " and cfg_scale runs them twice" if settings.num_sequences > 1 else ""
+        raise VLLMValidationError(
+            f"a step of this request takes {tokens} tokens ({lengths}{guided}), more than "
+            f"max_num_batched_tokens={budget}; lower max_tokens or raise max_num_batched_tokens",
+            parameter="max_tokens",
+            value=sampling.max_tokens,
+        )
+    cache = vllm_config.cache_config
+    if cache.num_gpu_blocks:
+        pages = POLICIES[settings.cache_policy].num_pages(canvas, settings, cache.block_size)
+        # One block of the pool is vLLM's own; replicas have a pool each.
+        available = cache.num_gpu_blocks // vllm_config.parallel_config.data_parallel_size - 1
+        if pages > available:
+            raise VLLMValidationError(
+                f"this request needs {pages} cache pages of {cache.block_size} slots ({lengths}, "
+                f"cache policy {settings.cache_policy}), but the pool has {available}; lower "
+                "max_tokens or keep_ratio, or raise kv_cache_memory_bytes or "
+                "gpu_memory_utilization",
+                parameter="max_tokens",
+                value=sampling.max_tokens,
+            )
+
+
+def install() -> None:
+    """Put admission into vLLM's front end; may be repeated."""
+    original = InputProcessor.process_inputs
+    if getattr(original, "checks_diffusion_requests", False):
+        return
+
+    @functools.wraps(original)
+    def process_inputs(
+        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    ) -> EngineCoreRequest:
+        request = original(self, request_id, prompt, params, *args, **kwargs)
+        model_config = self.model_config
+        if not isinstance(model_config, DiffusionModelConfig):
+            return request
+        sampling = request.sampling_params
+        if sampling is not None and params.max_tokens is None:
+            # vLLM fills up the context where nothing is named.
+            assert sampling.max_tokens is not None
+            sampling.max_tokens = min(sampling.max_tokens, model_config.default_response_length)
+        try:
+            check_request(request, self.vllm_config)
+        except VLLMValidationError:
+            raise
+        except ValueError as error:
+            raise VLLMValidationError(str(error)) from error
+        return request
+
+    process_inputs.checks_diffusion_requests = True  # type: ignore[attr-defined]
+    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a diffusion model changes in vLLM's configuration, so that no flag is needed."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig
+from vllm.logger import init_logger
+from vllm.model_executor.models.config import VerifyAndUpdateConfig
+from vllm.platforms import current_platform
+
+from vllm_sparse_dllm.models.configs import check_config
+from vllm_sparse_dllm.settings import EngineSettings
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = init_logger(__name__)
+
+_SCHEDULER = "vllm_sparse_dllm.engine.scheduler.DiffusionScheduler"
+_WORKERS = {
+    "cpu": "vllm_sparse_dllm.engine.worker.DiffusionCPUWorker",
+    "cuda": "vllm_sparse_dllm.engine.worker.DiffusionGPUWorker",
+}
+#: The smallest page that vLLM's CPU attention kernel runs at full speed.
+_CPU_PAGE_SIZE = 32
+
+
+class DiffusionModelConfig(ModelConfig):
+    """vLLM's model configuration with the defaults that diffusion models want.
+
+    `DiffusionConfigHook` turns the configuration of a diffusion model into this class; it
+    adds no fields.
+    """
+
+    default_response_length: int = 256
+
+    def get_diff_sampling_param(self) -> dict[str, Any]:
+        """Default to the most probable token and to `default_response_length` tokens.
+
+        What `generation_config.json` or the user's generation config says wins.
+        """
+        defaults = super().get_diff_sampling_param()
+        if self.generation_config in ("auto", "vllm"):
+            # With a generation config of the user's, vLLM would take this for a limit.
+            defaults.setdefault("max_tokens", self.default_response_length)
+        if self.generation_config != "vllm":
+            defaults.setdefault("temperature", 0.0)
+        return defaults
+
+
+class DiffusionConfigHook(VerifyAndUpdateConfig):
+    """Registered in vLLM's `MODELS_CONFIG_MAP` for each architecture."""
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Choose worker and scheduler and switch off what has no meaning here.
+
+        Raises:
+            ValueError: If the configuration asks for what diffusion models cannot do.
+        """
+        model_config = vllm_config.model_config
+        check_config(model_config.hf_config)
+        settings = EngineSettings.from_additional_config(vllm_config.additional_config)
+        _refuse(vllm_config)
+
+        model_config.__class__ = DiffusionModelConfig
+        assert isinstance(model_config, DiffusionModelConfig)
+        model_config.default_response_length = settings.default_response_length
+
+        parallel = vllm_config.parallel_config
+        if parallel.worker_cls == "auto":
+            device = "cpu" if current_platform.is_cpu() else "cuda"
+            parallel.worker_cls = _WORKERS[device]
+        scheduler = vllm_config.scheduler_config
+        scheduler.scheduler_cls = _SCHEDULER
+        scheduler.async_scheduling = False
+        # A full forward cannot be cut: every position attends to every other.
+        scheduler.enable_chunked_prefill = False
+        vllm_config.cache_config.enable_prefix_caching = False
+        compilation = vllm_config.compilation_config
+        compilation.mode = CompilationMode.NONE
+        compilation.cudagraph_mode = CUDAGraphMode.NONE
+
+        _raise_default_token_budget(vllm_config)
+        cache = vllm_config.cache_config
+        if current_platform.is_cpu():
+            if not cache.user_specified_block_size:
+                cache.block_size = _CPU_PAGE_SIZE
+                # Keeps the platform from putting its own default in its place.
+                cache.user_specified_block_size = True
+            _use_all_cores()
+
+
+def _refuse(vllm_config: VllmConfig) -> None:
+    if vllm_config.parallel_config.pipeline_parallel_size > 1:
+        raise ValueError(
+            "pipeline_parallel_size must be 1 for diffusion models, got "
+            f"{vllm_config.parallel_config.pipeline_parallel_size}; use tensor_parallel_size"
+        )
+    if vllm_config.speculative_config is not None:
+        raise ValueError("speculative_config must be unset for diffusion models")
+    if vllm_config.lora_config is not None:
+        raise ValueError("enable_lora must be off for diffusion models")
+    if vllm_config.kv_transfer_config is not None:
+        raise ValueError(
+            "kv_transfer_config must be unset for diffusion models: their cache is not a prefix"
+        )
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    if cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"kv_cache_dtype must be auto for diffusion models, got {cache_dtype!r}")
+
+
+def _raise_default_token_budget(vllm_config: VllmConfig) -> None:
+    """Make the token budget hold a request of the whole context, unless the user set it.
+
+    vLLM fills its default in before this hook runs and does not say so; a budget that equals
+    one of its defaults is taken for one.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
+    context = vllm_config.model_config.max_model_len
+    budget = scheduler.max_num_batched_tokens
+    if budget >= context:
+        return
+    world_size = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
+    defaults, _ = EngineArgs.get_batch_defaults(world_size)
+    default_budgets = {scheduler.DEFAULT_MAX_NUM_BATCHED_TOKENS, *defaults.values()}
+    default_budgets |= {2 * tokens for tokens in default_budgets}
+    if budget in default_budgets:
+        logger.info(
+            "Raising max_num_batched_tokens from vLLM's default %d to the context length %d: "
+            "a diffusion model runs a request whole",
+            budget,
+            context,
+        )
+        scheduler.max_num_batched_tokens = context
+        scheduler.max_num_encoder_input_tokens = context
+        scheduler.encoder_cache_size = context
+    else:
+        logger.warning(
+            "max_num_batched_tokens=%d is below the context length %d: requests whose prompt "
+            "and max_tokens exceed it will be refused",
+            budget,
+            context,
+        )
+
+
+def _use_all_cores() -> None:
+    """Let the worker have every core: the front end of a diffusion model is mostly idle.
+
+    vLLM reserves one for it by default, half of a small machine. What the user set wins.
+    """
+    if not os.environ.get("VLLM_CPU_OMP_THREADS_BIND"):
+        os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    # Waiting threads that spin would take the core from the front end.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model runner, the same on every device: requests in, committed tokens out."""
+
+from __future__ import annotations
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+
+import numpy as np
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.forward_context import set_forward_context
+from vllm.logger import init_logger
+from vllm.model_executor.model_loader import get_model
+from vllm.sampling_params import SamplingParams
+from vllm.tasks import SupportedTask
+from vllm.utils.mem_utils import DeviceMemoryProfiler
+from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
+from vllm.v1.outputs import LogprobsLists
+
+from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape, make_backend
+from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
+from vllm_sparse_dllm.cache.pages import allocate_pages
+from vllm_sparse_dllm.cache.policies import POLICIES
+from vllm_sparse_dllm.denoise.step import Commits, denoise
+from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine.batch import StepBatch, build_batch
+from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
+from vllm_sparse_dllm.engine.requests import NextStep, RequestState
+from vllm_sparse_dllm.models.configs import model_traits
+from vllm_sparse_dllm.models.layers import DiffusionDecoder
+from vllm_sparse_dllm.settings import EngineSettings, request_settings
+
+logger = init_logger(__name__)
+
+
+class DiffusionModelRunner:
+    """Keeps the requests' canvases and runs one ragged batch a step; takes no decisions."""
+
+    def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.vllm_config = vllm_config
+        self.model_config = vllm_config.model_config
+        self.cache_config = vllm_config.cache_config
+        self.load_config = vllm_config.load_config
+        self.device = device
+        self.engine_settings = EngineSettings.from_additional_config(vllm_config.additional_config)
+        self.traits = model_traits(self.model_config.hf_config)
+        self.requests: dict[str, RequestState] = {}
+        self.kv_caches: list[torch.Tensor] = []
+        self.model_memory_usage = 0
+        self.model: DiffusionDecoder
+        self.backend: AttentionBackend
+
+    # What vLLM's worker asks of a runner.
+
+    def load_model(self, load_dummy_weights: bool = False) -> None:
+        if load_dummy_weights:
+            self.load_config.load_format = "dummy"
+        logger.info("Loading diffusion model %s", self.model_config.model)
+        profiler = DeviceMemoryProfiler() if self.device.type == "cuda" else nullcontext()
+        with profiler:
+            model = get_model(vllm_config=self.vllm_config)
+        self.model_memory_usage = getattr(profiler, "consumed_memory", 0)
+        assert isinstance(model, DiffusionDecoder)
+        self.model = model
+        self.backend = make_backend(
+            self._attention_shape, self.cache_config.block_size, self.model_config.dtype, self.device
+        )
+
+    @property
+    def _attention_shape(self) -> AttentionShape:
+        attention = self.model.layers[0].self_attn
+        return AttentionShape(attention.num_heads, attention.num_kv_heads, attention.head_size)
+
+    @property
+    def _num_layers(self) -> int:
+        return self.model.shape.num_layers
+
+    def get_model(self) -> nn.Module:
+        return self.model
+
+    def get_supported_tasks(self) -> tuple[SupportedTask, ...]:
+        return ("generate",)
+
+    def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
+        settings = self.engine_settings.decoding
+        context = self.model_config.max_model_len
+        # A response of one token leaves the most positions to keep.
+        canvas = Canvas(max(0, context - 1), 1, settings.block_length)
+        policy = POLICIES[settings.cache_policy]
+        shape = self._attention_shape
+        longest = Canvas(0, context, settings.block_length)
+        page = self.cache_config.block_size
+        spec = SparseCacheSpec(
+            block_size=page,
+            num_kv_heads=shape.num_kv_heads,
+            head_size=shape.head_size,
+            dtype=self.model_config.dtype,
+            dcp_sharded=False,
+            max_slots=max(policy.num_slots(c, settings, page) for c in (canvas, longest)),
+        )
+        return {f"layers.{index}.self_attn": spec for index in range(self._num_layers)}
+
+    def initialize_kv_cache(
+        self,
+        kv_cache_config: KVCacheConfig,
+        is_profiling: bool = False,
+        kv_cache_allocation_context: AbstractContextManager[None] | None = None,
+    ) -> None:
+        with kv_cache_allocation_context or nullcontext():
+            self.kv_caches = allocate_pages(kv_cache_config, self._num_layers, self.device)
+        self.backend.bind_pages(self.kv_caches)
+
+    def shutdown(self) -> None:
+        """Forget all requests; the worker releases the rest."""
+        self.requests.clear()
+
+    def update_max_model_len(self, max_model_len: int) -> None:
+        self.model_config.max_model_len = max_model_len
+
+    def profile_run(self, randomize_inputs: bool = False) -> None:
+        """Run the largest step once, so that vLLM sees the memory it takes."""
+        self._dummy_step(self.vllm_config.scheduler_config.max_num_batched_tokens)
+
+    def warming_up_model(self) -> None:
+        """Run a small step once, so that kernels are prepared before memory is counted."""
+        self._dummy_step(min(64, self.vllm_config.scheduler_config.max_num_batched_tokens))
+
+    def _dummy_run(self, num_tokens: int, **kwargs: object) -> None:
+        # What data parallelism runs on a rank that has nothing to do.
+        self._dummy_step(num_tokens)
+
+    def _dummy_step(self, num_tokens: int) -> None:
+        """Run a full forward of about ``num_tokens`` tokens and logits for its blocks."""
+        context = min(self.model_config.max_model_len, num_tokens)
+        block_length = min(self.engine_settings.decoding.block_length, context)
+        lengths = [context] * max(1, num_tokens // context)
+        settings = request_settings(
+            self.engine_settings, self.traits, {"diffusion_cache_policy": "none"}
+        )
+        states = [
+            RequestState(
+                [0] * (length - block_length),
+                settings,
+                SamplingParams(max_tokens=block_length, temperature=0.0),
+                self.traits,
+                [],
+                self.cache_config.block_size,
+                self._num_layers,
+                torch.Generator(self.device),
+            )
+            for length in lengths
+        ]
+        steps = [state.next_step() for state in states]
+        self._forward(states, steps)
+
+    @torch.inference_mode()
+    def execute_model(
+        self, scheduler_output: SchedulerOutput, intermediate_tensors: object = None
+    ) -> DiffusionRunnerOutput:
+        """Run one step of the scheduled requests."""
+        self._update_requests(scheduler_output)
+        request_ids = list(scheduler_output.num_scheduled_tokens)
+        output = DiffusionRunnerOutput(
+            req_ids=request_ids,
+            req_id_to_index={request_id: i for i, request_id in enumerate(request_ids)},
+            sampled_token_ids=[[] for _ in request_ids],
+        )
+        if not request_ids:
+            return output
+        states = [self.requests[request_id] for request_id in request_ids]
+        steps = [state.next_step() for state in states]
+        commits = self._forward(states, steps)
+        self._commit(request_ids, states, steps, commits, output)
+        return output
+
+    def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
+        for request_id in scheduler_output.finished_req_ids:
+            self.requests.pop(request_id, None)
+        for request_id in scheduler_output.preempted_req_ids or ():
+            self.requests.pop(request_id, None)
+        for new in scheduler_output.scheduled_new_reqs:
+            self.requests[new.req_id] = self._new_request(new)
+
+    def _new_request(self, new: NewRequestData) -> RequestState:
+        sampling = new.sampling_params
+        assert sampling is not None and new.prompt_token_ids is not None
+        settings = request_settings(self.engine_settings, self.traits, sampling.extra_args)
+        seed = sampling.seed
+        if seed is None:
+            name = f"{self.model_config.seed}/{new.req_id}".encode()
+            seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "little")
+        return RequestState(
+            new.prompt_token_ids,
+            settings,
+            sampling,
+            self.traits,
+            new.block_ids[0],
+            self.cache_config.block_size,
+            self._num_layers,
+            torch.Generator(self.device).manual_seed(seed % 2**63),
+            num_delivered=new.num_computed_tokens,
+        )
+
+    def _forward(self, states: list[RequestState], steps: list[NextStep]) -> Commits | None:
+        """Run the batch; None if no step has anything to commit."""
+        batch = build_batch(states, steps, self.backend)
+        with set_forward_context(None, self.vllm_config):
+            hidden = self.model(batch.input_ids, batch.positions, plan=batch.plan)
+        active = [(state, step) for state, step in zip(states, steps, strict=True) if len(step.candidates)]
+        if not active:
+            return None
+        logits = self._logits(hidden, batch)
+        return denoise(
+            logits,
+            [state.candidates_of(step) for state, step in active],
+            self.traits.mask_token_id,
+            self.traits.sampler,
+        )
+
+    def _logits(self, hidden: torch.Tensor, batch: StepBatch) -> torch.Tensor:
+        """Return ``[candidates, vocab]`` logits, guided where a request asks for it."""
+        logits = self.model.compute_logits(hidden.index_select(0, batch.logits_rows))
+        assert logits is not None
+        num_guided = batch.guided.shape[0]
+        if num_guided == 0:
+            return logits
+        logits = logits.float()
+        conditional, unconditional = logits[:-num_guided], logits[-num_guided:]
+        weight = batch.guidance.unsqueeze(-1) + 1
+        difference = conditional.index_select(0, batch.guided) - unconditional
+        guided = unconditional + weight * difference
+        return conditional.index_copy(0, batch.guided, guided)
+
+    def _commit(
+        self,
+        request_ids: list[str],
+        states: list[RequestState],
+        steps: list[NextStep],
+        commits: Commits | None,
+        output: DiffusionRunnerOutput,
+    ) -> None:
+        logprobs: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
+        nothing = np.zeros(0, dtype=np.int64)
+        row = active = 0
+        for index, (request_id, state, step) in enumerate(
+            zip(request_ids, states, steps, strict=True)
+        ):
+            num = len(step.candidates)
+            positions, tokens, own_logprobs = nothing, nothing, None
+            if num:
+                assert commits is not None
+                if commits.failed[active]:
+                    output.failed[request_id] = "the model's logits are not finite"
+                else:
+                    committed = commits.committed[row : row + num]
+                    positions = step.candidates[committed]
+                    tokens = commits.tokens[row : row + num][committed]
+                    own_logprobs = commits.logprobs[active]
+                row += num
+                active += 1
+            state.commit(positions, tokens, own_logprobs)
+            output.sampled_token_ids[index], own = state.take_final()
+            logprobs.append(own)
+            output.progress[request_id] = (state.block_index, state.step)
+        if any(logprobs):
+            output.logprobs = _logprobs_lists(output.sampled_token_ids, logprobs)
+
+
+def _logprobs_lists(
+    tokens: list[list[int]], entries: list[list[tuple[np.ndarray, np.ndarray, int]]]
+) -> LogprobsLists:
+    """Lay log-probabilities out as vLLM has them: a row a token, all of one width."""
+    width = max(len(entry[0]) for own in entries for entry in own)
+    ends = np.cumsum([len(own) for own in tokens])
+    token_ids = np.zeros((ends[-1], width), dtype=np.int32)
+    values = np.full((ends[-1], width), -np.inf, dtype=np.float32)
+    ranks = np.zeros(ends[-1], dtype=np.int32)
+    starts = [0, *ends.tolist()]
+    for start, own in zip(starts, entries, strict=False):
+        for row, (ids, logprobs, rank) in enumerate(own, start):
+            token_ids[row, : len(ids)] = ids
+            values[row, : len(ids)] = logprobs
+            ranks[row] = rank
+    return LogprobsLists(token_ids, values, ranks, starts)

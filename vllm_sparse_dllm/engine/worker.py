@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""vLLM's workers with the diffusion model runner in them."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_random_seed
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.outputs import ModelRunnerOutput
+from vllm.v1.worker.cpu_worker import CPUWorker
+from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
+from vllm.v1.worker.worker_base import CompilationTimes
+
+from vllm_sparse_dllm.engine.runner import DiffusionModelRunner
+
+#: Each layer's pages lie together: what the attention kernels and `allocate_pages` expect.
+_KV_CACHE_LAYOUT = "LBHNC"
+
+
+class _DiffusionWorker(Worker):
+    """What the workers of all devices share."""
+
+    model_runner: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        # It is neither of vLLM's runners; what depends on this flag follows the first's way.
+        self.use_v2_model_runner = False
+
+    def get_supported_kv_cache_layouts(self) -> list[str]:
+        return [_KV_CACHE_LAYOUT]
+
+    @torch.inference_mode()
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+        return self.model_runner.execute_model(scheduler_output)
+
+    def _make_model_runner(self) -> Any:
+        return DiffusionModelRunner(self.vllm_config, self.device)
+
+    def reset_mm_cache(self) -> None:
+        """There are no multimodal inputs."""
+
+    def reset_encoder_cache(self) -> None:
+        """There are no encoder inputs."""
+
+
+class DiffusionGPUWorker(_DiffusionWorker):
+    """The CUDA worker."""
+
+    def compile_or_warm_up_model(self) -> CompilationTimes:
+        # Nothing is compiled or captured; the profile run has prepared the kernels.
+        set_random_seed(self.model_config.seed)
+        return CompilationTimes(language_model=0.0, encoder=0.0)
+
+
+class DiffusionCPUWorker(_DiffusionWorker, CPUWorker):
+    """The CPU worker."""
+
+    def init_device(self) -> None:
+        # As CPUWorker does, which builds vLLM's runner at its end and leaves no hook for another.
+        self.device = torch.device("cpu")
+        # The executor bound the threads; a later change would undo it.
+        torch.set_num_threads = lambda num: None  # type: ignore[assignment]
+        method = self.distributed_init_method
+        os.environ["VLLM_DIST_IDENT"] = (
+            os.path.basename(method.removeprefix("file://"))
+            if method.startswith("file://")
+            else method.rsplit(":", 1)[-1]
+        )
+        init_worker_distributed_environment(
+            self.vllm_config,
+            self.rank,
+            self.distributed_init_method,
+            self.local_rank,
+            current_platform.dist_backend,
+        )
+        set_random_seed(self.model_config.seed)
+        self.model_runner = self._make_model_runner()

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The bidirectional decoder that LLaDA and Dream share, built from vLLM's parallel layers.
+
+A layer computes and decides nothing: which tokens are run, which keys they see and which rows
+the last layer keeps is all in the step's `ForwardPlan`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.model_executor.layers.activation import SiluAndMul
+from vllm.model_executor.layers.layernorm import RMSNorm
+from vllm.model_executor.layers.linear import (
+    MergedColumnParallelLinear,
+    QKVParallelLinear,
+    RowParallelLinear,
+)
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.quantization import QuantizationConfig
+from vllm.model_executor.layers.rotary_embedding import get_rope
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.utils import maybe_prefix
+
+from vllm_sparse_dllm.attention.interface import AttentionShape
+from vllm_sparse_dllm.attention.module import BidirectionalAttention
+from vllm_sparse_dllm.attention.plan import ForwardPlan
+
+
+@dataclass(frozen=True)
+class DecoderShape:
+    """What the shared decoder has to know of a checkpoint.
+
+    Attributes:
+        hidden_size: Width of the residual stream.
+        intermediate_size: Width of the feed-forward layer.
+        num_layers: Decoder layers.
+        num_heads: Query heads, over all tensor-parallel ranks.
+        num_kv_heads: Key/value heads, over all tensor-parallel ranks.
+        vocab_size: Token ids.
+        embedding_rows: Rows of the checkpoint's embedding and head, at least ``vocab_size``.
+        max_positions: Positions of the rotary table.
+        rope_theta: Base of the rotary frequencies.
+        rope_full_precision: Rotate queries and keys in float32.
+        rms_norm_eps: Epsilon of the norms.
+        qkv_bias: Whether the q, k, v projections have biases.
+        tie_embeddings: Whether the head is the embedding table.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    vocab_size: int
+    embedding_rows: int
+    max_positions: int
+    rope_theta: float
+    rope_full_precision: bool
+    rms_norm_eps: float
+    qkv_bias: bool
+    tie_embeddings: bool
+
+    @property
+    def head_size(self) -> int:
+        return self.hidden_size // self.num_heads
+
+
+class Rotary(nn.Module):
+    """Rotary positions, in float32 where the checkpoint asks for full precision."""
+
+    def __init__(self, shape: DecoderShape) -> None:
+        super().__init__()
+        self.full_precision = shape.rope_full_precision
+        self.rope = get_rope(
+            shape.head_size,
+            max_position=shape.max_positions,
+            is_neox_style=True,
+            rope_parameters={"rope_theta": shape.rope_theta, "rope_type": "default"},
+            dtype=torch.float32 if self.full_precision else None,
+        )
+
+    def forward(
+        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.full_precision and q.dtype != torch.float32:
+            wide_q, wide_k = self.rope(positions, q.float(), k.float())
+            return wide_q.to(q.dtype), wide_k.to(k.dtype)
+        return self.rope(positions, q, k)
+
+
+class SelfAttention(nn.Module):
+    def __init__(
+        self,
+        shape: DecoderShape,
+        layer_index: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        tp_size = get_tensor_model_parallel_world_size()
+        if shape.num_heads % tp_size:
+            raise ValueError(
+                f"tensor_parallel_size={tp_size} must divide the {shape.num_heads} attention heads"
+            )
+        self.head_size = shape.head_size
+        self.num_heads = shape.num_heads // tp_size
+        self.num_kv_heads = max(1, shape.num_kv_heads // tp_size)
+        self.qkv_proj = QKVParallelLinear(
+            shape.hidden_size,
+            shape.head_size,
+            shape.num_heads,
+            shape.num_kv_heads,
+            bias=shape.qkv_bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.qkv_proj",
+        )
+        self.o_proj = RowParallelLinear(
+            shape.hidden_size,
+            shape.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.o_proj",
+        )
+        self.attention = BidirectionalAttention(
+            layer_index,
+            AttentionShape(self.num_heads, self.num_kv_heads, shape.head_size),
+            total_heads=shape.num_heads,
+        )
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        rotary: Rotary,
+        plan: ForwardPlan,
+        last: bool,
+    ) -> torch.Tensor:
+        qkv, _ = self.qkv_proj(hidden)
+        q_size, kv_size = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
+        q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
+        q, k = rotary(positions, q, k)
+        output = self.attention(
+            q.view(-1, self.num_heads, self.head_size),
+            k.view(-1, self.num_kv_heads, self.head_size),
+            v.view(-1, self.num_kv_heads, self.head_size),
+            plan,
+            last,
+        )
+        output, _ = self.o_proj(output)
+        return output
+
+
+class FeedForward(nn.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(
+        self, shape: DecoderShape, quant_config: QuantizationConfig | None, prefix: str
+    ) -> None:
+        super().__init__()
+        self.gate_up_proj = MergedColumnParallelLinear(
+            shape.hidden_size,
+            [shape.intermediate_size] * 2,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.gate_up_proj",
+        )
+        self.down_proj = RowParallelLinear(
+            shape.intermediate_size,
+            shape.hidden_size,
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.down_proj",
+        )
+        self.activation = SiluAndMul()
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        gate_up, _ = self.gate_up_proj(hidden)
+        output, _ = self.down_proj(self.activation(gate_up))
+        return output
+
+
+class DecoderLayer(nn.Module):
+    def __init__(
+        self,
+        shape: DecoderShape,
+        layer_index: int,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.input_norm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.self_attn = SelfAttention(shape, layer_index, quant_config, f"{prefix}.self_attn")
+        self.post_attention_norm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.mlp = FeedForward(shape, quant_config, f"{prefix}.mlp")
+
+    def forward(
+        self,
+        positions: torch.Tensor,
+        hidden: torch.Tensor,
+        residual: torch.Tensor | None,
+        rotary: Rotary,
+        plan: ForwardPlan,
+        last: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if residual is None:
+            residual = hidden
+            hidden = self.input_norm(hidden)
+        else:
+            hidden, residual = self.input_norm(hidden, residual)
+        hidden = self.self_attn(positions, hidden, rotary, plan, last)
+        if last:
+            residual = residual.index_select(0, plan.last_rows)
+        hidden, residual = self.post_attention_norm(hidden, residual)
+        return self.mlp(hidden), residual
+
+
+class DiffusionDecoder(nn.Module):
+    """Embedding, bidirectional decoder layers, final norm and head.
+
+    Subclasses say how a checkpoint is read: `shape_of` and `rename_weight`.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        quant_config = vllm_config.quant_config
+        self.shape = shape = self.shape_of(vllm_config)
+        if get_pp_group().world_size > 1:
+            raise ValueError("pipeline_parallel_size must be 1 for diffusion models")
+        self.embed_tokens = VocabParallelEmbedding(
+            shape.embedding_rows,
+            shape.hidden_size,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "embed_tokens"),
+        )
+        self.rotary = Rotary(shape)
+        self.layers = nn.ModuleList(
+            DecoderLayer(shape, index, quant_config, maybe_prefix(prefix, f"layers.{index}"))
+            for index in range(shape.num_layers)
+        )
+        self.norm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.lm_head = ParallelLMHead(
+            shape.embedding_rows,
+            shape.hidden_size,
+            quant_config=quant_config,
+            prefix=maybe_prefix(prefix, "lm_head"),
+        )
+        if shape.tie_embeddings:
+            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
+        self.logits_processor = LogitsProcessor(shape.embedding_rows)
+
+    @classmethod
+    def shape_of(cls, vllm_config: VllmConfig) -> DecoderShape:
+        """Read and check the checkpoint's configuration."""
+        raise NotImplementedError
+
+    @classmethod
+    def rename_weight(cls, name: str) -> tuple[str, int | str | None] | None:
+        """Map a checkpoint's tensor to (parameter, shard of a fused one), None to skip it."""
+        raise NotImplementedError
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.embed_tokens(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        plan: ForwardPlan | None = None,
+    ) -> torch.Tensor:
+        """Run one ragged batch.
+
+        Args:
+            input_ids: ``[tokens]`` token ids of all sequences, one after the other.
+            positions: ``[tokens]`` positions of the tokens in their sequences.
+            plan: What attends to what; required.
+
+        Returns:
+            ``[len(plan.last_rows), hidden]`` normalised hidden states of the rows that the
+            step asked for.
+        """
+        if plan is None:
+            raise ValueError("a diffusion model runs with a ForwardPlan")
+        hidden = self.embed_tokens(input_ids)
+        residual: torch.Tensor | None = None
+        for index, layer in enumerate(self.layers):
+            last = index == self.shape.num_layers - 1
+            hidden, residual = layer(positions, hidden, residual, self.rotary, plan, last)
+        hidden, _ = self.norm(hidden, residual)
+        return hidden
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        """Return ``[rows, vocab]`` logits."""
+        logits = self.logits_processor(self.lm_head, hidden_states)
+        return None if logits is None else logits[..., : self.shape.vocab_size]
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint.
+
+        Raises:
+            ValueError: If a tensor is unknown, or a parameter is not in the checkpoint.
+        """
+        parameters = dict(self.named_parameters())
+        loaded: set[str] = set()
+        shards: dict[str, set[int | str]] = {}
+        for name, tensor in weights:
+            target = self.rename_weight(name)
+            if target is None:
+                continue
+            parameter_name, shard = target
+            if self.shape.tie_embeddings and parameter_name.startswith("lm_head."):
+                continue
+            parameter = parameters.get(parameter_name)
+            if parameter is None:
+                raise ValueError(f"the checkpoint has a tensor {name} that this model has not")
+            loader = getattr(parameter, "weight_loader", default_weight_loader)
+            try:
+                if shard is None:
+                    loader(parameter, tensor)
+                else:
+                    loader(parameter, tensor, shard)
+                    shards.setdefault(parameter_name, set()).add(shard)
+            except (AssertionError, RuntimeError) as error:
+                raise ValueError(
+                    f"tensor {name} of shape {tuple(tensor.shape)} does not fit this "
+                    f"model's {parameter_name}: {error}"
+                ) from error
+            loaded.add(parameter_name)
+        missing = [name for name in parameters if name not in loaded]
+        for name, seen in shards.items():
+            wanted: set[int | str] = {"q", "k", "v"} if ".qkv_proj." in name else {0, 1}
+            missing += [f"{name} ({part})" for part in sorted(map(str, wanted - seen))]
+        if self.shape.tie_embeddings:
+            missing = [name for name in missing if not name.startswith("lm_head.")]
+        if missing:
+            raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
+        return loaded

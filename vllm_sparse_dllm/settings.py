@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings of the engine and parameters of a request: one table, one validator.
+
+The engine's settings live in vLLM's ``additional_config["sparse_dllm"]``. A request may
+override them in ``SamplingParams.extra_args`` (HTTP: ``vllm_xargs``) under the same names with
+the prefix ``diffusion_``. Every message names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm_sparse_dllm.denoise.traits import ModelTraits
+
+CONFIG_KEY = "sparse_dllm"
+REQUEST_PREFIX = "diffusion_"
+
+CACHE_POLICIES = ("none", "prefix", "dual", "sparse")
+REMASKING_RULES = (
+    "low_confidence",
+    "random",
+    "maskgit_plus",
+    "topk_margin",
+    "entropy",
+    "origin",
+)
+GRANULARITIES = ("token", "page")
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_real(value: Any) -> bool:
+    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting: what it may be, in words and as a check.
+
+    Attributes:
+        allowed: The sentence that error messages and the README give.
+        check: True if a value (already known not to be null) is allowed.
+        convert: Normalises an allowed value.
+        nullable: Whether ``None`` (in a request also the string ``"none"``) is allowed.
+        scope: ``"both"``, ``"engine"`` or ``"request"``.
+    """
+
+    allowed: str
+    check: Callable[[Any], bool]
+    convert: Callable[[Any], Any] = lambda value: value
+    nullable: bool = False
+    scope: str = "both"
+
+    def parse(self, name: str, value: Any) -> Any:
+        """Return the normalised value.
+
+        Raises:
+            ValueError: If the value is not allowed.
+        """
+        if self.nullable and (value is None or value == "none"):
+            return None
+        if value is None or not self.check(value):
+            raise ValueError(f"{name} must be {self.allowed}, got {value!r}")
+        return self.convert(value)
+
+
+def _one_of(names: tuple[str, ...], nullable: bool = False) -> Field:
+    allowed = "one of " + ", ".join(names) + (", or null" if nullable else "")
+    return Field(allowed, lambda v: isinstance(v, str) and v in names, nullable=nullable)
+
+
+FIELDS: dict[str, Field] = {
+    "cache_policy": _one_of(CACHE_POLICIES),
+    "keep_ratio": Field("a number with 0 < r <= 1", lambda v: _is_real(v) and 0 < v <= 1, float),
+    "kernel_size": Field("an odd integer >= 1", lambda v: _is_int(v) and v >= 1 and v % 2 == 1),
+    "delay_steps": Field("an integer >= 0", lambda v: _is_int(v) and v >= 0),
+    "granularity": _one_of(GRANULARITIES),
+    "block_length": Field("an integer >= 1", lambda v: _is_int(v) and v >= 1),
+    "steps": Field("an integer >= 1, or null", lambda v: _is_int(v) and v >= 1, nullable=True),
+    "remasking": _one_of(REMASKING_RULES, nullable=True),
+    "threshold": Field(
+        "a number with 0 < t <= 1, or null",
+        lambda v: _is_real(v) and 0 < v <= 1,
+        float,
+        nullable=True,
+    ),
+    "factor": Field(
+        "a number > 0, or null", lambda v: _is_real(v) and v > 0, float, nullable=True
+    ),
+    "default_response_length": Field(
+        "an integer >= 1", lambda v: _is_int(v) and v >= 1, scope="engine"
+    ),
+    "alg_temp": Field(
+        "a number >= 0", lambda v: _is_real(v) and v >= 0, float, scope="request"
+    ),
+    "cfg_scale": Field(
+        "a number >= 0", lambda v: _is_real(v) and v >= 0, float, scope="request"
+    ),
+}
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How one response is denoised. Names and meanings as in the README's table.
+
+    Attributes:
+        cache_policy: Which keys a step sees.
+        keep_ratio: Fraction of prefix and suffix keys that ``sparse`` keeps, 0 < r <= 1.
+        kernel_size: Odd width of the max-pool over saliency (Sparse-dLLM, section 3.2).
+        delay_steps: Full forwards of a block before the one that fills the sparse cache.
+        granularity: ``token`` selects positions, ``page`` runs of a page of positions.
+        block_length: Positions of a block.
+        steps: Denoising steps for the whole response, or None for one per token.
+        remasking: Unmasking rule, or None for the model's own.
+        threshold: Commit everything at least this probable (Fast-dLLM), or None.
+        factor: Fast-dLLM's factor rule, or None.
+        alg_temp: Noise on the order of commits, 0 for none (Dream's ``alg_temp``).
+        cfg_scale: Classifier-free guidance weight, 0 for none (LLaDA).
+    """
+
+    cache_policy: str = "sparse"
+    keep_ratio: float = 0.5
+    kernel_size: int = 3
+    delay_steps: int = 1
+    granularity: str = "token"
+    block_length: int = 32
+    steps: int | None = None
+    remasking: str | None = None
+    threshold: float | None = None
+    factor: float | None = None
+    alg_temp: float = 0.0
+    cfg_scale: float = 0.0
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences a request runs: two under classifier-free guidance."""
+        return 2 if self.cfg_scale > 0 else 1
+
+
+@dataclass(frozen=True)
+class EngineSettings:
+    """The engine's defaults.
+
+    Attributes:
+        decoding: What a request gets that overrides nothing.
+        default_response_length: Response length when a request names no ``max_tokens``.
+    """
+
+    decoding: DecodingSettings = DecodingSettings()
+    default_response_length: int = 256
+
+    @classmethod
+    def from_additional_config(cls, additional_config: Any) -> EngineSettings:
+        """Read ``additional_config["sparse_dllm"]``.
+
+        Raises:
+            ValueError: On an unknown key or a bad value.
+        """
+        if not isinstance(additional_config, Mapping):
+            raise ValueError(
+                f"additional_config must be a mapping, got {type(additional_config).__name__}"
+            )
+        given = additional_config.get(CONFIG_KEY, {})
+        if not isinstance(given, Mapping):
+            raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be a mapping, got {given!r}")
+        values = _parse(given, scope="engine", prefix="")
+        default_length = values.pop("default_response_length", cls.default_response_length)
+        decoding = _consistent(replace(DecodingSettings(), **values), prefix="")
+        return cls(decoding, default_length)
+
+
+def request_settings(
+    engine: EngineSettings, traits: ModelTraits, extra_args: Mapping[str, Any] | None
+) -> DecodingSettings:
+    """Merge a request's ``extra_args`` into the engine's settings.
+
+    Raises:
+        ValueError: On an unknown name, a bad value or values that exclude each other.
+    """
+    given: dict[str, Any] = {}
+    for key, value in (extra_args or {}).items():
+        name = key.removeprefix(REQUEST_PREFIX)
+        if name == key:
+            raise ValueError(f"{key} is not a parameter of this model; allowed: {_names('request')}")
+        given[name] = value
+    values = _parse(given, scope="request", prefix=REQUEST_PREFIX)
+    settings = replace(engine.decoding, **values)
+    if settings.remasking is None:
+        settings = replace(settings, remasking=traits.default_remasking)
+    settings = _consistent(settings, prefix=REQUEST_PREFIX)
+    if settings.cfg_scale > 0 and not traits.supports_guidance:
+        raise ValueError(
+            f"{REQUEST_PREFIX}cfg_scale must be 0 for {traits.family} models, "
+            f"got {settings.cfg_scale}"
+        )
+    return settings
+
+
+def _names(scope: str) -> str:
+    prefix = REQUEST_PREFIX if scope == "request" else ""
+    return ", ".join(prefix + n for n, f in FIELDS.items() if f.scope in ("both", scope))
+
+
+def _parse(given: Mapping[str, Any], *, scope: str, prefix: str) -> dict[str, Any]:
+    parsed: dict[str, Any] = {}
+    for name, value in given.items():
+        field = FIELDS.get(name)
+        if field is None or field.scope not in ("both", scope):
+            raise ValueError(f"unknown setting {prefix}{name}; allowed: {_names(scope)}")
+        parsed[name] = field.parse(prefix + name, value)
+    return parsed
+
+
+def _consistent(settings: DecodingSettings, prefix: str) -> DecodingSettings:
+    if settings.threshold is not None and settings.factor is not None:
+        raise ValueError(
+            f"{prefix}threshold and {prefix}factor exclude each other, got "
+            f"{settings.threshold} and {settings.factor}; set one of them to null"
+        )
+    if settings.alg_temp > 0:
+        if settings.threshold is not None or settings.factor is not None:
+            raise ValueError(
+                f"{prefix}alg_temp must be 0 with {prefix}threshold or {prefix}factor, "
+                f"got {settings.alg_temp}"
+            )
+        if settings.remasking == "origin":
+            raise ValueError(
+                f"{prefix}alg_temp must be 0 with {prefix}remasking origin, "
+                f"got {settings.alg_temp}"
+            )
+    return settings
+
+
+_unlisted = {f.name for f in fields(DecodingSettings)} - FIELDS.keys()
+if _unlisted:
+    raise AssertionError(f"settings without a validator: {_unlisted}")
