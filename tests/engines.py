@@ -1,0 +1,68 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Engines for tests: vLLM's `LLM` in this process, one at a time, on small checkpoints."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# In one process, so that tests can look into the engine. Must be set before vLLM is imported.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+
+from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+
+from vllm_sparse_dllm.engine.scheduler import DiffusionScheduler  # noqa: E402
+
+CACHE_BYTES = 64 << 20
+
+
+@contextmanager
+def running_engine(model: str, **options: Any) -> Iterator[LLM]:
+    """Start an engine on a checkpoint, in float32 unless told otherwise."""
+    defaults = {
+        "dtype": "float32",
+        "kv_cache_memory_bytes": CACHE_BYTES,
+        "max_model_len": 512,
+        "max_num_batched_tokens": 2048,
+        "max_num_seqs": 16,
+        "disable_log_stats": True,
+        "skip_tokenizer_init": True,
+    }
+    llm = LLM(model, **{**defaults, **options})
+    try:
+        yield llm
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+        gc.collect()
+
+
+def scheduler_of(llm: LLM) -> DiffusionScheduler:
+    """Return the scheduler of an engine in this process."""
+    scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+    assert isinstance(scheduler, DiffusionScheduler)
+    return scheduler
+
+
+def sampling(max_tokens: int, **options: Any) -> SamplingParams:
+    """Return greedy parameters; names with the prefix ``diffusion_`` go to ``extra_args``."""
+    extra = {k: v for k, v in options.items() if k.startswith("diffusion_")}
+    rest = {k: v for k, v in options.items() if k not in extra}
+    defaults = {"temperature": 0.0, "ignore_eos": True, "detokenize": False}
+    return SamplingParams(max_tokens=max_tokens, extra_args=extra or None, **{**defaults, **rest})
+
+
+def generate(
+    llm: LLM, prompts: list[list[int]], params: list[SamplingParams]
+) -> list[list[int]]:
+    """Return the response ids of all prompts, run together."""
+    outputs = llm.generate(
+        [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+    )
+    return [list(output.outputs[0].token_ids) for output in outputs]
