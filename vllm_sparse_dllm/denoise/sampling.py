@@ -23,35 +23,34 @@ class TokenDistribution:
         self.tokens = tokens
 
     @cached_property
-    def log_normalizer(self) -> torch.Tensor:
-        """``[n]`` log of the softmax's denominator; NaN where the logits are unusable."""
-        return torch.logsumexp(self.logits, dim=-1)
+    def probabilities(self) -> torch.Tensor:
+        """``[n, vocab]`` softmax; NaN where the logits are unusable.
 
-    def log_probability(self) -> torch.Tensor:
-        """Return ``[n]`` log-probabilities of the chosen tokens."""
-        chosen = self.logits.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
-        return chosen - self.log_normalizer
+        Kept as it is, not as a log-normaliser: sure positions are told apart in the last bits
+        below 1, which a difference of large logarithms has not.
+        """
+        return torch.softmax(self.logits, dim=-1)
 
     def probability(self) -> torch.Tensor:
         """Return ``[n]`` probabilities of the chosen tokens."""
-        return self.log_probability().exp()
+        return self.probabilities.gather(-1, self.tokens.unsqueeze(-1)).squeeze(-1)
 
     def margin(self) -> torch.Tensor:
         """Return ``[n]`` largest minus second largest probability."""
-        largest = torch.topk(self.logits, 2, dim=-1).values
-        probabilities = (largest - self.log_normalizer.unsqueeze(-1)).exp()
-        return probabilities[:, 0] - probabilities[:, 1]
+        largest = torch.topk(self.probabilities, 2, dim=-1).values
+        return largest[:, 0] - largest[:, 1]
 
     def negative_entropy(self) -> torch.Tensor:
         """Return ``[n]`` sums of ``p * log(p + 1e-10)``."""
-        probabilities = (self.logits - self.log_normalizer.unsqueeze(-1)).exp()
-        return torch.sum(probabilities * torch.log(probabilities + 1e-10), dim=-1)
+        return torch.sum(self.probabilities * torch.log(self.probabilities + 1e-10), dim=-1)
 
     def rows(self, index: torch.Tensor) -> TokenDistribution:
         """Return the distribution of some of the positions."""
         if index.shape[0] == self.tokens.shape[0]:
             return self
-        return TokenDistribution(self.logits[index], self.tokens[index])
+        selected = TokenDistribution(self.logits[index], self.tokens[index])
+        selected.probabilities = self.probabilities[index]
+        return selected
 
 
 def greedy_tokens(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:

@@ -130,9 +130,7 @@ def denoise(
     selected = torch.zeros_like(chosen).scatter_(-1, order, chosen)[index[0], index[1]]
 
     broken = torch.zeros(len(requests), dtype=torch.bool, device=device)
-    broken.index_put_(
-        (index[0],), ~torch.isfinite(distribution.log_normalizer), accumulate=True
-    )
+    broken.index_put_((index[0],), ~torch.isfinite(distribution.probability()), accumulate=True)
     # The one read of a step's results.
     result = torch.stack([distribution.tokens, selected.long()]).cpu().numpy()
     committed = result[1].astype(bool)

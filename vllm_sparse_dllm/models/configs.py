@@ -103,7 +103,8 @@ class LLaDAConfig(PreTrainedConfig):
         self.weight_tying = weight_tying
         self.mask_token_id = mask_token_id
         kwargs.setdefault("tie_word_embeddings", weight_tying)
-        super().__init__(eos_token_id=eos_token_id, pad_token_id=pad_token_id, **kwargs)
+        kwargs.update(eos_token_id=eos_token_id, pad_token_id=pad_token_id)
+        super().__init__(**kwargs)
 
 
 class DreamConfig(PreTrainedConfig):
@@ -149,9 +150,8 @@ class DreamConfig(PreTrainedConfig):
         # vLLM reads `sliding_window` as one that is in force.
         self.sliding_window = sliding_window if use_sliding_window else None
         self.mask_token_id = mask_token_id
-        super().__init__(
-            tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id, **kwargs
-        )
+        kwargs.update(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id)
+        super().__init__(**kwargs)
 
 
 def _require(config: PreTrainedConfig, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -230,6 +230,7 @@ def _check_common(config: PreTrainedConfig) -> None:
 def model_traits(config: PreTrainedConfig) -> ModelTraits:
     """Return what the decoding rules have to know of a checkpoint."""
     if isinstance(config, DreamConfig):
+        assert config.mask_token_id is not None
         return ModelTraits(
             family="Dream",
             mask_token_id=config.mask_token_id,

