@@ -45,7 +45,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 	done; \
 	if [ -z "$$python" ]; then \
 		echo "error: Python 3.11 or newer with its venv module is needed, but $(or $(PYTHON),python3)" \
-			"is $$($(or $(PYTHON),python3) --version 2>&1 || echo missing);" \
+			"is $$($(or $(PYTHON),python3) --version 2>/dev/null || echo missing);" \
 			"install one, or name it: make PYTHON=/path/to/python3.11 $(MAKECMDGOALS)" >&2; \
 		exit 1; \
 	fi; \

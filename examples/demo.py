@@ -18,8 +18,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Only warnings of vLLM, unless asked for more. Must be set before vLLM is imported.
+# Only errors, unless asked for more. Must be set before vLLM and PyTorch are imported.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+os.environ.setdefault("PYTHONWARNINGS", "ignore")
 
 from tqdm import tqdm
 
@@ -87,9 +89,7 @@ class Run:
         return sum(right), len(right)
 
 
-def run(
-    llm: LLM, prompts: list[list[int]], policy: str, keep_ratio: float, max_tokens: int
-) -> Run:
+def run(llm: LLM, prompts: list[list[int]], policy: str, keep_ratio: float, max_tokens: int) -> Run:
     """Generate all responses under one cache policy."""
     from vllm import SamplingParams
 
@@ -112,8 +112,10 @@ def run(
     return Run(policy, answers, sum(len(c.token_ids) for c in completions), seconds)
 
 
-def _progress_bar(policy: str, **options: Any) -> tqdm:
-    return tqdm(**{**options, "desc": f"cache policy {policy:<6}", "unit": "prompt"})
+def _progress_bar(policy: str, *prompts: Any, **options: Any) -> tqdm:
+    """Make vLLM's bars: one that goes through the prompts is not shown, one that counts is."""
+    options |= {"desc": f"cache policy {policy:<6}", "unit": "prompt", "disable": bool(prompts)}
+    return tqdm(*prompts, **options)
 
 
 def shorten(text: str, width: int) -> str:
@@ -138,8 +140,8 @@ def report(tasks: list[Task], lengths: list[int], runs: list[Run], keep_ratio: f
     print(f"\n{'cache policy':<24}{'tokens/s':>10}" + "".join(f"{kind:>14}" for kind in kinds))
     for one in runs:
         name = one.policy if one.policy != "sparse" else f"sparse (keeps {keep_ratio:g})"
-        cells = "".join(f"{'%d of %d' % one.num_right(tasks, kind):>14}" for kind in kinds)
-        print(f"{name:<24}{one.speed:>10.1f}{cells}")
+        cells = [" of ".join(map(str, one.num_right(tasks, kind))) for kind in kinds]
+        print(f"{name:<24}{one.speed:>10.1f}" + "".join(f"{cell:>14}" for cell in cells))
     base, *others = runs
     for one in others:
         print(f"\n{one.policy} is {one.speed / base.speed:.1f} times as fast as {base.policy}.")
@@ -163,7 +165,7 @@ def main() -> None:
     tasks = make_tasks(arguments.num_prompts, arguments.seed)
 
     print(f"Loading {arguments.model} (about half a minute) ...", flush=True)
-    from vllm import LLM
+    from vllm import LLM, SamplingParams
 
     llm = LLM(
         arguments.model,
@@ -171,6 +173,7 @@ def main() -> None:
         max_num_seqs=8,
         kv_cache_memory_bytes=256 << 20,
         seed=arguments.seed,
+        use_tqdm_on_load=False,
     )
     tokenizer = llm.get_tokenizer()
     prompts = [
@@ -181,16 +184,17 @@ def main() -> None:
         )
         for task in tasks
     ]
-    measure = partial(run, llm, keep_ratio=arguments.keep_ratio, max_tokens=arguments.max_tokens)
-    runs = []
-    for policy in POLICIES:
-        runs.append(measure(prompts, policy))
+    print("Warming up ...", flush=True)
+    llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(max_tokens=8), use_tqdm=False)
+    runs = [
+        run(llm, prompts, policy, arguments.keep_ratio, arguments.max_tokens) for policy in POLICIES
+    ]
     report(tasks, [len(prompt) for prompt in prompts], runs, arguments.keep_ratio)
     if arguments.model == embedded_model():
         print(
-            "Retrieval suffers from eviction in this model, copying does not: it looks for the\n"
-            "answer only in the last steps of a block, long after the cache was chosen.\n"
-            "Try DEMO_ARGS='--keep-ratio 0.9'."
+            "Over about 100 prompts of 256 tokens each, keeping 0.5 takes this model's retrieval\n"
+            "from 0.99 right to 0.25 and leaves its copying as it was: what it retrieves it looks\n"
+            "for only in a block's last steps, after the cache was chosen. Try --keep-ratio 0.9."
         )
 
 

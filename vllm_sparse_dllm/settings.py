@@ -90,18 +90,12 @@ FIELDS: dict[str, Field] = {
         float,
         nullable=True,
     ),
-    "factor": Field(
-        "a number > 0, or null", lambda v: _is_real(v) and v > 0, float, nullable=True
-    ),
+    "factor": Field("a number > 0, or null", lambda v: _is_real(v) and v > 0, float, nullable=True),
     "default_response_length": Field(
         "an integer >= 1", lambda v: _is_int(v) and v >= 1, scope="engine"
     ),
-    "alg_temp": Field(
-        "a number >= 0", lambda v: _is_real(v) and v >= 0, float, scope="request"
-    ),
-    "cfg_scale": Field(
-        "a number >= 0", lambda v: _is_real(v) and v >= 0, float, scope="request"
-    ),
+    "alg_temp": Field("a number >= 0", lambda v: _is_real(v) and v >= 0, float, scope="request"),
+    "cfg_scale": Field("a number >= 0", lambda v: _is_real(v) and v >= 0, float, scope="request"),
 }
 
 
@@ -187,7 +181,9 @@ def request_settings(
     for key, value in (extra_args or {}).items():
         name = key.removeprefix(REQUEST_PREFIX)
         if name == key:
-            raise ValueError(f"{key} is not a parameter of this model; allowed: {_names('request')}")
+            raise ValueError(
+                f"{key} is not a parameter of this model; allowed: {_names('request')}"
+            )
         given[name] = value
     values = _parse(given, scope="request", prefix=REQUEST_PREFIX)
     settings = replace(engine.decoding, **values)
@@ -231,8 +227,7 @@ def _consistent(settings: DecodingSettings, prefix: str) -> DecodingSettings:
             )
         if settings.remasking == "origin":
             raise ValueError(
-                f"{prefix}alg_temp must be 0 with {prefix}remasking origin, "
-                f"got {settings.alg_temp}"
+                f"{prefix}alg_temp must be 0 with {prefix}remasking origin, got {settings.alg_temp}"
             )
     return settings
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Admission: every request is checked in the front end, before it reaches the engine.
 
-A `ValueError` here is a ``ValueError`` offline and HTTP 400 in the server. vLLM has a hook that
+A `RequestError` is a ``ValueError`` offline and HTTP 400 in the server. vLLM has a hook that
 sees a request's parameters (`LogitsProcessor.validate_params`) but none that sees them together
 with the prompt and the engine's configuration, and both decide whether a request can ever run;
 so `install` wraps `InputProcessor.process_inputs`, for diffusion models only.
@@ -41,16 +41,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
+class RequestError(VLLMValidationError, ValueError):
+    """A request that cannot be served: `ValueError` offline, HTTP 400 in the server."""
+
+
 def check_sampling(sampling: SamplingParams) -> None:
     """Refuse vLLM's parameters that a diffusion model does not honour.
 
     Raises:
-        ValueError: Naming the parameter, its value and the value that is allowed.
+        RequestError: Naming the parameter, its value and the value that is allowed.
     """
     for name, neutral in _NEUTRAL.items():
         value = getattr(sampling, name, neutral[0])
         if value not in neutral:
-            raise VLLMValidationError(
+            raise RequestError(
                 f"{name} is not supported by diffusion models; it must be {neutral[0]!r}, "
                 f"got {value!r}",
                 parameter=name,
@@ -66,11 +70,11 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     """
     sampling = request.sampling_params
     if sampling is None:
-        raise VLLMValidationError("a diffusion model only generates text; pooling is not supported")
+        raise RequestError("a diffusion model only generates text; pooling is not supported")
     if request.prompt_token_ids is None or request.prompt_embeds is not None:
-        raise VLLMValidationError("prompt_embeds is not supported by diffusion models")
+        raise RequestError("prompt_embeds is not supported by diffusion models")
     if request.resumable:
-        raise VLLMValidationError("streaming input is not supported by diffusion models")
+        raise RequestError("streaming input is not supported by diffusion models")
     check_sampling(sampling)
     traits = model_traits(vllm_config.model_config.hf_config)
     engine = EngineSettings.from_additional_config(vllm_config.additional_config)
@@ -81,7 +85,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     lengths = f"the prompt has {canvas.prompt_length} tokens and max_tokens is {sampling.max_tokens}"
     context = vllm_config.model_config.max_model_len
     if canvas.length > context:
-        raise VLLMValidationError(
+        raise RequestError(
             f"prompt and response must fit the context of {context} tokens, but {lengths}; "
             "lower max_tokens or raise max_model_len",
             parameter="max_tokens",
@@ -94,7 +98,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     )
     if tokens > budget:
         guided = " and cfg_scale runs them twice" if settings.num_sequences > 1 else ""
-        raise VLLMValidationError(
+        raise RequestError(
             f"a step of this request takes {tokens} tokens ({lengths}{guided}), more than "
             f"max_num_batched_tokens={budget}; lower max_tokens or raise max_num_batched_tokens",
             parameter="max_tokens",
@@ -106,7 +110,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         # One block of the pool is vLLM's own; replicas have a pool each.
         available = cache.num_gpu_blocks // vllm_config.parallel_config.data_parallel_size - 1
         if pages > available:
-            raise VLLMValidationError(
+            raise RequestError(
                 f"this request needs {pages} cache pages of {cache.block_size} slots ({lengths}, "
                 f"cache policy {settings.cache_policy}), but the pool has {available}; lower "
                 "max_tokens or keep_ratio, or raise kv_cache_memory_bytes or "
@@ -137,10 +141,10 @@ def install() -> None:
             sampling.max_tokens = min(sampling.max_tokens, model_config.default_response_length)
         try:
             check_request(request, self.vllm_config)
-        except VLLMValidationError:
+        except RequestError:
             raise
         except ValueError as error:
-            raise VLLMValidationError(str(error)) from error
+            raise RequestError(str(error)) from error
         return request
 
     process_inputs.checks_diffusion_requests = True  # type: ignore[attr-defined]

@@ -1,0 +1,198 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Batches: what else runs, and since when, changes no request's tokens; pages come back."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from vllm import LLM
+
+from tests.e2e.cases import Case, drawn_cases, greedy_cases
+from tests.engines import generate, running_engine, sampling, scheduler_of
+from tests.reference import write_checkpoint
+
+VOCAB = 320
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    folder: Path = tmp_path_factory.mktemp("checkpoints")
+    return {
+        model: str(write_checkpoint(folder / model, model, d_model=128, layers=3, vocab=VOCAB))
+        for model in ("llada", "dream")
+    }
+
+
+@pytest.fixture(scope="module")
+def llada(checkpoints: dict[str, str]) -> Iterator[LLM]:
+    with running_engine(checkpoints["llada"]) as llm:
+        yield llm
+
+
+def _mixed_cases(model: str) -> list[Case]:
+    cases = greedy_cases(21, VOCAB) + drawn_cases(22, VOCAB, guided=model == "llada")
+    return random.Random(5).sample(cases, 16)
+
+
+def _pool_is_whole(llm: LLM) -> bool:
+    scheduler = scheduler_of(llm)
+    manager = scheduler.block_manager
+    return (
+        manager.block_pool.get_num_free_blocks() == manager.num_pages
+        and not manager.req_to_blocks
+        and not scheduler.progress
+        and not scheduler.requests
+        and scheduler.get_kv_cache_usage() == 0.0
+    )
+
+
+def _run_staggered(llm: LLM, cases: list[Case], rng: random.Random) -> dict[str, list[int]]:
+    """Add requests while others run, a random number of steps apart."""
+    engine = llm.llm_engine
+    waiting = list(enumerate(cases))
+    rng.shuffle(waiting)
+    results: dict[str, list[int]] = {}
+    while waiting or engine.has_unfinished_requests():
+        for _ in range(rng.randint(0, 2)):
+            if waiting:
+                number, case = waiting.pop()
+                engine.add_request(
+                    str(number), {"prompt_token_ids": case.prompt}, case.sampling()
+                )
+        for _ in range(rng.randint(1, 4)):
+            for output in engine.step():
+                if output.finished:
+                    results[output.request_id] = list(output.outputs[0].token_ids)
+    return results
+
+
+@pytest.mark.parametrize("model", ["llada", "dream"])
+def test_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, str], model: str) -> None:
+    cases = _mixed_cases(model)
+    prompts = [case.prompt for case in cases]
+    params = [case.sampling() for case in cases]
+    with running_engine(checkpoints[model], max_num_seqs=1) as llm:
+        alone = generate(llm, prompts, params)
+    with running_engine(checkpoints[model]) as llm:
+        together = generate(llm, prompts, params)
+        single = [generate(llm, [p], [s])[0] for p, s in zip(prompts[:4], params[:4], strict=True)]
+        staggered = _run_staggered(llm, cases, random.Random(3))
+        assert _pool_is_whole(llm)
+    # A budget that holds one full forward at a time.
+    with running_engine(checkpoints[model], max_num_batched_tokens=640) as llm:
+        crowded = generate(llm, prompts, params)
+    assert together == alone
+    assert single == alone[:4]
+    assert [staggered[str(number)] for number in range(len(cases))] == alone
+    assert crowded == alone
+
+
+def test_pages_of_a_sparse_request(llada: LLM) -> None:
+    """Exactly what the policy keeps is held, from the first step to the last."""
+    engine, scheduler = llada.llm_engine, scheduler_of(llada)
+    page = scheduler.block_manager.block_size
+    for prompt_length, max_tokens, block, ratio in (
+        (200, 32, 32, 0.5),
+        (100, 64, 16, 0.3),
+        (301, 33, 32, 0.9),
+        (10, 5, 32, 1.0),
+        (64, 40, 8, 0.01),
+    ):
+        params = sampling(
+            max_tokens, diffusion_block_length=block, diffusion_keep_ratio=ratio
+        )
+        engine.add_request("r", {"prompt_token_ids": [3] * prompt_length}, params)
+        length, longest = prompt_length + max_tokens, min(block, max_tokens)
+        expected = math.ceil((int((length - longest) * ratio) + longest) / page)
+        seen = set()
+        while engine.has_unfinished_requests():
+            held = [scheduler.block_manager.held_pages(name) for name in scheduler.requests]
+            if scheduler.running:
+                seen.update(held)
+                usage = expected / scheduler.block_manager.num_pages
+                assert scheduler.get_kv_cache_usage() == pytest.approx(usage)
+            engine.step()
+        assert seen == {expected}
+        assert _pool_is_whole(llada)
+
+
+def test_policy_none_holds_no_page(llada: LLM) -> None:
+    engine, scheduler = llada.llm_engine, scheduler_of(llada)
+    params = sampling(16, diffusion_cache_policy="none")
+    engine.add_request("r", {"prompt_token_ids": [3] * 50}, params)
+    while engine.has_unfinished_requests():
+        engine.step()
+        assert scheduler.get_kv_cache_usage() == 0.0
+
+
+def test_abort_returns_pages(llada: LLM) -> None:
+    """Aborts at every stage, waiting requests included, while others finish unharmed."""
+    engine = llada.llm_engine
+    cases = _mixed_cases("llada")
+    alone = generate(llada, [c.prompt for c in cases], [c.sampling() for c in cases])
+    rng = random.Random(9)
+    for step_of_abort in (0, 1, 2, 5, 9):
+        doomed = set(rng.sample(range(len(cases)), 5))
+        internal: dict[int, str] = {}
+        for number, case in enumerate(cases):
+            internal[number] = engine.add_request(
+                str(number), {"prompt_token_ids": case.prompt}, case.sampling()
+            )
+        results: dict[str, list[int]] = {}
+        step = 0
+        while engine.has_unfinished_requests():
+            if step == step_of_abort:
+                engine.abort_request([str(number) for number in doomed])
+            for output in engine.step():
+                if output.finished:
+                    results[output.request_id] = list(output.outputs[0].token_ids)
+            step += 1
+        for number in set(range(len(cases))) - doomed:
+            assert results[str(number)] == alone[number]
+        engine.step()
+        assert _pool_is_whole(llada)
+
+
+def test_no_kv_beyond_one_layer(llada: LLM) -> None:
+    """Refreshes keep keys of one layer at a time: scratch is one layer's, the pool is vLLM's."""
+    runner = llada.llm_engine.model_executor.driver_worker.worker.model_runner
+    pool = runner.kv_caches
+    generate(llada, [[3] * 400], [sampling(32)])
+    backend = runner.backend
+    shape = backend.shape
+    scratch = backend._scratch[0].shape[0]
+    # At most the batch's tokens, rounded up to pages for each of its sequences.
+    budget = llada.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens
+    assert scratch <= math.ceil(budget / backend.page_size) + 16
+    layer_bytes = pool[0].numel()
+    page_bytes = 2 * backend.page_size * shape.num_kv_heads * shape.head_size * 4
+    assert layer_bytes == (scheduler_of(llada).block_manager.num_pages + 1) * page_bytes
+
+
+def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
+    """Requests that do not fit now wait, in order, and get the same tokens."""
+    cases = [
+        Case([5 + i] * 200, 32, {"cache_policy": policy})
+        for i, policy in enumerate(("sparse", "dual", "sparse", "prefix", "none", "dual"))
+    ]
+    prompts, params = [c.prompt for c in cases], [c.sampling() for c in cases]
+    with running_engine(checkpoints["llada"]) as llm:
+        expected = generate(llm, prompts, params)
+    # 10 pages: one dual request (8 pages) or two sparse ones (4 pages each).
+    page_bytes = 2 * 32 * 128 * 4 * 3
+    with running_engine(
+        checkpoints["llada"], kv_cache_memory_bytes=11 * page_bytes, max_model_len=256
+    ) as llm:
+        assert scheduler_of(llm).block_manager.num_pages == 10
+        assert generate(llm, prompts, params) == expected
+        assert _pool_is_whole(llm)
+        with pytest.raises(ValueError, match=r"needs 16 cache pages .* the pool has 10"):
+            generate(
+                llm,
+                [[7] * 200],
+                [sampling(32, diffusion_cache_policy="dual", diffusion_cfg_scale=1.0)],
+            )

@@ -1,0 +1,283 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both attention backends against softmax written out: paged and whole, any page table."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from vllm_sparse_dllm.attention.cpu import CPUBackend
+from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape, make_backend
+from vllm_sparse_dllm.attention.portable import PortableBackend
+
+PAGE = 32
+NUM_PAGES = 24
+CPU = torch.device("cpu")
+BACKENDS = [CPUBackend, PortableBackend]
+
+SHAPES = [
+    AttentionShape(4, 4, 32),
+    AttentionShape(4, 2, 64),
+    AttentionShape(7, 1, 128),
+    AttentionShape(6, 2, 48),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-2}
+
+#: (queries, keys) of each sequence: one row, none, more keys than queries, whole pages, one key.
+PAGED = [(4, 40), (0, 70), (1, 1), (33, 128), (7, 32), (0, 5), (5, 97)]
+#: The same for whole sequences: all rows, or only some of them in the last layer.
+WHOLE = [(40, 40), (0, 17), (3, 65), (1, 1), (64, 64), (8, 33)]
+
+
+def cases() -> list:
+    return [
+        pytest.param(backend, shape, dtype, id=f"{backend.__name__}-{shape.num_heads}x"
+                     f"{shape.num_kv_heads}x{shape.head_size}-{str(dtype)[6:]}")
+        for backend, shape, dtype in itertools.product(BACKENDS, SHAPES, DTYPES)
+        if backend is not CPUBackend or CPUBackend.supports(shape, PAGE, dtype)
+    ]
+
+
+CASES = pytest.mark.parametrize(("backend_class", "shape", "dtype"), cases())
+Make = Callable[[AttentionShape, int, torch.dtype, torch.device], AttentionBackend]
+
+
+def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Attention of ``[n, heads, d]`` queries over ``[m, kv_heads, d]`` keys, in float64."""
+    q, k, v = q.double(), k.double(), v.double()
+    group = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+    weights = torch.einsum("qhd,khd->hqk", q, k) / q.shape[-1] ** 0.5
+    return torch.einsum("hqk,khd->qhd", torch.softmax(weights, dim=-1), v)
+
+
+def bound(
+    make: Make, shape: AttentionShape, dtype: torch.dtype, num_layers: int = 2, fill: float = 0.0
+) -> AttentionBackend:
+    """A backend on a pool whose every element is ``fill``."""
+    backend = make(shape, PAGE, dtype, CPU)
+    size = NUM_PAGES * 2 * PAGE * shape.num_kv_heads * shape.head_size
+    backend.bind_pages(
+        [torch.full((size,), fill, dtype=dtype).view(torch.int8) for _ in range(num_layers)]
+    )
+    return backend
+
+
+def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    return torch.randn(shape, generator=generator).to(dtype)
+
+
+def page_table(lengths: list[int], seed: int) -> np.ndarray:
+    """Own pages for every sequence, in no order."""
+    pages = np.random.default_rng(seed).permutation(NUM_PAGES)
+    counts = [-(-length // PAGE) for length in lengths]
+    table = np.zeros((len(lengths), max(counts)), dtype=np.int64)
+    taken = 0
+    for row, count in zip(table, counts, strict=True):
+        row[:count] = pages[taken : taken + count]
+        taken += count
+    return table
+
+
+def slots_of(table: np.ndarray, row: int, length: int) -> torch.Tensor:
+    slots = (table[row][:, None] * PAGE + np.arange(PAGE)).reshape(-1)[:length]
+    return torch.from_numpy(slots.astype(np.int64))
+
+
+def run_paged(
+    backend: AttentionBackend, dtype: torch.dtype, seed: int, layer: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Write and attend `PAGED`; return what the backend computed and what it should be."""
+    shape, generator = backend.shape, torch.Generator().manual_seed(seed)
+    lengths = [keys for _, keys in PAGED]
+    table = page_table(lengths, seed)
+    expected, queries = [], []
+    for row, (num_queries, num_keys) in enumerate(PAGED):
+        k = randn(generator, num_keys, shape.num_kv_heads, shape.head_size, dtype=dtype)
+        v = randn(generator, num_keys, shape.num_kv_heads, shape.head_size, dtype=dtype)
+        q = randn(generator, num_queries, shape.num_heads, shape.head_size, dtype=dtype)
+        order = torch.randperm(num_keys, generator=generator)
+        slots = slots_of(table, row, num_keys)
+        half = num_keys // 2  # in two writes, and in any order
+        for part in (order[:half], order[half:]):
+            backend.write(layer, k[part], v[part], slots[part])
+        queries.append(q)
+        expected.append(softmax_attention(q, k, v))
+    plan = backend.plan_paged(
+        np.array([num for num, _ in PAGED]), np.array(lengths), table
+    )
+    joined = torch.cat(queries)
+    output = torch.full_like(joined, 77.0)
+    backend.attend_paged(layer, joined, output, plan)
+    return output, torch.cat(expected)
+
+
+def assert_close(output: torch.Tensor, expected: torch.Tensor) -> None:
+    tolerance = TOLERANCE[output.dtype]
+    torch.testing.assert_close(output.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@CASES
+def test_paged(backend_class: Make, shape: AttentionShape, dtype: torch.dtype) -> None:
+    for seed in range(2):
+        assert_close(*run_paged(bound(backend_class, shape, dtype), dtype, seed))
+
+
+def spared(backend_class: Make, garbage: float, request: pytest.FixtureRequest) -> None:
+    """vLLM's CPU kernel multiplies values behind a sequence's end by 0, and 0 * NaN is NaN."""
+    if backend_class is CPUBackend and not math.isfinite(garbage):
+        request.applymarker(
+            pytest.mark.xfail(strict=True, reason="NaN and inf of stale slots leak on CPU")
+        )
+
+
+GARBAGE = pytest.mark.parametrize("garbage", [1e4, -1e30, math.inf, math.nan])
+
+
+@CASES
+@GARBAGE
+def test_stale_slots_do_not_leak(
+    backend_class: Make,
+    shape: AttentionShape,
+    dtype: torch.dtype,
+    garbage: float,
+    request: pytest.FixtureRequest,
+) -> None:
+    """Pages are not cleared between requests: whatever is in unused slots must not count."""
+    spared(backend_class, garbage, request)
+    clean, expected = run_paged(bound(backend_class, shape, dtype), dtype, 5)
+    dirty, _ = run_paged(bound(backend_class, shape, dtype, fill=garbage), dtype, 5)
+    assert torch.equal(clean, dirty)
+    assert_close(dirty, expected)
+
+
+@CASES
+@GARBAGE
+def test_a_broken_sequence_does_not_leak_into_the_next_full_pass(
+    backend_class: Make,
+    shape: AttentionShape,
+    dtype: torch.dtype,
+    garbage: float,
+    request: pytest.FixtureRequest,
+) -> None:
+    """A request whose keys are garbage runs in one step, a healthy one in the step after."""
+    spared(backend_class, garbage, request)
+    backend = bound(backend_class, shape, dtype)
+    generator = torch.Generator().manual_seed(4)
+    outputs = []
+    for length, broken in ((64, True), (40, False)):
+        q = randn(generator, length, shape.num_heads, shape.head_size, dtype=dtype)
+        k = randn(generator, length, shape.num_kv_heads, shape.head_size, dtype=dtype)
+        keys = torch.full_like(k, garbage) if broken else k
+        output = torch.empty_like(q)
+        backend.attend_full(
+            q, keys, keys, output, backend.plan_full(np.array([length]), np.array([length]))
+        )
+        outputs.append((output, softmax_attention(q, k, k)))
+    assert_close(*outputs[1])
+
+
+@CASES
+def test_a_broken_sequence_does_not_leak_within_a_pass(
+    backend_class: Make, shape: AttentionShape, dtype: torch.dtype
+) -> None:
+    backend = bound(backend_class, shape, dtype)
+    generator = torch.Generator().manual_seed(4)
+    q = randn(generator, 80, shape.num_heads, shape.head_size, dtype=dtype)
+    k = randn(generator, 80, shape.num_kv_heads, shape.head_size, dtype=dtype)
+    k[:40] = math.nan
+    output, lengths = torch.empty_like(q), np.array([40, 40])
+    backend.attend_full(q, k, k, output, backend.plan_full(lengths, lengths))
+    assert torch.isnan(output[:40].float()).all()
+    assert_close(output[40:], softmax_attention(q[40:], k[40:], k[40:]))
+
+
+@CASES
+def test_full(backend_class: Make, shape: AttentionShape, dtype: torch.dtype) -> None:
+    backend = bound(backend_class, shape, dtype)
+    generator = torch.Generator().manual_seed(3)
+    # Twice, the second time with keys that are fewer: scratch pages hold the first's.
+    for sequences in (WHOLE, [(2, 9), (0, 3), (40, 40)]):
+        expected, parts = [], []
+        for num_queries, num_keys in sequences:
+            k = randn(generator, num_keys, shape.num_kv_heads, shape.head_size, dtype=dtype)
+            v = randn(generator, num_keys, shape.num_kv_heads, shape.head_size, dtype=dtype)
+            q = randn(generator, num_queries, shape.num_heads, shape.head_size, dtype=dtype)
+            parts.append((q, k, v))
+            expected.append(softmax_attention(q, k, v))
+        queries, keys, values = (torch.cat(part) for part in zip(*parts, strict=True))
+        output = torch.full_like(queries, 77.0)
+        plan = backend.plan_full(
+            np.array([num for num, _ in sequences]), np.array([num for _, num in sequences])
+        )
+        backend.attend_full(queries, keys, values, output, plan)
+        assert_close(output, torch.cat(expected))
+
+
+@CASES
+def test_layers_do_not_touch_each_other(
+    backend_class: Make, shape: AttentionShape, dtype: torch.dtype
+) -> None:
+    backend = bound(backend_class, shape, dtype)
+    first, expected = run_paged(backend, dtype, 1, layer=0)
+    assert_close(first, expected)
+    run_paged(backend, dtype, 2, layer=1)
+    keys = randn(torch.Generator(), 0, shape.num_kv_heads, shape.head_size, dtype=dtype)
+    backend.write(0, keys, keys, torch.zeros(0, dtype=torch.int64))  # nothing to write
+    lengths = [num for _, num in PAGED]
+    generator = torch.Generator().manual_seed(1)
+    queries = []
+    for num_queries, num_keys in PAGED:  # the draws of the first run, for its queries
+        for heads, num in ((shape.num_kv_heads, num_keys), (shape.num_kv_heads, num_keys)):
+            randn(generator, num, heads, shape.head_size, dtype=dtype)
+        queries.append(
+            randn(generator, num_queries, shape.num_heads, shape.head_size, dtype=dtype)
+        )
+        torch.randperm(num_keys, generator=generator)
+    plan = backend.plan_paged(
+        np.array([num for num, _ in PAGED]), np.array(lengths), page_table(lengths, 1)
+    )
+    again = torch.empty_like(first)
+    backend.attend_paged(0, torch.cat(queries), again, plan)
+    assert torch.equal(first, again)
+
+
+@CASES
+def test_a_sequence_alone_is_the_same_as_in_company(
+    backend_class: Make, shape: AttentionShape, dtype: torch.dtype
+) -> None:
+    """Batch invariance starts here, bit by bit."""
+    if backend_class is CPUBackend and dtype is not torch.float32:
+        pytest.skip("the promise is for float32")
+    backend = bound(backend_class, shape, dtype)
+    generator = torch.Generator().manual_seed(9)
+    k = randn(generator, 90, shape.num_kv_heads, shape.head_size, dtype=dtype)
+    v = randn(generator, 90, shape.num_kv_heads, shape.head_size, dtype=dtype)
+    q = randn(generator, 12, shape.num_heads, shape.head_size, dtype=dtype)
+    table = np.array([[5, 2, 9], [1, 3, 4], [6, 7, 8]])
+    for row in range(3):
+        backend.write(0, k, v, slots_of(table, row, 90))
+    alone, company = torch.empty_like(q), torch.empty(36, *q.shape[1:], dtype=dtype)
+    backend.attend_paged(
+        0, q, alone, backend.plan_paged(np.array([12]), np.array([90]), table[:1])
+    )
+    plan = backend.plan_paged(np.array([12] * 3), np.array([90] * 3), table)
+    backend.attend_paged(0, q.repeat(3, 1, 1), company, plan)
+    for part in company.split(12):
+        torch.testing.assert_close(part, alone, rtol=1e-6, atol=1e-6)
+
+
+def test_the_backend_that_fits_is_made() -> None:
+    def made(head_size: int, page: int = 32, dtype: torch.dtype = torch.float32) -> type:
+        return type(make_backend(AttentionShape(4, 2, head_size), page, dtype, CPU))
+
+    assert made(64) is made(128) is CPUBackend
+    assert made(48) is PortableBackend  # a head size that the kernel has not
+    assert made(64, page=16) is PortableBackend
+    assert made(64, dtype=torch.float64) is PortableBackend

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sparse block manager on a real vLLM block pool, under any sequence of calls."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    consumes,
+    initialize,
+    invariant,
+    rule,
+)
+from vllm.v1.core.block_pool import BlockPool
+from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
+
+from vllm_sparse_dllm.cache.block_manager import (
+    SparseBlockManager,
+    SparseCacheSpec,
+    register_block_manager,
+)
+
+
+def make_spec(max_slots: int = 512) -> SparseCacheSpec:
+    return SparseCacheSpec(
+        block_size=32,
+        num_kv_heads=2,
+        head_size=64,
+        dtype=torch.float32,
+        dcp_sharded=False,
+        max_slots=max_slots,
+    )
+
+
+def make_manager(num_blocks: int) -> SparseBlockManager:
+    pool = BlockPool(num_blocks, enable_caching=False, hash_block_size=32)
+    return SparseBlockManager(
+        make_spec(), pool, enable_caching=False, kv_cache_group_id=0, scheduler_block_size=32
+    )
+
+
+class Pages(RuleBasedStateMachine):
+    """Requests come, hold pages, and go; the model is a dictionary of lists."""
+
+    holders = Bundle("holders")
+
+    @initialize(num_blocks=st.integers(1, 40))
+    def start(self, num_blocks: int) -> None:
+        self.manager = make_manager(num_blocks)
+        self.total = num_blocks - 1  # one is vLLM's null block
+        self.held: dict[str, list[int]] = {}
+        self.next_id = 0
+
+    @property
+    def free_pages(self) -> int:
+        return self.manager.block_pool.get_num_free_blocks()
+
+    @rule(target=holders, num_pages=st.integers(0, 45))
+    def reserve(self, num_pages: int) -> str:
+        request_id = f"r{self.next_id}"
+        self.next_id += 1
+        before = self.free_pages
+        pages = self.manager.reserve(request_id, num_pages)
+        if num_pages > before:
+            assert pages is None
+            assert self.free_pages == before
+        else:
+            assert pages is not None and len(pages) == num_pages
+            assert self.free_pages == before - num_pages
+        self.held[request_id] = pages or []
+        return request_id
+
+    @rule(request_id=holders, num_pages=st.integers(0, 45))
+    def reserve_again(self, request_id: str, num_pages: int) -> None:
+        """Who holds pages gets no second share; who holds none may try again."""
+        if self.held[request_id]:
+            with pytest.raises(ValueError, match=f"request {request_id} holds pages already"):
+                self.manager.reserve(request_id, num_pages)
+        else:
+            self.held[request_id] = self.manager.reserve(request_id, num_pages) or []
+
+    @rule(request_id=consumes(holders))
+    def free(self, request_id: str) -> None:
+        self.manager.free(request_id)
+        del self.held[request_id]
+
+    @rule()
+    def free_an_unknown_one(self) -> None:
+        self.manager.free("nobody")
+
+    @invariant()
+    def no_page_has_two_owners(self) -> None:
+        pages = [page for own in self.held.values() for page in own]
+        assert len(pages) == len(set(pages))
+        assert all(0 <= page <= self.total for page in pages)
+        assert self.manager.block_pool.null_block.block_id not in pages
+
+    @invariant()
+    def every_page_is_held_or_free(self) -> None:
+        assert self.manager.num_pages == self.total
+        num_held = sum(map(len, self.held.values()))
+        assert self.free_pages + num_held == self.total
+        for request_id, pages in self.held.items():
+            assert self.manager.held_pages(request_id) == len(pages)
+        usage = self.manager.block_pool.get_usage()
+        assert usage == pytest.approx(num_held / self.total if self.total else 0)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "manager"):
+            return
+        for request_id in self.held:
+            self.manager.free(request_id)
+        assert self.free_pages == self.total
+        assert not any(self.manager.req_to_blocks.values())
+        assert all(block.ref_cnt == 0 for block in self.manager.block_pool.blocks[1:])
+        # Nothing is lost: one request can have the whole pool.
+        pages = self.manager.reserve("all", self.total)
+        assert sorted(pages or []) == [
+            block.block_id for block in self.manager.block_pool.blocks if not block.is_null
+        ]
+
+
+TestPages = Pages.TestCase
+TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
+def test_a_request_without_pages_is_no_holder() -> None:
+    """Policy ``none`` keeps nothing, and may be admitted again after a preemption."""
+    manager = make_manager(4)
+    assert manager.reserve("a", 0) == []
+    assert manager.held_pages("a") == 0
+    manager.free("a")
+    assert manager.reserve("a", 3) is not None
+
+
+def test_a_failed_reservation_leaves_nothing_behind() -> None:
+    manager = make_manager(4)
+    assert manager.reserve("a", 4) is None
+    assert manager.held_pages("a") == 0
+    assert manager.reserve("a", 3) is not None
+    assert manager.reserve("b", 1) is None
+
+
+def test_no_prefix_is_ever_shared() -> None:
+    manager = make_manager(4)
+    hits, length = SparseBlockManager.find_longest_cache_hit(
+        [], 128, [0], manager.block_pool, manager.kv_cache_spec, False, 32
+    )
+    assert (hits, length) == (([],), 0)
+    assert manager.get_num_common_prefix_blocks("a") == 0
+    assert manager.get_num_skipped_tokens(100) == 0
+    assert manager.reserve("a", 1) is not None
+
+
+def test_spec_asks_for_the_slots_of_one_request_and_at_least_one_page() -> None:
+    page = make_spec().page_size_bytes
+    assert page == 2 * 32 * 2 * 64 * 4  # keys and values of 32 slots, float32
+    for slots, pages in ((0, 1), (1, 1), (32, 1), (33, 2), (512, 16)):
+        assert make_spec(slots).max_memory_usage_bytes(None) == pages * page  # type: ignore[arg-type]
+    assert not make_spec().prefix_cacheable
+    assert make_spec().non_causal
+
+
+def test_registration_may_be_repeated() -> None:
+    register_block_manager()
+    register_block_manager()
+    assert KVCacheSpecRegistry.get_manager_class(make_spec()) is SparseBlockManager
