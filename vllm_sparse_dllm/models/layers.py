@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
-from vllm.model_executor.layers.activation import SiluAndMul
-from vllm.model_executor.layers.layernorm import RMSNorm
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -34,6 +33,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.attention.module import BidirectionalAttention
 from vllm_sparse_dllm.attention.plan import ForwardPlan
+from vllm_sparse_dllm.models.fused import FusedRMSNorm, silu_and_mul
 
 
 @dataclass(frozen=True)
@@ -181,11 +181,10 @@ class FeedForward(nn.Module):
             quant_config=quant_config,
             prefix=f"{prefix}.down_proj",
         )
-        self.activation = SiluAndMul()
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         gate_up, _ = self.gate_up_proj(hidden)
-        output, _ = self.down_proj(self.activation(gate_up))
+        output, _ = self.down_proj(silu_and_mul(gate_up))
         return output
 
 
@@ -198,9 +197,9 @@ class DecoderLayer(nn.Module):
         prefix: str,
     ) -> None:
         super().__init__()
-        self.input_norm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.input_norm = FusedRMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
         self.self_attn = SelfAttention(shape, layer_index, quant_config, f"{prefix}.self_attn")
-        self.post_attention_norm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.post_attention_norm = FusedRMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
         self.mlp = FeedForward(shape, quant_config, f"{prefix}.mlp")
 
     def forward(
@@ -216,11 +215,11 @@ class DecoderLayer(nn.Module):
             residual = hidden
             hidden = self.input_norm(hidden)
         else:
-            hidden, residual = self.input_norm(hidden, residual)
+            hidden, residual = self.input_norm.add_norm(hidden, residual)
         hidden = self.self_attn(positions, hidden, rotary, plan, last)
         if last:
             residual = residual.index_select(0, plan.last_rows)
-        hidden, residual = self.post_attention_norm(hidden, residual)
+        hidden, residual = self.post_attention_norm.add_norm(hidden, residual)
         return self.mlp(hidden), residual
 
 
@@ -247,7 +246,7 @@ class DiffusionDecoder(nn.Module):
             DecoderLayer(shape, index, quant_config, maybe_prefix(prefix, f"layers.{index}"))
             for index in range(shape.num_layers)
         )
-        self.norm = RMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
+        self.norm = FusedRMSNorm(shape.hidden_size, eps=shape.rms_norm_eps)
         self.lm_head = ParallelLMHead(
             shape.embedding_rows,
             shape.hidden_size,
@@ -295,7 +294,7 @@ class DiffusionDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             last = index == self.shape.num_layers - 1
             hidden, residual = layer(positions, hidden, residual, self.rotary, plan, last)
-        hidden, _ = self.norm(hidden, residual)
+        hidden, _ = self.norm.add_norm(hidden, residual)
         return hidden
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
@@ -322,7 +321,7 @@ class DiffusionDecoder(nn.Module):
             parameter = parameters.get(parameter_name)
             if parameter is None:
                 raise ValueError(f"the checkpoint has a tensor {name} that this model has not")
-            loader = getattr(parameter, "weight_loader", default_weight_loader)
+            loader: Any = getattr(parameter, "weight_loader", default_weight_loader)
             try:
                 if shard is None:
                     loader(parameter, tensor)

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The offline side of the server's tests, as a program: requests in, answers out, one at a time.
+
+``python -m tests.e2e.offline IN OUT``: IN is a JSON list of ``{"prompt": [ids], "options": {}}``
+with options as an HTTP request has them; OUT has, for each, the completions of the request.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.server import CACHE_BYTES, ROOT, clean_environment, tiny_llada
+
+
+def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return vLLM's parameters and those of the plugin."""
+    extra = {name: value for name, value in options.items() if name.startswith("diffusion_")}
+    return {name: value for name, value in options.items() if name not in extra}, extra
+
+
+def answer_all(requests: list[dict[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
+    """Run the program on requests, in a process of its own."""
+    given, found = folder / "requests.json", folder / "answers.json"
+    given.write_text(json.dumps(requests))
+    command = [sys.executable, "-m", "tests.e2e.offline", str(given), str(found)]
+    result = subprocess.run(
+        command, env=clean_environment(), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert result.returncode == 0, result.stderr[-4000:]
+    return json.loads(found.read_text())
+
+
+def main(given: Path, found: Path) -> None:
+    """Answer the requests of one file into another."""
+    from vllm import LLM, SamplingParams
+
+    llm = LLM(
+        str(tiny_llada()),
+        dtype="float32",
+        kv_cache_memory_bytes=CACHE_BYTES,
+        disable_log_stats=True,
+    )
+    answers = []
+    for request in json.loads(given.read_text()):
+        options, extra = split(request["options"])
+        params = SamplingParams(**{"temperature": 0.0, **options}, extra_args=extra or None)
+        prompt = {"prompt_token_ids": request["prompt"]}
+        output = llm.generate([prompt], params, use_tqdm=False)[0]
+        answers.append(
+            [
+                {
+                    "tokens": list(o.token_ids),
+                    "text": o.text,
+                    "finish_reason": o.finish_reason,
+                    "stop_reason": o.stop_reason,
+                    "logprobs": None
+                    if o.logprobs is None
+                    else [{str(t): p.logprob for t, p in at.items()} for at in o.logprobs],
+                }
+                for o in output.outputs
+            ]
+        )
+    found.write_text(json.dumps(answers))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

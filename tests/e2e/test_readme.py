@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The commands of the README, run as they are printed.
+
+A fenced ``bash`` or ``python`` block is run unless the line above it is
+``<!-- not run: reason -->``. The block under ``<!-- server -->`` is started once, with a free
+port added; the ``curl`` blocks go to it, with that port in place of 8000.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+_FENCE = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its language, its text and the comment above it."""
+
+    language: str
+    text: str
+    comment: str
+
+    @property
+    def title(self) -> str:
+        return " ".join(self.text.split())[:48]
+
+
+BLOCKS = [Block(language, text, comment) for comment, language, text in _FENCE.findall(README)]
+SERVERS = [block for block in BLOCKS if block.comment == "server"]
+NOT_RUN = [block for block in BLOCKS if block.comment.startswith("not run: ")]
+_RUN = [block for block in BLOCKS if not block.comment]
+CURLS = [block for block in _RUN if block.text.startswith("curl ")]
+COMMANDS = [block for block in _RUN if block not in CURLS]
+
+
+def environment() -> dict[str, str]:
+    """Return the environment of a shell in which the README's environment is active."""
+    env = dict(os.environ)
+    env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env["PATH"]])
+    # For `make`: the environment that this test runs in.
+    env["VENV"] = sys.prefix
+    # Set for the engines that other tests run in their own process.
+    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
+    return env
+
+
+def titles(blocks: list[Block]) -> list[str]:
+    return [block.title for block in blocks]
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_every_block_has_its_place() -> None:
+    assert len(SERVERS) == 1
+    assert len(CURLS) >= 3
+    assert {block.language for block in COMMANDS} == {"bash", "python"}
+    assert len(SERVERS) + len(NOT_RUN) + len(_RUN) == len(BLOCKS), titles(BLOCKS)
+
+
+@pytest.mark.parametrize("block", COMMANDS, ids=titles(COMMANDS))
+def test_command(block: Block, tmp_path: Path) -> None:
+    if block.language == "python":
+        script = tmp_path / "example.py"
+        script.write_text(block.text, encoding="utf-8")
+        command = [sys.executable, str(script)]
+    else:
+        command = ["bash", "-euo", "pipefail", "-c", block.text]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    if block.language == "python":
+        assert "name49 file18" in done.stdout
+    elif "demo" in block.text:
+        assert re.search(r"sparse is [\d.]+ times as fast as none", done.stdout), done.stdout
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    """Start the README's server and return its port."""
+    number = free_port()
+    log = tmp_path_factory.mktemp("server") / "log"
+    command = f"{SERVERS[0].text.strip()} --port {number}"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            ["bash", "-c", f"exec {command}"],
+            cwd=ROOT,
+            env=environment(),
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    try:
+        deadline = time.monotonic() + 300
+        while not _is_healthy(number):
+            assert server.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            time.sleep(0.5)
+        yield number
+    finally:
+        server.send_signal(signal.SIGINT)
+        try:
+            server.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
+
+
+def _is_healthy(port: int) -> bool:
+    try:
+        with urllib.request.urlopen(f"http://localhost:{port}/health", timeout=5) as reply:
+            return reply.status == 200
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
+@pytest.mark.parametrize("block", CURLS, ids=[str(number) for number in range(len(CURLS))])
+def test_curl(block: Block, port: int) -> None:
+    done = subprocess.run(
+        [
+            "bash",
+            "-euo",
+            "pipefail",
+            "-c",
+            block.text.replace("localhost:8000", f"localhost:{port}"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    expected = "name49 file18" if "name49" in block.text else "file name object list"
+    assert _answer(done.stdout) == expected, done.stdout
+
+
+def _answer(reply: str) -> str:
+    """Return the text of a reply, streamed or not."""
+    if not reply.startswith("data: "):
+        choice = json.loads(reply)["choices"][0]
+        return (choice["text"] if "text" in choice else choice["message"]["content"]).strip()
+    events = [line.removeprefix("data: ") for line in reply.splitlines() if line]
+    assert events[-1] == "[DONE]"
+    choices = [choice for event in events[:-1] for choice in json.loads(event)["choices"]]
+    return "".join(choice["delta"].get("content") or "" for choice in choices).strip()

@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tables of the README and those of the code are the same lists."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_sparse_dllm.cache.policies import POLICIES
+from vllm_sparse_dllm.denoise.rules import RULES
+from vllm_sparse_dllm.engine.admission import _NEUTRAL
+from vllm_sparse_dllm.models.configs import (
+    DREAM_ARCHITECTURE,
+    LLADA_ARCHITECTURE,
+    DreamConfig,
+    LLaDAConfig,
+    model_traits,
+)
+from vllm_sparse_dllm.settings import (
+    CACHE_POLICIES,
+    FIELDS,
+    REMASKING_RULES,
+    REQUEST_PREFIX,
+    EngineSettings,
+)
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def table(name: str) -> list[dict[str, str]]:
+    """Return the rows of the table that follows a ``<!-- table: name -->`` comment."""
+    lines = README.partition(f"<!-- table: {name} -->\n")[2].splitlines()
+    rows = []
+    for line in lines:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    assert len(rows) > 2, f"the README has no table {name}"
+    head, _, *body = rows
+    return [dict(zip(head, row, strict=True)) for row in body]
+
+
+def code(cell: str) -> str | None:
+    """Return what a cell has in backticks, None if it is empty."""
+    if not cell:
+        return None
+    match = re.fullmatch(r"`([^`]+)`", cell)
+    assert match, f"not a name in backticks: {cell!r}"
+    return match[1]
+
+
+def in_json(value: Any) -> str:
+    return "null" if value is None else str(value)
+
+
+def test_settings() -> None:
+    engine = EngineSettings()
+    defaults = asdict(engine.decoding) | {"default_response_length": engine.default_response_length}
+    expected = [
+        (
+            name if field.scope in ("both", "engine") else None,
+            REQUEST_PREFIX + name if field.scope in ("both", "request") else None,
+            field.allowed,
+            in_json(defaults[name]),
+        )
+        for name, field in FIELDS.items()
+    ]
+    rows = [
+        (
+            code(row["engine setting"]),
+            code(row["request parameter"]),
+            row["allowed"],
+            code(row["default"]),
+        )
+        for row in table("settings")
+    ]
+    assert rows == expected
+
+
+def test_cache_policies() -> None:
+    names = [code(row["policy"]) for row in table("policies")]
+    assert names == list(CACHE_POLICIES) == list(POLICIES)
+
+
+def test_unmasking_rules() -> None:
+    names = [code(row["rule"]) for row in table("rules")]
+    assert names == list(REMASKING_RULES) == list(RULES)
+
+
+def test_refused_parameters() -> None:
+    rows = {code(row["parameter"]): code(row["must be"]) for row in table("refused")}
+    assert rows == {name: repr(neutral[0]) for name, neutral in _NEUTRAL.items()}
+
+
+def test_models() -> None:
+    rules = {
+        architecture: model_traits(config).default_remasking
+        for architecture, config in {
+            LLADA_ARCHITECTURE: LLaDAConfig(mask_token_id=1),
+            DREAM_ARCHITECTURE: DreamConfig(mask_token_id=1),
+        }.items()
+    }
+    assert {code(row["architecture"]): code(row["own rule"]) for row in table("models")} == rules
+
+
+@pytest.mark.parametrize("page", ["README.md", "patches/README.md"])
+def test_links_and_paths(page: str) -> None:
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for target in re.findall(r"\]\(([^)#:]+)\)", text):
+        assert ((ROOT / page).parent / target).exists(), f"{page} links to {target}"
+    headings = {
+        re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-")
+        for title in re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    }
+    for anchor in re.findall(r"\]\(#([^)]+)\)", text):
+        assert anchor in headings, f"{page} links to #{anchor}"

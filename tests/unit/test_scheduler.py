@@ -1,0 +1,711 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The scheduler without a model: a simulated runner, and what must hold in every step."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.config import VllmConfig
+from vllm.engine.arg_utils import EngineArgs
+from vllm.sampling_params import SamplingParams
+from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.core.sched.output import SchedulerOutput
+from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheGroupSpec
+from vllm.v1.request import Request, RequestStatus
+from vllm.v1.structured_output import StructuredOutputManager
+
+import vllm_sparse_dllm
+from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
+from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
+from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
+from vllm_sparse_dllm.engine.requests import RequestState
+from vllm_sparse_dllm.engine.scheduler import DiffusionScheduler
+from vllm_sparse_dllm.plugin import register
+from vllm_sparse_dllm.settings import DecodingSettings, request_settings
+
+TINY_LLADA = str(Path(vllm_sparse_dllm.__file__).parent / "assets" / "tiny-llada")
+PAGE = 32
+FIRST_TOKEN = 1000  # the response's token at offset i is FIRST_TOKEN + i
+
+
+@cache
+def base_config() -> VllmConfig:
+    """The configuration as an engine gets it, built once; `make_scheduler` sets its numbers."""
+    register()
+    return EngineArgs(
+        model=TINY_LLADA, dtype="float32", max_model_len=512, max_num_batched_tokens=512
+    ).create_engine_config()
+
+
+def make_scheduler(
+    num_pages: int = 64, budget: int = 512, max_num_seqs: int = 8, policy: str = "fcfs"
+) -> DiffusionScheduler:
+    """Build the scheduler as `EngineCore` does."""
+    config = base_config()
+    config.scheduler_config.max_num_batched_tokens = budget
+    config.scheduler_config.max_num_seqs = max_num_seqs
+    config.scheduler_config.policy = policy  # type: ignore[assignment]
+    config.cache_config.num_gpu_blocks = num_pages + 1
+    spec = SparseCacheSpec(
+        block_size=PAGE,
+        num_kv_heads=4,
+        head_size=64,
+        dtype=torch.float32,
+        dcp_sharded=False,
+        max_slots=512,
+    )
+    scheduler_class = config.scheduler_config.get_scheduler_cls()
+    scheduler = scheduler_class(
+        vllm_config=config,
+        kv_cache_config=KVCacheConfig(
+            num_blocks=num_pages + 1,
+            kv_cache_tensors=[],
+            kv_cache_groups=[KVCacheGroupSpec(["layers.0.self_attn"], spec)],
+        ),
+        structured_output_manager=StructuredOutputManager(config),
+        block_size=PAGE,
+        hash_block_size=PAGE,
+        log_stats=True,
+    )
+    assert isinstance(scheduler, DiffusionScheduler)
+    return scheduler
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A request of a test."""
+
+    prompt: int = 20
+    response: int = 16
+    priority: int = 0
+    fails_at_run: int | None = None
+    stops_after: int | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def decoding(self) -> DecodingSettings:
+        return DecodingSettings(**self.settings)
+
+    @property
+    def canvas(self) -> Canvas:
+        return Canvas(self.prompt, self.response, self.decoding.block_length)
+
+    @property
+    def num_pages(self) -> int:
+        decoding = self.decoding
+        return POLICIES[decoding.cache_policy].num_pages(self.canvas, decoding, PAGE)
+
+    @property
+    def largest_step(self) -> int:
+        return self.canvas.length * self.decoding.num_sequences
+
+    @property
+    def expected(self) -> list[int]:
+        length = self.response
+        if self.stops_after is not None:
+            length = min(length, self.stops_after + 1)
+        return [FIRST_TOKEN + i for i in range(length)]
+
+
+class FakeRunner:
+    """Commits positions as the real one does, from thin air; keeps the real request state."""
+
+    def __init__(self, scheduler: DiffusionScheduler) -> None:
+        self.scheduler = scheduler
+        self.states: dict[str, RequestState] = {}
+        self.runs: Counter[str] = Counter()
+        self.fails_at: dict[str, int] = {}
+        self.kinds: Counter[StepKind] = Counter()
+
+    def run(self, output: SchedulerOutput) -> DiffusionRunnerOutput:
+        for request_id in output.finished_req_ids | (output.preempted_req_ids or set()):
+            self.states.pop(request_id, None)
+        for new in output.scheduled_new_reqs:
+            assert new.req_id not in self.states
+            self.states[new.req_id] = self._new_state(new)
+        known = {new.req_id for new in output.scheduled_new_reqs}
+        assert known | set(output.scheduled_cached_reqs.req_ids) == set(output.num_scheduled_tokens)
+        request_ids = list(output.num_scheduled_tokens)
+        result = DiffusionRunnerOutput(
+            req_ids=request_ids,
+            req_id_to_index={request_id: i for i, request_id in enumerate(request_ids)},
+            sampled_token_ids=[[] for _ in request_ids],
+        )
+        self.kinds = Counter()
+        for index, request_id in enumerate(request_ids):
+            state = self.states[request_id]
+            step = state.next_step()
+            # The scheduler's idea of what runs is the runner's.
+            tokens = (step.queries[1] - step.queries[0]) * len(state.sequences)
+            assert output.num_scheduled_tokens[request_id] == tokens
+            self.kinds[step.kind] += 1
+            self.runs[request_id] += 1
+            if self.runs[request_id] == self.fails_at.get(request_id):
+                result.failed[request_id] = "the model's logits are not finite"
+                state.commit(step.candidates[:0], step.candidates[:0], None)
+            else:
+                count = step.count
+                if state.settings.threshold is not None:  # any number above 0, the same each time
+                    name = f"{request_id}/{state.block_index}/{state.step}"
+                    count = zlib.crc32(name.encode()) % len(step.candidates) + 1
+                chosen = step.candidates[::-1][:count]  # from the right: commits out of order
+                chosen = np.sort(chosen)
+                state.commit(chosen, chosen - state.canvas.prompt_length + FIRST_TOKEN, None)
+            result.sampled_token_ids[index], _ = state.take_final()
+            result.progress[request_id] = (state.block_index, state.step)
+        return result
+
+    def _new_state(self, new: Any) -> RequestState:
+        decoding = request_settings(
+            self.scheduler.engine_settings, self.scheduler.traits, new.sampling_params.extra_args
+        )
+        return RequestState(
+            new.prompt_token_ids,
+            decoding,
+            new.sampling_params,
+            self.scheduler.traits,
+            new.block_ids[0],
+            PAGE,
+            1,
+            torch.Generator(),
+            num_delivered=new.num_computed_tokens,
+        )
+
+
+class World:
+    """A scheduler, its runner and the clients; `step` checks what must always hold."""
+
+    def __init__(self, **options: Any) -> None:
+        self.scheduler = make_scheduler(**options)
+        self.runner = FakeRunner(self.scheduler)
+        self.specs: dict[str, Spec] = {}
+        self.delivered: dict[str, list[int]] = {}
+        self.finished: dict[str, str] = {}
+        self.admitted: list[str] = []
+        self.passed_over: Counter[str] = Counter()
+        self.bounds: dict[str, int] = {}
+        self.head_waits: tuple[str | None, int, int] = (None, 0, 0)
+        self.longest_wait = 0
+
+    def add(self, spec: Spec, name: str | None = None) -> str:
+        request_id = name or f"r{len(self.specs)}"
+        extra = {f"diffusion_{key}": value for key, value in spec.settings.items()}
+        stop = None if spec.stops_after is None else [FIRST_TOKEN + spec.stops_after]
+        sampling = SamplingParams(
+            max_tokens=spec.response,
+            temperature=0.0,
+            ignore_eos=True,
+            stop_token_ids=stop,
+            extra_args=extra or None,
+        )
+        request = Request(
+            request_id=request_id,
+            prompt_token_ids=list(range(10, 10 + spec.prompt)),
+            sampling_params=sampling,
+            pooling_params=None,
+            arrival_time=float(len(self.specs)),
+            priority=spec.priority,
+        )
+        self.specs[request_id] = spec
+        self.delivered[request_id] = []
+        if spec.fails_at_run is not None:
+            self.runner.fails_at[request_id] = spec.fails_at_run
+        self.scheduler.add_request(request)
+        return request_id
+
+    def abort(self, request_id: str) -> None:
+        for request in self.scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED):
+            self.finished[request.request_id] = "abort"
+        self.passed_over.pop(request_id, None)
+
+    def reset(self) -> None:
+        assert self.scheduler.reset_prefix_cache(reset_running_requests=True)
+        self.passed_over.clear()
+
+    @property
+    def running(self) -> list[str]:
+        return [request.request_id for request in self.scheduler.running]
+
+    @property
+    def waiting(self) -> list[str]:
+        return [request.request_id for request in self.scheduler.waiting]
+
+    @property
+    def num_held(self) -> int:
+        manager = self.scheduler.block_manager
+        return manager.num_pages - manager.block_pool.get_num_free_blocks()
+
+    def step(self) -> SchedulerOutput:
+        scheduler = self.scheduler
+        before, head = self.running, next(iter(self.waiting), None)
+        queue = self._admission_order()
+        free = scheduler.block_manager.block_pool.get_num_free_blocks()
+        fits = head is not None and self.specs[head].num_pages <= free
+        seats = len(before) < scheduler.max_num_running_reqs
+
+        output = scheduler.schedule()
+        scheduled = output.num_scheduled_tokens
+        new = [request.req_id for request in output.scheduled_new_reqs]
+        assert sum(scheduled.values()) == output.total_num_scheduled_tokens
+        assert output.total_num_scheduled_tokens <= scheduler.max_num_scheduled_tokens
+        assert len(scheduler.running) <= scheduler.max_num_running_reqs
+        assert set(self.running) == {*before, *new}
+        assert new == queue[: len(new)]
+        self.admitted += new
+        if scheduler.pause_state is PauseState.PAUSED_ALL:
+            assert not scheduled
+        else:
+            assert bool(scheduled) == bool(self.running)  # no step is wasted
+            self._count_waits(before, scheduled)
+            if scheduler.pause_state is PauseState.UNPAUSED:
+                self._count_head_waits(head, head in new, fits and seats, len(before))
+        if scheduler.pause_state is not PauseState.UNPAUSED:
+            assert not new
+        self._check_pages()
+
+        result = self.runner.run(output)
+        outputs = scheduler.update_from_output(output, result)
+        for request_id in result.failed:
+            self.finished[request_id] = "error"
+        for client in outputs.values():
+            for own in client.outputs:
+                self.delivered[own.request_id] += own.new_token_ids
+                if own.finish_reason is not None:
+                    self.finished[own.request_id] = str(own.finish_reason)
+        self._check_pages()
+        return output
+
+    def _admission_order(self) -> list[str]:
+        """Waiting requests as vLLM admits them; the queue's own order is not trusted."""
+        if self.scheduler.policy.value == "fcfs":
+            # In the order of arrival, those preempted before all that were never admitted.
+            return sorted(self.waiting, key=lambda r: (r not in self.admitted, int(r[1:])))
+        return sorted(self.waiting, key=lambda r: (self.specs[r].priority, int(r[1:])))
+
+    def _count_waits(self, before: list[str], scheduled: dict[str, int]) -> None:
+        for request_id in before:
+            if request_id in scheduled:
+                self.passed_over.pop(request_id, None)
+                continue
+            self.passed_over[request_id] += 1
+            wait = self.passed_over[request_id]
+            if wait == 1:  # the other running requests, and the waiting head
+                self.bounds[request_id] = len(before) - 1 + 1
+            self.longest_wait = max(self.longest_wait, wait)
+            assert wait <= self.bounds[request_id]
+
+    def _count_head_waits(
+        self, head: str | None, admitted: bool, admissible: bool, num_running: int
+    ) -> None:
+        """A head with pages and a seat waits one step to be seen, and one for each running."""
+        last, waits, bound = self.head_waits
+        if head is None or admitted or not admissible:
+            self.head_waits = (None, 0, 0)
+            return
+        if head != last:
+            waits, bound = 0, num_running + 1
+        self.head_waits = (head, waits + 1, bound)
+        assert waits + 1 <= bound
+
+    def _check_pages(self) -> None:
+        scheduler, manager = self.scheduler, self.scheduler.block_manager
+        owners: Counter[int] = Counter()
+        for request_id, pages in manager.req_to_blocks.items():
+            owners.update(page.block_id for page in pages)
+            if pages:
+                assert request_id in self.running
+        assert all(count == 1 for count in owners.values())
+        assert manager.block_pool.null_block.block_id not in owners
+        for request_id in self.running:
+            assert manager.held_pages(request_id) == self.specs[request_id].num_pages
+        assert self.num_held == sum(owners.values())
+        usage = self.num_held / manager.num_pages
+        assert scheduler.kv_cache_manager.usage == pytest.approx(usage)
+        stats = scheduler.make_stats()
+        assert stats is not None
+        assert stats.kv_cache_usage == pytest.approx(usage)
+        assert (stats.num_running_reqs, stats.num_waiting_reqs) == (
+            len(self.running),
+            len(self.waiting),
+        )
+        assert scheduler.progress.keys() == scheduler.requests.keys()
+
+    def drain(self, limit: int = 5000) -> int:
+        """Run until everybody is done; return the number of steps."""
+        for number in range(limit):
+            if not self.scheduler.has_unfinished_requests():
+                self.check_empty()
+                return number
+            self.step()
+        raise AssertionError(f"unfinished: {self.running} {self.waiting}")
+
+    def check_empty(self) -> None:
+        """Nothing of any request is left, in the scheduler or in the runner."""
+        scheduler = self.scheduler
+        self.runner.run(scheduler.schedule())
+        assert not scheduler.progress and not scheduler.requests
+        assert not scheduler.running and not scheduler.waiting
+        assert not scheduler.finished_req_ids
+        assert not self.runner.states
+        assert self.num_held == 0
+        assert scheduler.kv_cache_manager.usage == 0
+        assert not any(scheduler.block_manager.req_to_blocks.values())
+        assert self.finished.keys() == self.specs.keys()
+        for request_id, spec in self.specs.items():
+            got = self.delivered[request_id]
+            if self.finished[request_id] in ("abort", "error"):
+                assert got == spec.expected[: len(got)]
+            else:
+                assert got == spec.expected
+                assert self.finished[request_id] == (
+                    "length" if len(got) == spec.response and spec.stops_after is None else "stop"
+                )
+
+
+# ------------------------------------------------------------------------------- any sequence
+
+
+@st.composite
+def specs(draw: st.DrawFn) -> Spec:
+    policy = draw(st.sampled_from([*POLICIES]))
+    own: dict[str, Any] = {
+        "cache_policy": policy,
+        "block_length": draw(st.sampled_from([1, 4, 8, 32])),
+    }
+    if policy == "sparse":
+        own["delay_steps"] = draw(st.integers(0, 2))
+        own["keep_ratio"] = draw(st.sampled_from([0.1, 0.5, 1.0]))
+        own["granularity"] = draw(st.sampled_from(["token", "page"]))
+    how = draw(st.sampled_from(["one", "steps", "threshold"]))
+    response = draw(st.integers(1, 24))
+    if how == "steps":
+        own["steps"] = draw(st.integers(1, 40))
+    elif how == "threshold":
+        own["threshold"] = 0.9
+    if draw(st.integers(0, 4)) == 0:
+        own["cfg_scale"] = 1.0
+    return Spec(
+        prompt=draw(st.integers(1, 150)),
+        response=response,
+        priority=draw(st.integers(0, 2)),
+        fails_at_run=draw(st.none() | st.none() | st.integers(1, 10)),
+        stops_after=draw(st.none() | st.integers(0, response - 1)),
+        settings=own,
+    )
+
+
+@dataclass(frozen=True)
+class Story:
+    """Requests that arrive over time, and what happens to them."""
+
+    requests: list[tuple[int, Spec]]
+    aborts: dict[int, list[int]]
+    resets: frozenset[int]
+    max_num_seqs: int
+    spare_budget: int
+    spare_pages: int
+    policy: str
+
+
+@st.composite
+def stories(draw: st.DrawFn, calm: bool = False) -> Story:
+    requests = draw(st.lists(st.tuples(st.integers(0, 25), specs()), min_size=1, max_size=9))
+    some = st.dictionaries(
+        st.integers(0, 40), st.lists(st.integers(0, 8), max_size=2), max_size=4
+    )
+    return Story(
+        requests=requests,
+        aborts={} if calm else draw(some),
+        resets=frozenset() if calm else draw(st.frozensets(st.integers(0, 40), max_size=1)),
+        max_num_seqs=draw(st.integers(1, 8)),
+        spare_budget=draw(st.sampled_from([0, 0, 10, 100, 2000])),
+        spare_pages=draw(st.sampled_from([0, 0, 2, 10, 100])),
+        policy=draw(st.sampled_from(["fcfs", "priority"])),
+    )
+
+
+def play(story: Story) -> World:
+    """Admission makes sure that each request alone fits the budget and the pool."""
+    world = World(
+        num_pages=max(1, *(spec.num_pages for _, spec in story.requests)) + story.spare_pages
+        if len(story.requests) > 1
+        else max(1, story.requests[0][1].num_pages) + story.spare_pages,
+        budget=max(spec.largest_step for _, spec in story.requests) + story.spare_budget,
+        max_num_seqs=story.max_num_seqs,
+        policy=story.policy,
+    )
+    arrivals = sorted(story.requests, key=lambda entry: entry[0])
+    last = max([arrivals[-1][0], *story.aborts, *story.resets])
+    for number in range(last + 1):
+        while arrivals and arrivals[0][0] <= number:
+            world.add(arrivals.pop(0)[1])
+        for index in story.aborts.get(number, ()):
+            if f"r{index}" in world.specs:
+                world.abort(f"r{index}")
+        if number in story.resets:
+            world.reset()
+        world.step()
+    world.drain()
+    return world
+
+
+@settings(max_examples=150)
+@given(stories())
+def test_any_story_ends_well(story: Story) -> None:
+    """Every invariant of `World.step` and `World.check_empty`, whatever happens."""
+    play(story)
+
+
+@settings(max_examples=60)
+@given(stories(calm=True))
+def test_a_story_is_repeatable(story: Story) -> None:
+    """No decision depends on time: the same story is the same schedule."""
+    first, second = play(story), play(story)
+    assert first.admitted == second.admitted
+    assert first.runner.runs == second.runner.runs
+    assert first.longest_wait == second.longest_wait
+
+
+# ------------------------------------------------------------------------------ one at a time
+
+
+def test_refreshes_and_block_steps_share_a_step() -> None:
+    world = World(budget=400)
+    for _ in range(4):
+        world.add(Spec(prompt=100, response=32, settings={"block_length": 8}))
+        world.step()
+    seen = set()
+    while world.scheduler.has_unfinished_requests():
+        world.step()
+        seen.add(frozenset(world.runner.kinds))
+    assert {StepKind.CACHED, StepKind.FULL} <= set().union(*(s for s in seen if len(s) > 1))
+    assert any({StepKind.CACHED, StepKind.REFRESH} <= kinds for kinds in seen)
+    world.check_empty()
+
+
+def test_block_steps_are_not_starved_by_newcomers() -> None:
+    """A new request arrives in every step; an old one still runs in nearly every step."""
+    world = World(budget=300, max_num_seqs=16, num_pages=100)
+    old = world.add(Spec(prompt=60, response=40, settings={"block_length": 40, "steps": 40}))
+    world.step()
+    steps = 0
+    while old not in world.finished:
+        world.add(Spec(prompt=200, response=8))
+        world.step()
+        steps += 1
+    assert steps <= 60
+    for request_id in [*world.waiting]:
+        world.abort(request_id)
+    world.drain()
+
+
+def test_a_large_request_is_not_starved_by_small_ones() -> None:
+    """The head that needs the whole budget gets it after one turn of the running requests."""
+    world = World(budget=256, max_num_seqs=8)
+    small = Spec(prompt=10, response=30, settings={"block_length": 30})
+    for _ in range(6):
+        world.add(small)
+    world.step()
+    large = world.add(Spec(prompt=240, response=16))
+    steps = 0
+    while large not in world.running:
+        world.step()
+        steps += 1
+    assert steps <= 7 + 1
+    world.drain()
+
+
+def test_admission_is_first_come_first_served() -> None:
+    world = World(max_num_seqs=2)
+    names = [world.add(Spec(priority=5 - number)) for number in range(6)]
+    world.drain()
+    assert world.admitted == names
+
+
+def test_admission_by_priority_and_then_by_arrival() -> None:
+    world = World(max_num_seqs=1, policy="priority")
+    for priority in (2, 0, 1, 0, 2):
+        world.add(Spec(priority=priority))
+    world.drain()
+    assert world.admitted == ["r1", "r3", "r2", "r0", "r4"]
+
+
+def test_max_num_seqs_leaves_others_waiting() -> None:
+    world = World(max_num_seqs=3, budget=512)
+    for _ in range(5):
+        world.add(Spec())
+    world.step()
+    assert world.running == ["r0", "r1", "r2"]
+    assert world.waiting == ["r3", "r4"]
+    assert world.scheduler.get_request_counts() == (3, 2)
+    world.drain()
+
+
+def test_who_does_not_fit_the_pool_waits_and_nobody_overtakes() -> None:
+    dual = {"cache_policy": "dual"}
+    world = World(num_pages=10, budget=512)
+    world.add(Spec(prompt=200, response=16, settings=dual))  # 7 pages
+    world.step()
+    big = world.add(Spec(prompt=180, response=16, settings=dual))  # 7 pages: not now
+    tiny = world.add(Spec(prompt=4, response=4, settings={"cache_policy": "none"}))  # no page
+    while "r0" in world.running:
+        world.step()
+        if "r0" in world.running:
+            assert world.waiting == [big, tiny]
+    world.step()
+    assert set(world.running) == {big, tiny}
+    world.drain()
+    assert world.admitted == ["r0", big, tiny]
+
+
+def test_the_pool_of_exactly_one_request() -> None:
+    spec = Spec(prompt=200, response=32, settings={"cache_policy": "dual"})
+    world = World(num_pages=spec.num_pages, budget=spec.largest_step)
+    for _ in range(3):
+        world.add(spec)
+    world.step()
+    assert world.scheduler.kv_cache_manager.usage == 1.0
+    world.drain()
+    assert world.admitted == ["r0", "r1", "r2"]
+
+
+def test_none_holds_no_page() -> None:
+    world = World(num_pages=1, budget=512)
+    for _ in range(4):
+        world.add(Spec(settings={"cache_policy": "none"}))
+    world.step()
+    assert len(world.running) == 4
+    assert world.scheduler.kv_cache_manager.usage == 0
+    world.drain()
+
+
+def test_paused_new_lets_the_running_go_on() -> None:
+    world = World()
+    first = world.add(Spec(response=4))
+    world.step()
+    world.scheduler.set_pause_state(PauseState.PAUSED_NEW)
+    second = world.add(Spec())
+    while world.running:
+        world.step()
+    assert first in world.finished
+    assert world.waiting == [second]
+    assert not world.step().num_scheduled_tokens
+    world.scheduler.set_pause_state(PauseState.UNPAUSED)
+    world.drain()
+
+
+def test_paused_all_runs_nobody_and_loses_nothing() -> None:
+    world = World()
+    world.add(Spec())
+    world.step()
+    world.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    world.add(Spec())
+    for _ in range(3):
+        assert world.step().total_num_scheduled_tokens == 0
+    assert world.scheduler.get_num_unfinished_requests() == 0
+    world.abort("r0")  # still possible, and its page comes back
+    assert world.num_held == 0
+    world.scheduler.set_pause_state(PauseState.UNPAUSED)
+    world.drain()
+
+
+@pytest.mark.parametrize("after", range(1, 20, 3))
+def test_a_reset_preempts_and_each_token_is_delivered_once(after: int) -> None:
+    world = World(max_num_seqs=2)
+    own = {"block_length": 4, "threshold": 0.9}
+    for _ in range(3):
+        world.add(Spec(response=24, settings=own))
+    for _ in range(after):
+        world.step()
+    running, held = world.running, world.num_held
+    world.reset()
+    assert world.running == [] and world.num_held == 0
+    assert world.waiting[: len(running)] == running  # in front of those never admitted
+    if held:
+        output = world.step()
+        assert [new.req_id for new in output.scheduled_new_reqs] == (running + world.waiting)[:2]
+        assert output.preempted_req_ids == set(running)
+    world.drain()
+
+
+def test_an_abort_between_preemption_and_resumption() -> None:
+    world = World()
+    first, second = world.add(Spec()), world.add(Spec())
+    for _ in range(5):
+        world.step()
+    world.reset()
+    world.abort(first)
+    assert world.step().scheduled_new_reqs[0].req_id == second
+    world.drain()
+    assert world.finished[first] == "abort"
+
+
+def test_failure_stops_one_request_with_an_error() -> None:
+    world = World()
+    broken = world.add(Spec(fails_at_run=3))
+    world.add(Spec())
+    for _ in range(3):
+        world.step()
+    assert world.finished == {broken: "error"}
+    assert world.scheduler.block_manager.held_pages(broken) == 0
+    world.drain()
+
+
+def test_a_failure_in_the_step_that_another_finishes() -> None:
+    world = World()
+    spec = Spec(response=2, settings={"cache_policy": "none"})
+    world.add(spec)
+    world.add(Spec(response=2, fails_at_run=2, settings={"cache_policy": "none"}))
+    world.drain()
+    assert world.finished == {"r0": "length", "r1": "error"}
+
+
+def test_blocks_that_are_not_needed_are_not_run() -> None:
+    """A stop token in the first block: the other blocks are never computed."""
+    world = World()
+    spec = Spec(response=32, stops_after=2, settings={"block_length": 4})
+    request_id = world.add(spec)
+    world.drain()
+    assert world.delivered[request_id] == spec.expected
+    assert world.runner.runs[request_id] <= 4
+
+
+def test_aborting_everybody() -> None:
+    world = World(max_num_seqs=2)
+    for _ in range(5):
+        world.add(Spec())
+    world.step()
+    for request_id in [*world.specs, "nobody"]:
+        world.abort(request_id)
+    assert world.num_held == 0
+    assert not world.scheduler.has_unfinished_requests()
+    world.check_empty()
+
+
+def test_the_prefix_cache_cannot_be_reset_under_running_requests() -> None:
+    world = World()
+    world.add(Spec())
+    world.step()
+    assert not world.scheduler.reset_prefix_cache()
+    assert world.running == ["r0"]
+    world.drain()
+    assert world.scheduler.reset_prefix_cache()
+
+
+def test_a_request_with_bad_parameters_leaves_nothing_behind() -> None:
+    """Admission refuses it first; if one slips through, the scheduler is not harmed."""
+    world = World()
+    with pytest.raises(ValueError, match="diffusion_keep_ratio must be"):
+        world.add(Spec(settings={"keep_ratio": 2.0}))
+    assert not world.scheduler.requests and not world.scheduler.progress

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The three axes never meet: read off the import statements, not trusted to memory."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import vllm_sparse_dllm
+from vllm_sparse_dllm.cache.policies import POLICIES
+from vllm_sparse_dllm.denoise.rules import RULES
+from vllm_sparse_dllm.settings import CACHE_POLICIES, REMASKING_RULES
+
+ROOT = Path(vllm_sparse_dllm.__file__).parent
+PACKAGE = ROOT.name
+FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
+
+
+def imports(file: str) -> set[str]:
+    """Return every module that a file imports, at the top or inside a function.
+
+    ``from a import b`` counts as ``a`` and ``a.b``: ``b`` may be a module. What only type
+    checkers see counts too.
+    """
+    names: set[str] = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 and node.module, f"{file}: relative import"
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def offending(file: str, *forbidden: str) -> set[str]:
+    """Return what a file imports of the forbidden modules or of anything in them."""
+    return {
+        name
+        for name in imports(file)
+        if any(name == module or name.startswith(module + ".") for module in forbidden)
+    }
+
+
+def own(*parts: str) -> tuple[str, ...]:
+    return tuple(f"{PACKAGE}.{part}" for part in parts)
+
+
+#: file: what it must not import.
+WALLS: dict[str, tuple[str, ...]] = {
+    # Which keys a step sees.
+    "cache/policies.py": (
+        "torch", "numpy", "vllm", *own("models", "engine", "attention"),
+        *own("denoise.rules", "denoise.sampling", "denoise.step", "denoise.traits"),
+    ),
+    "cache/saliency.py": own("models", "engine", "denoise", "attention"),
+    "cache/block_manager.py": ("torch", *own("models", "engine", "denoise", "attention")),
+    # Which tokens a step commits.
+    "denoise/rules.py": ("vllm", *own("cache", "engine", "models", "attention")),
+    "denoise/sampling.py": ("vllm", *own("cache", "engine", "models", "attention")),
+    "denoise/step.py": ("vllm", *own("cache", "engine", "models", "attention")),
+    "denoise/timetable.py": ("vllm", *own("cache", "engine", "models", "attention")),
+    # Which network runs.
+    "models/llada.py": own("cache", "engine", "denoise"),
+    "models/dream.py": own("cache", "engine", "denoise"),
+    "models/layers.py": own("cache", "engine", "denoise"),
+    # Decisions: no tensors, no attention, no rule.
+    "engine/scheduler.py": (
+        "torch", "numpy", *own("attention", "denoise.rules", "denoise.sampling", "denoise.step"),
+        *own("engine.runner", "engine.batch", "engine.requests", "engine.worker"),
+    ),
+    # Devices.
+    "attention/interface.py": ("vllm", *own("cache", "engine", "models", "denoise")),
+    "attention/plan.py": ("vllm", *own("cache", "engine", "models", "denoise")),
+    "attention/cpu.py": own("cache", "engine", "models", "denoise"),
+    "attention/portable.py": ("vllm", *own("cache", "engine", "models", "denoise")),
+    # Everybody reads the settings; at run time they read nobody.
+    "settings.py": ("torch", "vllm", *own("cache", "engine", "models", "attention")),
+}
+
+
+@pytest.mark.parametrize("file", WALLS)
+def test_axes_do_not_meet(file: str) -> None:
+    assert offending(file, *WALLS[file]) == set()
+
+
+def test_the_runner_takes_no_decisions() -> None:
+    assert offending("engine/runner.py", *own("engine.scheduler", "engine.admission")) == set()
+
+
+@pytest.mark.parametrize("file", [f for f in FILES if not f.startswith("models/")])
+def test_nobody_but_models_names_a_model_class(file: str) -> None:
+    """A new model is a file and a line in the plugin."""
+    allowed = own("models.llada", "models.dream") if file != "plugin.py" else ()
+    assert offending(file, *allowed) == set()
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_the_tests_and_the_reference_are_no_part_of_the_package(file: str) -> None:
+    assert offending(file, "tests", "pytest", "hypothesis") == set()
+
+
+def test_tables_name_what_the_code_has() -> None:
+    """A table in the README, in the settings and in the code is the same list."""
+    assert tuple(POLICIES) == CACHE_POLICIES
+    assert tuple(RULES) == REMASKING_RULES
+    assert all(policy.name == name for name, policy in POLICIES.items())
+    assert all(rule.name == name for name, rule in RULES.items())
+
+
+def test_the_scanner_sees_imports() -> None:
+    assert offending("cache/saliency.py", "torch") == {"torch", "torch.nn.functional"}
+    assert offending("denoise/timetable.py", "torch") == {"torch"}  # inside a function
+    assert offending("engine/scheduler.py", *own("cache")) >= set(own("cache.policies"))
