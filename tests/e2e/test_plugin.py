@@ -142,6 +142,9 @@ def test_ordinary_models_are_untouched(ordinary: Path, llada: Path) -> None:
         with running_engine(str(ordinary), **ORDINARY) as llm:
             scheduler = llm.llm_engine.engine_core.engine_core.scheduler
             assert "vllm_sparse_dllm" not in type(scheduler).__module__
+            # Admission checks requests of diffusion models only.
+            foreign = sampling(8, min_p=0.1, presence_penalty=0.5, diffusion_steps=-1)
+            assert len(generate(llm, PROMPTS[:1], [foreign])[0]) == 8
             defaults = llm.get_default_sampling_params()
             return {
                 "tokens": generate(llm, PROMPTS, [sampling(24)] * len(PROMPTS)),
@@ -156,13 +159,6 @@ def test_ordinary_models_are_untouched(ordinary: Path, llada: Path) -> None:
         defaults = llm.get_default_sampling_params()
         assert (defaults.temperature, defaults.max_tokens) == (0.0, 256)
     assert with_plugin() == without
-
-
-def test_diffusion_names_mean_nothing_to_ordinary_models(ordinary: Path) -> None:
-    """Admission checks requests of diffusion models only."""
-    with running_engine(str(ordinary), **ORDINARY) as llm:
-        params = [sampling(8, min_p=0.1, presence_penalty=0.5, diffusion_steps=-1)]
-        assert len(generate(llm, PROMPTS[:1], params)[0]) == 8
 
 
 # (c) Engine settings.
@@ -319,7 +315,7 @@ def _cut(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
 
 
 def _remove(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
-    return lambda tensors: tensors.pop(name) and None
+    return lambda tensors: tensors.__delitem__(name)
 
 
 def _add(name: str) -> Callable[[dict[str, torch.Tensor]], None]:

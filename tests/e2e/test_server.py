@@ -74,7 +74,7 @@ MIXED: list[tuple[list[int], dict[str, Any]]] = [
     (ids(15, 48), at("dual", "entropy", max_tokens=36, alg_temp=0.4, seed=16, **LONG)),
     (ids(16, 150), at("none", "low_confidence", max_tokens=30, steps=90, block_length=4, **LONG)),
 ]
-N_SAMPLES = (ids(17, 30), {"n": 3, "seed": 5, "temperature": 3.0, "max_tokens": 24, **LONG})
+N_SAMPLES = (ids(17, 30), {"n": 3, "seed": 5, "temperature": 2.0, "max_tokens": 24, **LONG})
 SCORED = (ids(18, 50), at("sparse", "low_confidence", max_tokens=24, threshold=0.4, **LONG))
 PLAIN = (ids(19, 21), {"max_tokens": 40, **LONG})
 LEFT_TO_RIGHT = (

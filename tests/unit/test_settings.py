@@ -249,7 +249,7 @@ def test_threshold_and_factor_exclude_each_other() -> None:
 
 
 @pytest.mark.parametrize(
-    "values", [{"threshold": 0.9}, {"factor": 1.0}, {"remasking": "origin"}], ids=lambda v: [*v][0]
+    "values", [{"threshold": 0.9}, {"factor": 1.0}, {"remasking": "origin"}], ids=str
 )
 def test_alg_temp_excludes(values: dict[str, Any]) -> None:
     for engine_values, own in (({}, values), (values, {})):
@@ -282,7 +282,7 @@ def test_a_request_is_merged_or_refused_with_its_name(values: dict[str, Any]) ->
     try:
         settings = request(**values)
     except ValueError as error:
-        assert any(f"diffusion_{name}" in str(error) for name in values)  # noqa: PT017
+        assert any(f"diffusion_{name}" in str(error) for name in values)
         return
     for name in FIELDS:
         if name in ENGINE_ONLY:

@@ -51,12 +51,13 @@ def test_what_division_leaves_goes_to_the_first_blocks() -> None:
     assert share_steps(Canvas(0, 5, 32), 5) == (5,)
 
 
-def spent(schedule: CommitSchedule, num_steps: int, size: int, first_commits_one: bool) -> list[int]:
+def spent(schedule: CommitSchedule, num_steps: int, size: int, first_one: bool) -> list[int]:
     """Commits of each step of a block until it is full."""
     left, counts = size, []
     while left:
         step = len(counts)
-        count = 1 if first_commits_one and step == 0 else schedule.count(step, num_steps, left, size)
+        special = first_one and step == 0  # Dream's first step of a block
+        count = 1 if special else schedule.count(step, num_steps, left, size)
         assert 0 <= count <= left
         counts.append(count)
         left -= count
