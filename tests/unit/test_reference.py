@@ -4,7 +4,6 @@ Numbers such as A9 or B6 are sections of algorithms.md.
 """
 
 import random
-import sys
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -15,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from vllm_sparse_dllm.assets import embedded_model
 from tests.reference import Model, Stats, generate, generate_with_stats, load, write_checkpoint
 from tests.reference.decode import (
     Options,
@@ -32,7 +31,7 @@ from tests.reference.decode import (
     top_p_top_k,
 )
 
-TINY_LLADA = Path("/work/shared/tiny-llada")
+TINY_LLADA = Path(embedded_model())
 BOTH = pytest.mark.parametrize("kind", ["llada", "dream"])
 CACHED = pytest.mark.parametrize("policy", ["prefix", "dual", "sparse"])
 ALL = pytest.mark.parametrize("policy", ["none", "prefix", "dual", "sparse"])

@@ -542,12 +542,8 @@ def test_admission_by_priority_and_then_by_arrival() -> None:
 
 
 WHOLE_BUDGET = {"prompt": 240, "response": 16, "settings": {"cache_policy": "none"}}
-PASSED_ON = pytest.mark.xfail(
-    strict=True, reason="the place of the waiting head is lost when a better one arrives"
-)
 
 
-@PASSED_ON
 def test_arrivals_of_rising_priority_do_not_keep_everybody_out() -> None:
     """Every step takes the whole budget, and every step a better request arrives."""
     world = World(budget=256, policy="priority")
@@ -560,7 +556,6 @@ def test_arrivals_of_rising_priority_do_not_keep_everybody_out() -> None:
     assert world.running != [first]
 
 
-@PASSED_ON
 def test_old_tickets_do_not_add_up_to_a_long_wait() -> None:
     """Each of the waiting was once the head, and all of them go before the one that runs."""
     world = World(budget=256, policy="priority")

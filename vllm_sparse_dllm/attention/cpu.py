@@ -33,6 +33,8 @@ class _FullPlan:
     paged: _PagedPlan
     slots: torch.Tensor
     num_pages: int
+    #: Pages that are not filled to their end; what is there is an earlier step's.
+    ragged_pages: torch.Tensor
 
 
 class CPUBackend(AttentionBackend):
@@ -43,8 +45,10 @@ class CPUBackend(AttentionBackend):
     ) -> None:
         super().__init__(shape, page_size, dtype, device)
         self._isa = _get_attn_isa(dtype, page_size, shape.head_size)
+        self._pools: list[torch.Tensor] = []
         self._pages: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._scratch = self._split(self._zeros(1))
+        self._scratch_pool = self._zeros(1)
+        self._scratch = self._split(self._scratch_pool)
 
     @staticmethod
     def supports(shape: AttentionShape, page_size: int, dtype: torch.dtype) -> bool:
@@ -68,14 +72,18 @@ class CPUBackend(AttentionBackend):
 
     def bind_pages(self, layers: list[torch.Tensor]) -> None:
         shape = self.shape
-        self._pages = [
-            self._split(
-                layer.view(self.dtype).view(
-                    -1, shape.num_kv_heads, self.page_size * 2, shape.head_size
-                )
+        self._pools = [
+            layer.view(self.dtype).view(
+                -1, shape.num_kv_heads, self.page_size * 2, shape.head_size
             )
             for layer in layers
         ]
+        self._pages = [self._split(pool) for pool in self._pools]
+
+    def clear(self, page_ids: np.ndarray) -> None:
+        pages = torch.from_numpy(page_ids)
+        for pool in self._pools:
+            pool.index_fill_(0, pages, 0)
 
     def _write(
         self,
@@ -162,6 +170,7 @@ class CPUBackend(AttentionBackend):
             self.plan_paged(query_lengths, key_lengths, table),
             torch.from_numpy(slots.astype(np.int64)),
             int(first_pages[-1]),
+            torch.from_numpy(first_pages[1:][key_lengths % self.page_size > 0] - 1),
         )
 
     def attend_full(
@@ -173,6 +182,8 @@ class CPUBackend(AttentionBackend):
         plan: Any,
     ) -> None:
         if self._scratch[0].shape[0] < plan.num_pages:
-            self._scratch = self._split(self._zeros(plan.num_pages))
+            self._scratch_pool = self._zeros(plan.num_pages)
+            self._scratch = self._split(self._scratch_pool)
+        self._scratch_pool.index_fill_(0, plan.ragged_pages, 0)
         self._write(self._scratch, keys, values, plan.slots)
         self._attend(self._scratch, queries, output, plan.paged)

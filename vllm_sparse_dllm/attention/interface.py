@@ -47,6 +47,13 @@ class AttentionBackend(ABC):
         """Take the pool: for each layer a flat byte buffer of all its pages."""
 
     @abstractmethod
+    def clear(self, page_ids: np.ndarray) -> None:
+        """Make pages fit for a new owner: nothing in them may reach its results.
+
+        A kernel may multiply what lies behind a sequence's last slot by 0, and NaN stays NaN.
+        """
+
+    @abstractmethod
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> None:

@@ -36,6 +36,9 @@ class PortableBackend(AttentionBackend):
             for layer in layers
         ]
 
+    def clear(self, page_ids: np.ndarray) -> None:
+        """Only filled slots are ever gathered."""
+
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> None:

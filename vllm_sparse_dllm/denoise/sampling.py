@@ -134,8 +134,8 @@ class CategoricalSampler(TokenSampler):
         restricted = restrict(logits / temperature, top_p, top_k)
         race = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
         race.exponential_(generator=generator)
-        # In logarithms: a probability of exactly 0 is never drawn.
-        scores = torch.softmax(restricted, dim=-1).double().log() - race.log()
+        # In logarithms of float64, so that small probabilities stay apart from 0.
+        scores = torch.log_softmax(restricted.double(), dim=-1) - race.log()
         return _best(scores, logits, mask_token_id), restricted
 
 

@@ -157,8 +157,9 @@ class RequestState:
         settings, sampling = self.settings, self.sampling
         special = self._commits_first_position_only
         num_steps = self.steps_of_block[self.block_index]
-        last = self.step >= num_steps - 1
-        chance = 1.0 if last or special else float(commit_fractions(num_steps)[self.step])
+        chance = 1.0
+        if self.rule.independent and self.step < num_steps - 1:
+            chance = float(commit_fractions(num_steps)[self.step])
         return Candidates(
             num=len(step.candidates),
             count=step.count,

@@ -192,12 +192,15 @@ class DiffusionModelRunner:
         if seed is None:
             name = f"{self.model_config.seed}/{new.req_id}".encode()
             seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "little")
+        page_ids = new.block_ids[0]
+        if page_ids:
+            self.backend.clear(np.array(page_ids))
         return RequestState(
             new.prompt_token_ids,
             settings,
             sampling,
             self.traits,
-            new.block_ids[0],
+            page_ids,
             self.cache_config.block_size,
             self._num_layers,
             torch.Generator(self.device).manual_seed(seed % 2**63),

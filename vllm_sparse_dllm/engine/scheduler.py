@@ -43,7 +43,7 @@ class Progress:
         num_pages: Pages it holds while it runs.
         block: Block of its next step.
         step: Next step within the block.
-        last_served: Scheduler step in which it last ran, or was first passed over.
+        last_served: Scheduler step in which it last ran.
     """
 
     settings: DecodingSettings
@@ -72,6 +72,8 @@ class DiffusionScheduler(Scheduler):
         assert isinstance(manager, SparseBlockManager)
         self.block_manager = manager
         self.progress: dict[str, Progress] = {}
+        # Step since which the head of the waiting queue, whoever it is, is passed over.
+        self._head_ticket: int | None = None
 
     def add_request(self, request: Request) -> None:
         sampling = request.sampling_params
@@ -97,13 +99,10 @@ class DiffusionScheduler(Scheduler):
             # Python's sort is stable: among equals, the order of admission.
             queue = sorted(self.running, key=lambda r: self.progress[r.request_id].last_served)
             head = self._waiting_head()
-            if head is not None:
-                ticket = self.progress[head.request_id].last_served
-                if ticket >= 0:
-                    place = sum(
-                        self.progress[r.request_id].last_served <= ticket for r in queue
-                    )
-                    queue.insert(place, head)
+            if head is not None and self._head_ticket is not None:
+                ticket = self._head_ticket
+                place = sum(self.progress[r.request_id].last_served <= ticket for r in queue)
+                queue.insert(place, head)
             for request in queue:
                 cost = self.progress[request.request_id].cost
                 if cost > budget:
@@ -120,8 +119,8 @@ class DiffusionScheduler(Scheduler):
             while (head := self._waiting_head()) is not None:
                 progress = self.progress[head.request_id]
                 if progress.cost > budget:
-                    if progress.last_served < 0:
-                        progress.last_served = self.current_step
+                    if self._head_ticket is None:
+                        self._head_ticket = self.current_step
                     break
                 cost = progress.cost
                 new = self._admit(head, now)
@@ -170,6 +169,7 @@ class DiffusionScheduler(Scheduler):
         if pages is None:
             return None
         self.waiting.pop_request()
+        self._head_ticket = None
         if request.prefill_stats is not None:
             request.prefill_stats.set(request.num_prompt_tokens, 0, 0)
         if self.log_stats:
