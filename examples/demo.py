@@ -192,8 +192,8 @@ def main() -> None:
     report(tasks, [len(prompt) for prompt in prompts], runs, arguments.keep_ratio)
     if arguments.model == embedded_model():
         print(
-            "Over about 100 prompts of 256 tokens each, keeping 0.5 takes this model's retrieval\n"
-            "from 0.99 right to 0.25 and leaves its copying as it was: what it retrieves it looks\n"
+            "Over 96 prompts of 256 tokens of each kind, this model had 94 retrievals right\n"
+            "without a cache and 33 keeping 0.5, but 64 and 63 copies. What it retrieves it looks\n"
             "for only in a block's last steps, after the cache was chosen. Try --keep-ratio 0.9."
         )
 

@@ -495,7 +495,6 @@ def test_the_server_answers_after_refusals(
     assert answer["token_ids"] == offline[str(PLAIN[0])][0]["tokens"]
 
 
-@pytest.mark.xfail(strict=True, reason="runs token by token over one-token responses")
 def test_beam_search_is_refused(server: Server) -> None:
     """What cannot be honoured is refused: a beam of one-token canvases is not a beam search."""
     request = {"prompt": ids(40, 6), "max_tokens": 4, "n": 2}

@@ -4,7 +4,8 @@
 A `RequestError` is a ``ValueError`` offline and HTTP 400 in the server. vLLM has a hook that
 sees a request's parameters (`LogitsProcessor.validate_params`) but none that sees them together
 with the prompt and the engine's configuration, and both decide whether a request can ever run;
-so `install` wraps `InputProcessor.process_inputs`, for diffusion models only.
+so `install` wraps `InputProcessor.process_inputs` (and what beam search asks first), for
+diffusion models only.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.sampling_params import SamplingParams
+from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
@@ -122,9 +123,15 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
 
 def install() -> None:
     """Put admission into vLLM's front end; may be repeated."""
-    original = InputProcessor.process_inputs
-    if getattr(original, "checks_diffusion_requests", False):
+    if getattr(InputProcessor, "checks_diffusion_requests", False):
         return
+    InputProcessor.checks_diffusion_requests = True  # type: ignore[attr-defined]
+    _wrap_process_inputs()
+    _wrap_beam_search()
+
+
+def _wrap_process_inputs() -> None:
+    original = InputProcessor.process_inputs
 
     @functools.wraps(original)
     def process_inputs(
@@ -147,5 +154,26 @@ def install() -> None:
             raise RequestError(str(error)) from error
         return request
 
-    process_inputs.checks_diffusion_requests = True  # type: ignore[attr-defined]
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
+
+
+def _wrap_beam_search() -> None:
+    # Beam search reaches `process_inputs` only as requests of one token; this is what both of
+    # its front ends ask first.
+    original = InputProcessor.resolve_watermarking
+
+    @functools.wraps(original)
+    def resolve_watermarking(
+        self: InputProcessor, params: SamplingParams | BeamSearchParams
+    ) -> bool:
+        if isinstance(params, BeamSearchParams) and isinstance(
+            self.model_config, DiffusionModelConfig
+        ):
+            raise RequestError(
+                "use_beam_search is not supported by diffusion models; it must be False, got True",
+                parameter="use_beam_search",
+                value=True,
+            )
+        return original(self, params)
+
+    InputProcessor.resolve_watermarking = resolve_watermarking  # type: ignore[method-assign]

@@ -95,22 +95,37 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
 
 
 def _refuse(vllm_config: VllmConfig) -> None:
-    if vllm_config.parallel_config.pipeline_parallel_size > 1:
-        raise ValueError(
-            "pipeline_parallel_size must be 1 for diffusion models, got "
-            f"{vllm_config.parallel_config.pipeline_parallel_size}; use tensor_parallel_size"
-        )
-    if vllm_config.speculative_config is not None:
-        raise ValueError("speculative_config must be unset for diffusion models")
-    if vllm_config.lora_config is not None:
-        raise ValueError("enable_lora must be off for diffusion models")
-    if vllm_config.kv_transfer_config is not None:
-        raise ValueError(
-            "kv_transfer_config must be unset for diffusion models: their cache is not a prefix"
-        )
-    cache_dtype = vllm_config.cache_config.cache_dtype
-    if cache_dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ValueError(f"kv_cache_dtype must be auto for diffusion models, got {cache_dtype!r}")
+    """Refuse engine options that would have no effect or a wrong one."""
+    model, cache, parallel = (
+        vllm_config.model_config,
+        vllm_config.cache_config,
+        vllm_config.parallel_config,
+    )
+    dtype = str(model.dtype).removeprefix("torch.")
+    for name, value, allowed in (
+        ("runner", model.runner_type, ("generate",)),
+        ("pipeline_parallel_size", parallel.pipeline_parallel_size, (1,)),
+        ("decode_context_parallel_size", parallel.decode_context_parallel_size, (1,)),
+        ("speculative_config", vllm_config.speculative_config, (None,)),
+        ("enable_lora", vllm_config.lora_config is not None, (False,)),
+        ("kv_transfer_config", vllm_config.kv_transfer_config, (None,)),
+        ("kv_offloading_size", cache.kv_offloading_size, (None,)),
+        ("kv_cache_dtype", cache.cache_dtype, ("auto", dtype)),
+        ("logprobs_mode", model.logprobs_mode, ("raw_logprobs",)),
+        ("logits_processors", model.logits_processors, (None, [])),
+        ("watermark_config", getattr(vllm_config, "watermark_config", None), (None,)),
+        ("scheduler_cls", vllm_config.scheduler_config.scheduler_cls, (None, _SCHEDULER)),
+    ):
+        if value not in allowed:
+            choices = " or ".join(repr(choice) for choice in allowed if choice != [])
+            raise ValueError(
+                f"{name} must be {choices} for diffusion models, got {_shown(value)}"
+            )
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{type(value).__name__}(...)"
 
 
 def _raise_default_token_budget(vllm_config: VllmConfig) -> None:
