@@ -13,10 +13,10 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.distributed import cleanup_dist_env_and_memory  # noqa: E402
+from vllm import LLM, SamplingParams
+from vllm.distributed import cleanup_dist_env_and_memory
 
-from vllm_sparse_dllm.engine.scheduler import DiffusionScheduler  # noqa: E402
+from vllm_sparse_dllm.engine.scheduler import DiffusionScheduler
 
 CACHE_BYTES = 64 << 20
 
@@ -58,9 +58,7 @@ def sampling(max_tokens: int, **options: Any) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, extra_args=extra or None, **{**defaults, **rest})
 
 
-def generate(
-    llm: LLM, prompts: list[list[int]], params: list[SamplingParams]
-) -> list[list[int]]:
+def generate(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
     """Return the response ids of all prompts, run together."""
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False

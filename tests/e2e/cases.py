@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from vllm import SamplingParams
 
 from tests.engines import sampling
 from tests.reference import Model, generate
-from vllm import SamplingParams
 
 POLICIES = ("none", "prefix", "dual", "sparse")
 GREEDY_RULES = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")

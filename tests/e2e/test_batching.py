@@ -60,9 +60,7 @@ def _run_staggered(llm: LLM, cases: list[Case], rng: random.Random) -> dict[str,
         for _ in range(rng.randint(0, 2)):
             if waiting:
                 number, case = waiting.pop()
-                engine.add_request(
-                    str(number), {"prompt_token_ids": case.prompt}, case.sampling()
-                )
+                engine.add_request(str(number), {"prompt_token_ids": case.prompt}, case.sampling())
         for _ in range(rng.randint(1, 4)):
             for output in engine.step():
                 if output.finished:
@@ -102,9 +100,7 @@ def test_pages_of_a_sparse_request(llada: LLM) -> None:
         (10, 5, 32, 1.0),
         (64, 40, 8, 0.01),
     ):
-        params = sampling(
-            max_tokens, diffusion_block_length=block, diffusion_keep_ratio=ratio
-        )
+        params = sampling(max_tokens, diffusion_block_length=block, diffusion_keep_ratio=ratio)
         engine.add_request("r", {"prompt_token_ids": [3] * prompt_length}, params)
         length, longest = prompt_length + max_tokens, min(block, max_tokens)
         expected = math.ceil((int((length - longest) * ratio) + longest) / page)

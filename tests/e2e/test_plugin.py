@@ -280,9 +280,7 @@ def test_uneven_heads(llada: Path, copy: Callable[[Path], Path]) -> None:
         config_of(model)
 
 
-def test_a_moe_checkpoint_is_not_taken_for_llada(
-    llada: Path, copy: Callable[[Path], Path]
-) -> None:
+def test_a_moe_checkpoint_is_not_taken_for_llada(llada: Path, copy: Callable[[Path], Path]) -> None:
     """It has the same ``model_type``; vLLM refuses its architecture."""
     model = copy(llada)
     edit_config(model, architectures=["LLaDAMoEModelLM"])
@@ -583,7 +581,7 @@ def test_dream_chats(dream_with_tokenizer: Path) -> None:
             "speculative_config",
         ),
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
-        ({"kv_cache_dtype": "bfloat16", "dtype": "float32"}, "kv_cache_dtype"),
+        ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype"),
         ({"kv_offloading_size": 1.0}, "kv_offloading_size"),
         ({"runner": "pooling"}, "runner"),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode"),
@@ -618,9 +616,7 @@ def test_defaults_need_no_flag(llada: Path) -> None:
 # (i) and (j): budgets of tokens and pages.
 
 
-def test_default_token_budget_holds_the_context(
-    llada: Path, copy: Callable[[Path], Path]
-) -> None:
+def test_default_token_budget_holds_the_context(llada: Path, copy: Callable[[Path], Path]) -> None:
     model = copy(llada)
     edit_config(model, max_sequence_length=50_000)
     scheduler = config_of(model).scheduler_config

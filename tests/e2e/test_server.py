@@ -240,8 +240,7 @@ def test_logprobs(server: Server, offline: dict[str, list[Answer]]) -> None:
     prompt, options = SCORED
     expected = offline[str(prompt)][0]
     own = [
-        at[str(token)]
-        for token, at in zip(expected["tokens"], expected["logprobs"], strict=True)
+        at[str(token)] for token, at in zip(expected["tokens"], expected["logprobs"], strict=True)
     ]
     best = [sorted(at.values(), reverse=True)[:3] for at in expected["logprobs"]]
 
@@ -286,8 +285,7 @@ def test_a_logprob_is_of_the_step_that_committed_the_token(
         own.append(float(logits.log_softmax(-1)[token]))
         canvas[position] = token
     values = [
-        at[str(token)]
-        for token, at in zip(expected["tokens"], expected["logprobs"], strict=True)
+        at[str(token)] for token, at in zip(expected["tokens"], expected["logprobs"], strict=True)
     ]
     assert values == pytest.approx(own, abs=1e-3)
     choice = server.answer("completions", **body(prompt, options), logprobs=0)["choices"][0]
@@ -304,8 +302,7 @@ def test_streamed_logprobs(server: Server, offline: dict[str, list[Answer]]) -> 
                 if choice["logprobs"]:
                     values += choice["logprobs"]["token_logprobs"]
     own = [
-        at[str(token)]
-        for token, at in zip(expected["tokens"], expected["logprobs"], strict=True)
+        at[str(token)] for token, at in zip(expected["tokens"], expected["logprobs"], strict=True)
     ]
     assert values == pytest.approx(own, abs=1e-4)
 
@@ -523,8 +520,7 @@ def test_an_abort_frees_pages_and_harms_nobody(
         assert running == len(endless)
         assert 0 < usage <= 1
         asked = [
-            clients.submit(server.answer, "completions", **body(*request))
-            for request in BYSTANDERS
+            clients.submit(server.answer, "completions", **body(*request)) for request in BYSTANDERS
         ]
         leave.set()
         for abort in leaving:

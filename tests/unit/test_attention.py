@@ -37,8 +37,13 @@ WHOLE = [(40, 40), (0, 17), (3, 65), (1, 1), (64, 64), (8, 33)]
 
 def cases() -> list:
     return [
-        pytest.param(backend, shape, dtype, id=f"{backend.__name__}-{shape.num_heads}x"
-                     f"{shape.num_kv_heads}x{shape.head_size}-{str(dtype)[6:]}")
+        pytest.param(
+            backend,
+            shape,
+            dtype,
+            id=f"{backend.__name__}-{shape.num_heads}x"
+            f"{shape.num_kv_heads}x{shape.head_size}-{str(dtype)[6:]}",
+        )
         for backend, shape, dtype in itertools.product(BACKENDS, SHAPES, DTYPES)
         if backend is not CPUBackend or CPUBackend.supports(shape, PAGE, dtype)
     ]
@@ -109,9 +114,7 @@ def run_paged(
             backend.write(layer, k[part], v[part], slots[part])
         queries.append(q)
         expected.append(softmax_attention(q, k, v))
-    plan = backend.plan_paged(
-        np.array([num for num, _ in PAGED]), np.array(lengths), table
-    )
+    plan = backend.plan_paged(np.array([num for num, _ in PAGED]), np.array(lengths), table)
     joined = torch.cat(queries)
     output = torch.full_like(joined, 77.0)
     backend.attend_paged(layer, joined, output, plan)
@@ -228,9 +231,7 @@ def test_layers_do_not_touch_each_other(
     for num_queries, num_keys in PAGED:  # the draws of the first run, for its queries
         for heads, num in ((shape.num_kv_heads, num_keys), (shape.num_kv_heads, num_keys)):
             randn(generator, num, heads, shape.head_size, dtype=dtype)
-        queries.append(
-            randn(generator, num_queries, shape.num_heads, shape.head_size, dtype=dtype)
-        )
+        queries.append(randn(generator, num_queries, shape.num_heads, shape.head_size, dtype=dtype))
         torch.randperm(num_keys, generator=generator)
     plan = backend.plan_paged(
         np.array([num for num, _ in PAGED]), np.array(lengths), page_table(lengths, 1)
@@ -254,9 +255,7 @@ def test_a_sequence_alone_is_the_same_as_in_company(
     for row in range(3):
         backend.write(0, k, v, slots_of(table, row, 90))
     alone, company = torch.empty_like(q), torch.empty(36, *q.shape[1:], dtype=dtype)
-    backend.attend_paged(
-        0, q, alone, backend.plan_paged(np.array([12]), np.array([90]), table[:1])
-    )
+    backend.attend_paged(0, q, alone, backend.plan_paged(np.array([12]), np.array([90]), table[:1]))
     plan = backend.plan_paged(np.array([12] * 3), np.array([90] * 3), table)
     backend.attend_paged(0, q.repeat(3, 1, 1), company, plan)
     for part in company.split(12):

@@ -353,14 +353,13 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
     asked += [s.candidates for r, s in zip(states, steps, strict=True) if r.settings.cfg_scale]
     joined = np.concatenate(asked)
     if kind == "dream":
-        starts = np.concatenate(
-            [np.full(len(step.candidates), step.queries[0]) for step in steps]
-        )
+        starts = np.concatenate([np.full(len(step.candidates), step.queries[0]) for step in steps])
         joined = np.maximum(joined - 1, starts)
     assert batch.positions[rows].tolist() == joined.tolist()
     assert (torch.diff(plan.last_rows) > 0).all()  # ascending, none twice
-    assert plan.num_last_cached == int((plan.last_rows < sum(
-        step.queries[1] - step.queries[0] for _, _, step in cached)).sum())
+    assert plan.num_last_cached == int(
+        (plan.last_rows < sum(step.queries[1] - step.queries[0] for _, _, step in cached)).sum()
+    )
 
 
 @pytest.mark.parametrize("kind", ["llada", "dream"])

@@ -257,9 +257,7 @@ def test_logits_are_read_only_and_of_any_dtype(kind: str, dtype: torch.dtype) ->
     before = logits.clone()
     for temperature in (0.0, 0.8):
         job = Job(logits.float(), Options(temperature=temperature), step=7)
-        commits = denoise(
-            logits, [job.candidates(kind)], MASK, traits_of(kind, MASK).sampler
-        )
+        commits = denoise(logits, [job.candidates(kind)], MASK, traits_of(kind, MASK).sampler)
         assert torch.equal(logits, before)
         assert split(commits, [job]) == [job.naive(kind)]
 
@@ -334,8 +332,13 @@ def padded(rows: list[torch.Tensor]) -> torch.Tensor:
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(CONFIDENCES, st.sampled_from([0.25, 0.5, 0.75, 0.9, 1.0])
-                          | st.floats(0.001, 1)), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(CONFIDENCES, st.sampled_from([0.25, 0.5, 0.75, 0.9, 1.0]) | st.floats(0.001, 1)),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_threshold_counts(rows: list[tuple[torch.Tensor, float]]) -> None:
     thresholds = torch.tensor([threshold for _, threshold in rows])
     got = threshold_counts(padded([ordered for ordered, _ in rows]), thresholds)
@@ -343,8 +346,13 @@ def test_threshold_counts(rows: list[tuple[torch.Tensor, float]]) -> None:
 
 
 @settings(max_examples=200)
-@given(st.lists(st.tuples(CONFIDENCES, st.sampled_from([0.5, 1.0, 2.0, 3.0, 100.0])
-                          | st.floats(0.001, 30)), min_size=1, max_size=5))
+@given(
+    st.lists(
+        st.tuples(CONFIDENCES, st.sampled_from([0.5, 1.0, 2.0, 3.0, 100.0]) | st.floats(0.001, 30)),
+        min_size=1,
+        max_size=5,
+    )
+)
 def test_factor_counts(rows: list[tuple[torch.Tensor, float]]) -> None:
     factors = torch.tensor([factor for _, factor in rows], dtype=torch.float64)
     sizes = torch.tensor([len(ordered) for ordered, _ in rows])
@@ -355,6 +363,7 @@ def test_factor_counts(rows: list[tuple[torch.Tensor, float]]) -> None:
 
 def test_factor_quirk() -> None:
     """B4: one commits one, two commit both, and a last one that alone fails is committed."""
+
     def count(*values: float) -> int:
         ordered = torch.tensor([values])
         return int(factor_counts(ordered, torch.tensor([1.0]), torch.tensor([len(values)])))

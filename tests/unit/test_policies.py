@@ -21,9 +21,7 @@ RATIOS = st.floats(0, 1, exclude_min=True) | st.sampled_from([0.1, 0.3, 0.5, 0.7
 
 @st.composite
 def canvases(draw: st.DrawFn) -> Canvas:
-    return Canvas(
-        draw(st.integers(0, 300)), draw(st.integers(1, 200)), draw(st.integers(1, 100))
-    )
+    return Canvas(draw(st.integers(0, 300)), draw(st.integers(1, 200)), draw(st.integers(1, 100)))
 
 
 @st.composite

@@ -14,8 +14,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-
-from vllm_sparse_dllm.assets import embedded_model
 from tests.reference import Model, Stats, generate, generate_with_stats, load, write_checkpoint
 from tests.reference.decode import (
     Options,
@@ -30,6 +28,7 @@ from tests.reference.decode import (
     select,
     top_p_top_k,
 )
+from vllm_sparse_dllm.assets import embedded_model
 
 TINY_LLADA = Path(embedded_model())
 BOTH = pytest.mark.parametrize("kind", ["llada", "dream"])

@@ -128,9 +128,7 @@ def vectors(draw: st.DrawFn) -> torch.Tensor:
 
 
 @given(vectors(), st.floats(0, 1), st.sampled_from([1, 3, 5, 9, 31]))
-def test_the_very_entries_of_the_reference(
-    scores: torch.Tensor, ratio: float, kernel: int
-) -> None:
+def test_the_very_entries_of_the_reference(scores: torch.Tensor, ratio: float, kernel: int) -> None:
     keep = int(len(scores) * ratio)
     if keep == 0:  # the attention layer does not ask for nothing
         return

@@ -421,9 +421,7 @@ class Story:
 @st.composite
 def stories(draw: st.DrawFn, calm: bool = False) -> Story:
     requests = draw(st.lists(st.tuples(st.integers(0, 25), specs()), min_size=1, max_size=9))
-    some = st.dictionaries(
-        st.integers(0, 40), st.lists(st.integers(0, 8), max_size=2), max_size=4
-    )
+    some = st.dictionaries(st.integers(0, 40), st.lists(st.integers(0, 8), max_size=2), max_size=4)
     return Story(
         requests=requests,
         aborts={} if calm else draw(some),

@@ -52,7 +52,10 @@ def own(*parts: str) -> tuple[str, ...]:
 WALLS: dict[str, tuple[str, ...]] = {
     # Which keys a step sees.
     "cache/policies.py": (
-        "torch", "numpy", "vllm", *own("models", "engine", "attention"),
+        "torch",
+        "numpy",
+        "vllm",
+        *own("models", "engine", "attention"),
         *own("denoise.rules", "denoise.sampling", "denoise.step", "denoise.traits"),
     ),
     "cache/saliency.py": own("models", "engine", "denoise", "attention"),
@@ -68,7 +71,9 @@ WALLS: dict[str, tuple[str, ...]] = {
     "models/layers.py": own("cache", "engine", "denoise"),
     # Decisions: no tensors, no attention, no rule.
     "engine/scheduler.py": (
-        "torch", "numpy", *own("attention", "denoise.rules", "denoise.sampling", "denoise.step"),
+        "torch",
+        "numpy",
+        *own("attention", "denoise.rules", "denoise.sampling", "denoise.step"),
         *own("engine.runner", "engine.batch", "engine.requests", "engine.worker"),
     ),
     # Devices.

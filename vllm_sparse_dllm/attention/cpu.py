@@ -73,9 +73,7 @@ class CPUBackend(AttentionBackend):
     def bind_pages(self, layers: list[torch.Tensor]) -> None:
         shape = self.shape
         self._pools = [
-            layer.view(self.dtype).view(
-                -1, shape.num_kv_heads, self.page_size * 2, shape.head_size
-            )
+            layer.view(self.dtype).view(-1, shape.num_kv_heads, self.page_size * 2, shape.head_size)
             for layer in layers
         ]
         self._pages = [self._split(pool) for pool in self._pools]

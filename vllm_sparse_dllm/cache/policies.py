@@ -50,9 +50,7 @@ class CachePolicy(ABC):
     def candidates(self, canvas: Canvas, block: Span) -> tuple[Span, ...]:
         """Return the position ranges that the block's cache is filled from, in order."""
 
-    def num_kept(
-        self, num_candidates: int, settings: DecodingSettings, page_size: int
-    ) -> int:
+    def num_kept(self, num_candidates: int, settings: DecodingSettings, page_size: int) -> int:
         """Return how many of the candidates are kept, at most."""
         return num_candidates
 
@@ -137,9 +135,7 @@ class SparseCache(DualCache):
             return StepKind.FULL
         return StepKind.REFRESH if step == settings.delay_steps else StepKind.CACHED
 
-    def num_kept(
-        self, num_candidates: int, settings: DecodingSettings, page_size: int
-    ) -> int:
+    def num_kept(self, num_candidates: int, settings: DecodingSettings, page_size: int) -> int:
         kept = int(num_candidates * settings.keep_ratio)
         if settings.granularity == "page":
             return min(-(-kept // page_size) * page_size, num_candidates)

@@ -36,9 +36,12 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "bad_words": (None, []),
     "allowed_token_ids": (None,),
     "prompt_logprobs": (None,),
+    "prompt_logprob_token_ids": (None,),
     "logprob_token_ids": (None,),
     "structured_outputs": (None,),
     "thinking_token_budget": (None,),
+    "trace_decode_token_ids": (None,),
+    "watermarking": (None, False),
 }
 
 
@@ -83,7 +86,9 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
 
     assert sampling.max_tokens is not None
     canvas = Canvas(len(request.prompt_token_ids), sampling.max_tokens, settings.block_length)
-    lengths = f"the prompt has {canvas.prompt_length} tokens and max_tokens is {sampling.max_tokens}"
+    lengths = (
+        f"the prompt has {canvas.prompt_length} tokens and max_tokens is {sampling.max_tokens}"
+    )
     context = vllm_config.model_config.max_model_len
     if canvas.length > context:
         raise RequestError(

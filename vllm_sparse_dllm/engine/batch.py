@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -66,7 +67,6 @@ def build_batch(
     firsts = np.cumsum(lengths) - lengths
     for entry, first in zip(ordered, firsts.tolist(), strict=True):
         entry.first_token = first
-    num_cached_tokens = int(lengths[: len(cached)].sum())
     input_ids = np.concatenate([e.sequence.token_ids[slice(*e.step.queries)] for e in ordered])
     starts = np.array([e.step.queries[0] for e in ordered])
     positions = np.arange(len(input_ids)) - np.repeat(firsts - starts, lengths)
@@ -150,7 +150,7 @@ def _cached_segment(
     lengths: np.ndarray,
     row_counts: np.ndarray,
     backend: AttentionBackend,
-    to_device,
+    to_device: Callable[[np.ndarray], torch.Tensor],
 ) -> CachedSegment | None:
     if not entries:
         return None
@@ -182,7 +182,12 @@ def _full_segment(
     )
 
 
-def _fill(request: RequestState, entry: _Entry, first_token: int, to_device) -> CacheFill:
+def _fill(
+    request: RequestState,
+    entry: _Entry,
+    first_token: int,
+    to_device: Callable[[np.ndarray], torch.Tensor],
+) -> CacheFill:
     canvas, settings, policy = request.canvas, request.settings, request.policy
     block = entry.step.block
     spans = policy.candidates(canvas, block)

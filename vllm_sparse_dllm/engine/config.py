@@ -102,7 +102,7 @@ def _refuse(vllm_config: VllmConfig) -> None:
         vllm_config.parallel_config,
     )
     dtype = str(model.dtype).removeprefix("torch.")
-    for name, value, allowed in (
+    options: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("runner", model.runner_type, ("generate",)),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, (1,)),
         ("decode_context_parallel_size", parallel.decode_context_parallel_size, (1,)),
@@ -115,12 +115,11 @@ def _refuse(vllm_config: VllmConfig) -> None:
         ("logits_processors", model.logits_processors, (None, [])),
         ("watermark_config", getattr(vllm_config, "watermark_config", None), (None,)),
         ("scheduler_cls", vllm_config.scheduler_config.scheduler_cls, (None, _SCHEDULER)),
-    ):
+    )
+    for name, value, allowed in options:
         if value not in allowed:
             choices = " or ".join(repr(choice) for choice in allowed if choice != [])
-            raise ValueError(
-                f"{name} must be {choices} for diffusion models, got {_shown(value)}"
-            )
+            raise ValueError(f"{name} must be {choices} for diffusion models, got {_shown(value)}")
 
 
 def _shown(value: Any) -> str:

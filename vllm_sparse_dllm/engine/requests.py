@@ -134,9 +134,7 @@ class RequestState:
 
     @property
     def _commits_first_position_only(self) -> bool:
-        return (
-            self.step == 0 and self.traits.shifts_logits and self.policy.first_step_commits_one
-        )
+        return self.step == 0 and self.traits.shifts_logits and self.policy.first_step_commits_one
 
     def _masked_positions(self, block: Span) -> np.ndarray:
         first = self.canvas.prompt_length
@@ -175,9 +173,7 @@ class RequestState:
             num_logprobs=sampling.logprobs,
         )
 
-    def commit(
-        self, positions: np.ndarray, tokens: np.ndarray, logprobs: Logprobs | None
-    ) -> None:
+    def commit(self, positions: np.ndarray, tokens: np.ndarray, logprobs: Logprobs | None) -> None:
         """Write committed tokens and go on to the next step that does something."""
         for sequence in self.sequences:
             sequence.token_ids[positions] = tokens

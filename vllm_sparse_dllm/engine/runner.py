@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import numpy as np
 import torch
@@ -66,13 +67,22 @@ class DiffusionModelRunner:
         assert isinstance(model, DiffusionDecoder)
         self.model = model
         self.backend = make_backend(
-            self._attention_shape, self.cache_config.block_size, self.model_config.dtype, self.device
+            self._attention_shape,
+            self.cache_config.block_size,
+            self._dtype,
+            self.device,
         )
 
     @property
     def _attention_shape(self) -> AttentionShape:
-        attention = self.model.layers[0].self_attn
+        attention: Any = self.model.layers[0].self_attn
         return AttentionShape(attention.num_heads, attention.num_kv_heads, attention.head_size)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        dtype = self.model_config.dtype
+        assert isinstance(dtype, torch.dtype)
+        return dtype
 
     @property
     def _num_layers(self) -> int:
@@ -97,7 +107,7 @@ class DiffusionModelRunner:
             block_size=page,
             num_kv_heads=shape.num_kv_heads,
             head_size=shape.head_size,
-            dtype=self.model_config.dtype,
+            dtype=self._dtype,
             dcp_sharded=False,
             max_slots=max(policy.num_slots(c, settings, page) for c in (canvas, longest)),
         )
@@ -212,7 +222,9 @@ class DiffusionModelRunner:
         batch = build_batch(states, steps, self.backend)
         with set_forward_context(None, self.vllm_config):
             hidden = self.model(batch.input_ids, batch.positions, plan=batch.plan)
-        active = [(state, step) for state, step in zip(states, steps, strict=True) if len(step.candidates)]
+        active = [
+            (state, step) for state, step in zip(states, steps, strict=True) if len(step.candidates)
+        ]
         if not active:
             return None
         logits = self._logits(hidden, batch)

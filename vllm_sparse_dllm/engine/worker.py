@@ -39,6 +39,7 @@ class _DiffusionWorker(Worker):
         return self.model_runner.execute_model(scheduler_output)
 
     def _make_model_runner(self) -> Any:
+        assert self.device is not None
         return DiffusionModelRunner(self.vllm_config, self.device)
 
     def reset_mm_cache(self) -> None:

@@ -7,14 +7,14 @@ uncompiled, the fused kernels are several times faster.
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-try:
+with contextlib.suppress(ImportError):
     import vllm._C  # noqa: F401
-except ImportError:
-    pass
 
 _COMPILED = all(
     hasattr(torch.ops._C, name) for name in ("rms_norm", "fused_add_rms_norm", "silu_and_mul")
@@ -60,8 +60,6 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     width = gate_up.shape[-1] // 2
     if not _COMPILED:
         return F.silu(gate_up[..., :width]) * gate_up[..., width:]
-    output = torch.empty(
-        (*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device
-    )
+    output = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     torch.ops._C.silu_and_mul(output, gate_up)
     return output

@@ -294,6 +294,7 @@ class DiffusionDecoder(nn.Module):
         for index, layer in enumerate(self.layers):
             last = index == self.shape.num_layers - 1
             hidden, residual = layer(positions, hidden, residual, self.rotary, plan, last)
+        assert residual is not None
         hidden, _ = self.norm.add_norm(hidden, residual)
         return hidden
 
