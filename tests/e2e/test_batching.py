@@ -7,8 +7,10 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from vllm import LLM
 
 from tests.e2e.cases import Case, drawn_cases, greedy_cases
@@ -192,3 +194,65 @@ def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
                 [[7] * 200],
                 [sampling(32, diffusion_cache_policy="dual", diffusion_cfg_scale=1.0)],
             )
+
+
+def _count_forwards(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of tokens of each forward pass."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    original = runner.model.forward
+    sizes: list[int] = []
+
+    def forward(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(input_ids))
+        return original(input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(runner.model, "forward", forward)
+    return sizes
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_bursts_change_no_token(
+    llada: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """However many block steps the runner takes by itself."""
+    cases = [case for case in _mixed_cases("llada") if case.options["cache_policy"] != "none"][:6]
+    prompts, params = [c.prompt for c in cases], [c.sampling() for c in cases]
+    expected = generate(llada, prompts, params)
+    monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
+    assert generate(llada, prompts, params) == expected
+    assert _run_staggered(llada, cases, random.Random(1)) == {
+        str(number): tokens for number, tokens in enumerate(expected)
+    }
+
+
+def test_a_burst_ends_with_its_block(llada: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two full passes, then all block steps of the block in one engine step."""
+    monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", 1e9)
+    sizes = _count_forwards(llada, monkeypatch)
+    engine = llada.llm_engine
+    engine.add_request("r", {"prompt_token_ids": [3] * 40}, sampling(64))
+    forwards_of_steps = []
+    while engine.has_unfinished_requests():
+        before = len(sizes)
+        engine.step()
+        forwards_of_steps.append(len(sizes) - before)
+    assert [n for n in forwards_of_steps if n] == [1, 1, 30, 1, 1, 30]
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_blocks_behind_the_end_are_not_computed(
+    llada: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    """A stop token that is final ends the request there, in a burst too."""
+    monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
+    prompt = list(range(60))
+    whole = generate(llada, [prompt], [sampling(64, diffusion_block_length=8)])[0]
+    sizes = _count_forwards(llada, monkeypatch)
+    generate(llada, [prompt], [sampling(64, diffusion_block_length=8)])
+    per_block = len(sizes) // 8
+    for stop in (whole[3], whole[20]):
+        place = whole.index(stop)
+        sizes.clear()
+        params = sampling(64, diffusion_block_length=8, stop_token_ids=[stop])
+        assert generate(llada, [prompt], [params])[0] == whole[: place + 1]
+        assert place // 8 * per_block < len(sizes) <= (place // 8 + 1) * per_block

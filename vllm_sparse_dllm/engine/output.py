@@ -1,11 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the runner tells the scheduler beyond vLLM's own output."""
+"""What scheduler and runner tell each other beyond vLLM's own messages."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
+
+
+@dataclass
+class DiffusionSchedulerOutput(SchedulerOutput):
+    """vLLM's message and how far the runner may go on by itself.
+
+    Attributes:
+        max_steps: Denoising steps to run at the most. The runner stops earlier at the end of
+            a block, of a response, or at anything else that is the scheduler's to decide.
+    """
+
+    max_steps: int = 1
 
 
 @dataclass
@@ -14,8 +27,10 @@ class DiffusionRunnerOutput(ModelRunnerOutput):
 
     Attributes:
         progress: For each request that ran: block and step within it that come next.
+        num_steps: Denoising steps that were run.
         failed: Requests that cannot go on, with the reason.
     """
 
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
+    num_steps: int = 1
     failed: dict[str, str] = field(default_factory=dict)

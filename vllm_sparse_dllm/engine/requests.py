@@ -107,6 +107,7 @@ class RequestState:
         self.block_index = 0
         self.step = 0
         self.num_delivered = num_delivered
+        self._stop_ids = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
         self._num_final = 0
         self._logprobs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
 
@@ -207,14 +208,26 @@ class RequestState:
         ):
             self.step += 1
 
+    @property
+    def continues_alone(self) -> bool:
+        """Whether the next step is a block step that nobody has to decide on."""
+        if self.finished or self.policy.kind(self.step, self.settings) is not StepKind.CACHED:
+            return False
+        first = self.canvas.prompt_length + self._num_final
+        final = self.sequences[0].token_ids[first : first + self._num_newly_final()]
+        return self._stop_ids.isdisjoint(final.tolist())
+
+    def _num_newly_final(self) -> int:
+        masked = self.masked[self._num_final :]
+        return int(np.argmax(masked)) if masked.any() else len(masked)
+
     def take_final(self) -> tuple[list[int], list[tuple[np.ndarray, np.ndarray, int]]]:
         """Return the tokens that became final, with everything before them, since last time.
 
         Returns:
             Token ids, and their log-probabilities where the request asked for them.
         """
-        masked = self.masked[self._num_final :]
-        num_new = int(np.argmax(masked)) if masked.any() else len(masked)
+        num_new = self._num_newly_final()
         start = max(self._num_final, self.num_delivered)
         self._num_final += num_new
         first = self.canvas.prompt_length

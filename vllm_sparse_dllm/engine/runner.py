@@ -170,7 +170,7 @@ class DiffusionModelRunner:
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: object = None
     ) -> DiffusionRunnerOutput:
-        """Run one step of the scheduled requests."""
+        """Run the scheduled requests, one step or as many as the scheduler leaves to us."""
         self._update_requests(scheduler_output)
         request_ids = list(scheduler_output.num_scheduled_tokens)
         output = DiffusionRunnerOutput(
@@ -181,9 +181,16 @@ class DiffusionModelRunner:
         if not request_ids:
             return output
         states = [self.requests[request_id] for request_id in request_ids]
-        steps = [state.next_step() for state in states]
-        commits = self._forward(states, steps)
-        self._commit(request_ids, states, steps, commits, output)
+        max_steps = getattr(scheduler_output, "max_steps", 1)
+        for number in range(1, max_steps + 1):
+            steps = [state.next_step() for state in states]
+            failed = self._commit(states, steps, self._forward(states, steps))
+            output.num_steps = number
+            if failed or not all(state.continues_alone for state in states):
+                break
+        for index in failed:
+            output.failed[request_ids[index]] = "the model's logits are not finite"
+        self._report(states, output)
         return output
 
     def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -250,33 +257,35 @@ class DiffusionModelRunner:
         return conditional.index_copy(0, batch.guided, guided)
 
     def _commit(
-        self,
-        request_ids: list[str],
-        states: list[RequestState],
-        steps: list[NextStep],
-        commits: Commits | None,
-        output: DiffusionRunnerOutput,
-    ) -> None:
-        logprobs: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
+        self, states: list[RequestState], steps: list[NextStep], commits: Commits | None
+    ) -> list[int]:
+        """Write what a step decided to the canvases; return the requests that failed."""
+        failed: list[int] = []
         nothing = np.zeros(0, dtype=np.int64)
         row = active = 0
-        for index, (request_id, state, step) in enumerate(
-            zip(request_ids, states, steps, strict=True)
-        ):
+        for index, (state, step) in enumerate(zip(states, steps, strict=True)):
             num = len(step.candidates)
-            positions, tokens, own_logprobs = nothing, nothing, None
-            if num:
-                assert commits is not None
-                if commits.failed[active]:
-                    output.failed[request_id] = "the model's logits are not finite"
-                else:
-                    committed = commits.committed[row : row + num]
-                    positions = step.candidates[committed]
-                    tokens = commits.tokens[row : row + num][committed]
-                    own_logprobs = commits.logprobs[active]
-                row += num
-                active += 1
-            state.commit(positions, tokens, own_logprobs)
+            if commits is None or num == 0:
+                state.commit(nothing, nothing, None)
+                continue
+            if commits.failed[active]:
+                failed.append(index)
+            else:
+                committed = commits.committed[row : row + num]
+                state.commit(
+                    step.candidates[committed],
+                    commits.tokens[row : row + num][committed],
+                    commits.logprobs[active],
+                )
+            row += num
+            active += 1
+        return failed
+
+    @staticmethod
+    def _report(states: list[RequestState], output: DiffusionRunnerOutput) -> None:
+        """Tell the scheduler what became final and where each request stands."""
+        logprobs: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
+        for index, (request_id, state) in enumerate(zip(output.req_ids, states, strict=True)):
             output.sampled_token_ids[index], own = state.take_final()
             logprobs.append(own)
             output.progress[request_id] = (state.block_index, state.step)

@@ -24,13 +24,18 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_sparse_dllm.cache.block_manager import SparseBlockManager
-from vllm_sparse_dllm.cache.policies import POLICIES, step_tokens
+from vllm_sparse_dllm.cache.policies import POLICIES, StepKind, step_tokens
 from vllm_sparse_dllm.denoise.timetable import Canvas
-from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
+from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import DecodingSettings, EngineSettings, request_settings
 
 logger = init_logger(__name__)
+
+#: How long the runner may go on by itself, in seconds: what a request that comes in or is
+#: aborted meanwhile waits at the most, and how coarse a stream may get.
+_BURST_SECONDS = 0.02
+_MAX_BURST_STEPS = 64
 
 
 @dataclass
@@ -58,6 +63,12 @@ class Progress:
         """Query tokens of the next step."""
         return step_tokens(self.canvas, self.settings, self.block, self.step)
 
+    @property
+    def takes_block_step(self) -> bool:
+        """Whether the next step runs against the cache."""
+        policy = POLICIES[self.settings.cache_policy]
+        return policy.kind(self.step, self.settings) is StepKind.CACHED
+
 
 class DiffusionScheduler(Scheduler):
     """vLLM's scheduler with another `schedule`; stopping, outputs and statistics are vLLM's."""
@@ -74,6 +85,9 @@ class DiffusionScheduler(Scheduler):
         self.progress: dict[str, Progress] = {}
         # Step since which the head of the waiting queue, whoever it is, is passed over.
         self._head_ticket: int | None = None
+        self._scheduled_at = 0.0
+        # Of the last step; until one was measured, steps are run one at a time.
+        self._step_seconds = _BURST_SECONDS
 
     def add_request(self, request: Request) -> None:
         sampling = request.sampling_params
@@ -132,7 +146,8 @@ class DiffusionScheduler(Scheduler):
 
         for request_id in num_tokens:
             self.progress[request_id].last_served = self.current_step
-        output = SchedulerOutput(
+        self._scheduled_at = now
+        output = DiffusionSchedulerOutput(
             scheduled_new_reqs=admitted,
             scheduled_cached_reqs=CachedRequestData(
                 req_ids=[request.request_id for request in scheduled],
@@ -150,9 +165,22 @@ class DiffusionScheduler(Scheduler):
             finished_req_ids=self.finished_req_ids,
             free_encoder_mm_hashes=[],
             preempted_req_ids=self.reset_preempted_req_ids,
+            max_steps=self._burst(num_tokens),
         )
         self._update_after_schedule(output)
         return output
+
+    def _burst(self, scheduled: dict[str, int]) -> int:
+        """Return how many steps the runner may take before it asks again.
+
+        More than one only where there is nothing to decide: nobody waits, everybody runs, and
+        all take block steps.
+        """
+        if self.waiting or not scheduled or len(scheduled) < len(self.running):
+            return 1
+        if not all(self.progress[request_id].takes_block_step for request_id in scheduled):
+            return 1
+        return max(1, min(_MAX_BURST_STEPS, int(_BURST_SECONDS / self._step_seconds)))
 
     def _waiting_head(self) -> Request | None:
         """Return the request that is next to be admitted, if one may be."""
@@ -198,6 +226,8 @@ class DiffusionScheduler(Scheduler):
         failed: dict[str, str] = {}
         if isinstance(model_runner_output, DiffusionRunnerOutput):
             failed = model_runner_output.failed
+            elapsed = time.monotonic() - self._scheduled_at
+            self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
             for request_id, (block, step) in model_runner_output.progress.items():
                 progress = self.progress.get(request_id)
                 if progress is not None:
