@@ -37,7 +37,7 @@ def clean_environment(**extra: str) -> dict[str, str]:
     kept = {
         name: value
         for name, value in os.environ.items()
-        if name not in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_PLUGINS")
+        if not name.startswith("VLLM_")
     }
     return {**kept, "OMP_WAIT_POLICY": "PASSIVE", **extra}
 
