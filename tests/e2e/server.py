@@ -34,11 +34,7 @@ def tiny_llada() -> Path:
 
 def clean_environment(**extra: str) -> dict[str, str]:
     """Return the environment without what tests set for engines in their own process."""
-    kept = {
-        name: value
-        for name, value in os.environ.items()
-        if not name.startswith("VLLM_")
-    }
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return {**kept, "OMP_WAIT_POLICY": "PASSIVE", **extra}
 
 

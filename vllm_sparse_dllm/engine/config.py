@@ -26,6 +26,8 @@ _WORKERS = {
 }
 #: The smallest page that vLLM's CPU attention kernel runs at full speed.
 _CPU_PAGE_SIZE = 32
+#: What vLLM's own processes take before the pool is allocated, in bytes, with some room.
+_MEMORY_OF_PROCESSES = 2 << 30
 
 
 class DiffusionModelConfig(ModelConfig):
@@ -92,6 +94,7 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
                 # Keeps the platform from putting its own default in its place.
                 cache.user_specified_block_size = True
             _use_all_cores()
+            _leave_memory_to_others(vllm_config)
 
 
 def _refuse(vllm_config: VllmConfig) -> None:
@@ -161,6 +164,29 @@ def _raise_default_token_budget(vllm_config: VllmConfig) -> None:
             budget,
             context,
         )
+
+
+def _leave_memory_to_others(vllm_config: VllmConfig) -> None:
+    """Lower vLLM's default share of the memory to what is free, unless the user set one.
+
+    The default, 0.92 of all memory, is made for a GPU. A machine whose memory is partly in use
+    would refuse to start.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
+
+    cache = vllm_config.cache_config
+    if (
+        cache.kv_cache_memory_bytes is not None
+        or cache.gpu_memory_utilization != EngineArgs.gpu_memory_utilization
+    ):
+        return
+    memory = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
+    workers = vllm_config.parallel_config.world_size
+    share = (memory.available_memory - _MEMORY_OF_PROCESSES) / memory.total_memory / workers
+    if 0 < share < cache.gpu_memory_utilization:
+        cache.gpu_memory_utilization = share
+        logger.info("Lowering gpu_memory_utilization to %.2f, the memory that is free", share)
 
 
 def _use_all_cores() -> None:

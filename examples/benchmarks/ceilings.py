@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the machine can do, measured, and the least time that a step can take on it.
+
+*Matrix products* run at the shapes of the model's layers and at the rows of its steps, with
+PyTorch's `linear` and with the oneDNN handler that vLLM uses. `hot` repeats one weight, which
+the caches may hold: the arithmetic's ceiling. `walk` goes through as many weights as the model
+has, as a step must: what a step of nothing but matrix products takes. *Bandwidth* is the best
+of reading and of copying much more memory than the caches hold.
+
+A step's floor is max(bytes it must read / bandwidth, its operations / hot rate).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from programs import Job, num_cores, serve
+
+#: Multiplies activations ``[rows, in]`` by a weight.
+Product = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What a step's cost depends on."""
+
+    width: int
+    kv_width: int
+    mlp: int
+    layers: int
+    vocab: int
+
+    @classmethod
+    def of(cls, path: Path) -> ModelShape:
+        """Read a LLaDA or Dream configuration."""
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+        if config["model_type"] == "llada":
+            heads, width = config["n_heads"], config["d_model"]
+            kv_heads = config.get("n_kv_heads") or heads
+            mlp, layers = config["mlp_hidden_size"], config["n_layers"]
+        else:
+            heads, width = config["num_attention_heads"], config["hidden_size"]
+            kv_heads = config["num_key_value_heads"]
+            mlp, layers = config["intermediate_size"], config["num_hidden_layers"]
+        return cls(width, width // heads * kv_heads, mlp, layers, config["vocab_size"])
+
+    @property
+    def products(self) -> dict[str, tuple[int, int]]:
+        """Inner and outer widths of a layer's matrix products, as the engine fuses them."""
+        return {
+            "qkv": (self.width, self.width + 2 * self.kv_width),
+            "output": (self.width, self.width),
+            "gate and up": (self.width, 2 * self.mlp),
+            "down": (self.mlp, self.width),
+        }
+
+    @property
+    def layer_weights(self) -> int:
+        return sum(inner * outer for inner, outer in self.products.values())
+
+    @property
+    def weights(self) -> int:
+        """Weights that a step reads: all layers and the head."""
+        return self.layers * self.layer_weights + self.width * self.vocab
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Operations of a step (a multiplication and an addition are two) and bytes it reads."""
+
+    linear: float
+    attention: float
+    weight_bytes: float
+    cache_bytes: float
+
+
+def step_cost(
+    shape: ModelShape,
+    rows: int,
+    last_rows: float,
+    keys: int,
+    cached_keys: int,
+    requests: int,
+    element_bytes: int,
+) -> StepCost:
+    """Return what a step must cost.
+
+    Args:
+        shape: The model.
+        rows: Tokens that the step runs, of all requests.
+        last_rows: Rows whose logits are needed; only they go through the last layer's
+            queries, its output and feed-forward products and the head.
+        keys: Keys that each row attends to.
+        cached_keys: Those of them that are read from the cache, for each request.
+        requests: Requests in the step.
+        element_bytes: Bytes of a weight.
+    """
+    width, kv_width = shape.width, shape.kv_width
+    layer = 2.0 * rows * shape.layer_weights
+    last = 2.0 * rows * width * 2 * kv_width
+    last += 2.0 * last_rows * (shape.layer_weights - width * 2 * kv_width)
+    head = 2.0 * last_rows * width * shape.vocab
+    attended = (shape.layers - 1) * rows + last_rows
+    return StepCost(
+        linear=(shape.layers - 1) * layer + last + head,
+        attention=4.0 * attended * keys * width,
+        weight_bytes=float(element_bytes * shape.weights),
+        cache_bytes=2.0 * element_bytes * shape.layers * requests * cached_keys * kv_width,
+    )
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The least time of a step, in seconds.
+
+    Attributes:
+        memory: Weights over bandwidth.
+        linear: Matrix products at the hot rate.
+        attention: Attention's operations at the same rate.
+    """
+
+    memory: float
+    linear: float
+    attention: float
+
+    @property
+    def seconds(self) -> float:
+        return max(self.memory, self.linear + self.attention)
+
+    @property
+    def seconds_without_attention(self) -> float:
+        return max(self.memory, self.linear)
+
+
+def floor_of(cost: StepCost, rows: int, ceilings: Job) -> Floor:
+    """Return the floor of a step of ``rows`` tokens, by the rate measured nearest to them."""
+    rates = {int(measured): entry["rate"] for measured, entry in ceilings["gemm"].items()}
+    rate = rates[min(rates, key=lambda measured: abs(measured - rows))]
+    return Floor(
+        cost.weight_bytes / ceilings["bandwidth"], cost.linear / rate, cost.attention / rate
+    )
+
+
+def median_seconds(function: Callable[[], Any], budget: float) -> float:
+    """Return the median time of a call, of as many as the budget allows but at least three."""
+    function()
+    times: list[float] = []
+    end = time.perf_counter() + budget
+    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
+        start = time.perf_counter()
+        function()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _onednn() -> Any:
+    """Return vLLM's operators if its build has the handler, else None."""
+    try:
+        import vllm._C  # noqa: F401
+        from vllm import _custom_ops as ops
+    except ImportError:
+        return None
+    return ops if getattr(ops, "_supports_onednn", False) else None
+
+
+def _backends() -> dict[str, Callable[[torch.Tensor], Product]]:
+    """Return, for each way to multiply, what turns a weight ``[out, in]`` into a product."""
+
+    def of_torch(weight: torch.Tensor) -> Product:
+        return lambda x: F.linear(x, weight)
+
+    backends: dict[str, Callable[[torch.Tensor], Product]] = {"torch": of_torch}
+    ops = _onednn()
+    if ops is not None:
+
+        def of_onednn(weight: torch.Tensor) -> Product:
+            handler = ops.create_onednn_mm(weight.t(), 32)
+            return lambda x: ops.onednn_mm(handler, x, None)
+
+        backends["onednn"] = of_onednn
+    return backends
+
+
+def bandwidth(num_bytes: int, budget: float) -> dict[str, float]:
+    """Return bytes a second of reading and of copying."""
+    source = torch.ones(num_bytes // 4, dtype=torch.float32)
+    target = torch.zeros_like(source)
+    read = source.numel() * 4 / median_seconds(source.sum, budget / 2)
+    copied = 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), budget / 2)
+    return {"read": read, "copy": copied}
+
+
+def _walk(layers: list[dict[str, Product]], head: Product, inputs: dict[str, torch.Tensor]) -> None:
+    """Run all matrix products of a step, one after the other."""
+    for layer in layers:
+        for product, multiply in layer.items():
+            multiply(inputs[product])
+    head(inputs["head"])
+
+
+@torch.inference_mode()
+def measure(shape: ModelShape, dtype: torch.dtype, rows: list[int], budget: float) -> Job:
+    """Measure all ceilings.
+
+    Args:
+        shape: The model.
+        dtype: Of weights and activations.
+        rows: Tokens of the steps that matter.
+        budget: Seconds for one measurement.
+    """
+    element_bytes = torch.empty(0, dtype=dtype).element_size()
+    memory = bandwidth(max(64 << 20, min(1 << 30, 4 * element_bytes * shape.weights)), budget * 4)
+    gemm: dict[int, Job] = {
+        count: {"hot": {}, "walk": {}, "walk_flops": 2.0 * count * shape.weights} for count in rows
+    }
+    for name, make in _backends().items():
+        head = make(torch.randn(shape.vocab, shape.width).to(dtype))
+        layers = [
+            {
+                product: make((torch.randn(outer, inner) / inner**0.5).to(dtype))
+                for product, (inner, outer) in shape.products.items()
+            }
+            for _ in range(shape.layers)
+        ]
+        for count in rows:
+            inputs = {
+                product: torch.randn(count, inner).to(dtype)
+                for product, (inner, _) in shape.products.items()
+            }
+            inputs["head"] = torch.randn(count, shape.width).to(dtype)
+            hot: dict[str, float] = {}
+            for product, multiply in {**layers[0], "head": head}.items():
+                x = inputs[product]
+                hot[product] = median_seconds(partial(multiply, x), budget)
+            gemm[count]["hot"][name] = hot
+
+            gemm[count]["walk"][name] = median_seconds(partial(_walk, layers, head, inputs), budget)
+        del layers, head
+    for count, entry in gemm.items():
+        best = {
+            product: min(times[product] for times in entry["hot"].values())
+            for product in [*shape.products, "head"]
+        }
+        layer_seconds = sum(best[product] for product in shape.products)
+        seconds = shape.layers * layer_seconds + best["head"]
+        entry["rate"] = 2.0 * count * shape.weights / seconds
+    return {
+        "shape": asdict(shape),
+        "dtype": str(dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "bandwidth": max(memory.values()),
+        "bandwidths": memory,
+        "gemm": {str(count): entry for count, entry in gemm.items()},
+    }
+
+
+def _load(arguments: argparse.Namespace) -> tuple[Job, Any]:
+    torch.set_num_threads(num_cores())
+    shape = ModelShape.of(arguments.model)
+    dtype = getattr(torch, arguments.dtype)
+    # Loaded with the rest: importing vLLM takes a while.
+    return {"products": list(_backends())}, lambda job: measure(
+        shape, dtype, job["rows"], job["budget"]
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    arguments = parser.parse_args()
+    serve(lambda: _load(arguments))
+
+
+if __name__ == "__main__":
+    main()

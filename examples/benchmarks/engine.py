@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The engine as a program: vLLM's `LLM` with the plugin.
+
+As users run it, with the engine core in a process of its own, for times; with ``--in-process``
+in one process, so that `probes` can look into its steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from programs import Job, peak_memory, reset_peak_memory, serve
+
+if TYPE_CHECKING:
+    from probes import StepRecorder
+    from vllm import LLM
+
+
+class Engine:
+    """A loaded engine, and what it does for a job."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        if arguments.in_process:
+            # Before vLLM is imported.
+            os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        import torch
+        import vllm
+
+        options: dict[str, Any] = {}
+        if arguments.max_num_batched_tokens:
+            options["max_num_batched_tokens"] = arguments.max_num_batched_tokens
+        self.llm: LLM = vllm.LLM(
+            str(arguments.model),
+            dtype=arguments.dtype,
+            max_model_len=arguments.max_model_len,
+            max_num_seqs=arguments.max_num_seqs,
+            kv_cache_memory_bytes=arguments.kv_cache_bytes,
+            skip_tokenizer_init=True,
+            disable_log_stats=True,
+            use_tqdm_on_load=False,
+            **options,
+        )
+        self.recorder: StepRecorder | None = None
+        if arguments.in_process:
+            from probes import StepRecorder
+
+            self.recorder = StepRecorder(self.llm)
+        config = self.llm.llm_engine.vllm_config
+        self.about: Job = {
+            "vllm": vllm.__version__,
+            "torch": torch.__version__,
+            "in_process": arguments.in_process,
+            "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
+            "max_num_seqs": config.scheduler_config.max_num_seqs,
+            "page_size": config.cache_config.block_size,
+        }
+
+    def handle(self, job: Job) -> Job:
+        """Answer all prompts of a job, submitted at once."""
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0.0,
+            max_tokens=job["response"],
+            # Every position of every response, whatever the weights say.
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={
+                f"diffusion_{name}": value
+                for name, value in job["settings"].items()
+                if value is not None
+            },
+        )
+        prompts: list[Any] = [{"prompt_token_ids": prompt} for prompt in job["prompts"]]
+        recorder = self.recorder if job.get("record") else None
+        if recorder is not None:
+            recorder.start(detailed=job.get("detailed", False))
+        reset_peak_memory()
+        start = time.perf_counter()
+        outputs = self.llm.generate(prompts, params, use_tqdm=False)
+        seconds = time.perf_counter() - start
+        result: Job = {
+            "seconds": seconds,
+            "tokens": [list(output.outputs[0].token_ids) for output in outputs],
+            "peak_memory": peak_memory(),
+        }
+        if recorder is not None:
+            result["record"] = recorder.stop()
+        return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--max-model-len", type=int, required=True)
+    parser.add_argument("--max-num-seqs", type=int, default=16)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
+    parser.add_argument("--in-process", action="store_true")
+    arguments = parser.parse_args()
+
+    def load() -> tuple[Job, Any]:
+        engine = Engine(arguments)
+        return engine.about, engine.handle
+
+    serve(load)
+
+
+if __name__ == "__main__":
+    main()

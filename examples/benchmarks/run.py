@@ -1,0 +1,369 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Compare the engine with plain PyTorch and with what the machine can do.
+
+Everything that is compared runs in turn in one session; results are medians and ratios. Without
+options: the random LLaDA of 200 million parameters in bfloat16, all sweeps; hours on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from contextlib import ExitStack
+from pathlib import Path
+
+import report
+from breakdown import as_json
+from ceilings import floor_of, step_cost
+from checkpoints import FAMILIES, SIZES, checkpoint
+from programs import Job, num_cores
+from session import Contender, Options, Session, Settings
+from targets import (
+    QUICK,
+    Scale,
+    Target,
+    baseline_contender,
+    block_step_cost,
+    check_targets,
+    engine_contender,
+    measure_breakdown,
+    measure_cache_bytes,
+    measure_tasks,
+    measure_transport,
+    threshold_contenders,
+)
+from tasks import KINDS, RESPONSE
+
+ROOT = Path(__file__).parents[2]
+SWEEPS = (
+    "context",
+    "concurrency",
+    "keep",
+    "block",
+    "threshold",
+    "breakdown",
+    "memory",
+    "ceilings",
+)
+BASELINE_POLICIES = ("none", "dual", "sparse")
+
+
+class Benchmark:
+    """One run of the benchmark: sessions, and what they gave."""
+
+    def __init__(self, arguments: argparse.Namespace, session: Session, embedded: Session) -> None:
+        self.arguments = arguments
+        self.session = session
+        self.embedded = embedded
+        self.targets: list[Target] = []
+        self.breakdowns: list[Job] = []
+        self.cache: list[Job] = []
+        self.floors: list[Job] = []
+        self.ceilings: Job | None = None
+
+    def run(self) -> None:
+        """Do all that was asked for."""
+        if self.arguments.targets:
+            scale = QUICK if self.arguments.quick else Scale()
+            variants = self.arguments.variants
+            for target in check_targets(self.session, self.embedded, scale, variants):
+                self.targets.append(target)
+                print(f"  {target.figure}: {target.value} ({target.target})", flush=True)
+            return
+        self.session.prepare(*self._programs())
+        for sweep in self.arguments.sweeps:
+            print(f"{sweep} ...", flush=True)
+            getattr(self, f"sweep_{sweep}")()
+
+    def _programs(self) -> list[str]:
+        """Return the programs to load, so that none loads while another is measured."""
+        sweeps = set(self.arguments.sweeps)
+        wanted = {
+            "engine": {"context", "concurrency", "keep", "block", "breakdown"},
+            "baseline": {"context", "concurrency", "keep", "block"},
+            "engine-in-process": {"breakdown", "memory"},
+            "ceilings": {"ceilings"},
+        }
+        skipped = set() if self.has_baseline else {"baseline"}
+        return [name for name, by in wanted.items() if by & sweeps and name not in skipped]
+
+    @property
+    def has_baseline(self) -> bool:
+        config = json.loads((self.session.model / "config.json").read_text(encoding="utf-8"))
+        return config["model_type"] == "llada" and not self.arguments.no_baseline
+
+    def contenders(self, policies: list[str], **changes: object) -> list[Contender]:
+        """Return the engine's policies and variants, and the baseline's."""
+        session = self.session
+        found = [engine_contender(session, policy, **changes) for policy in policies]
+        found += [
+            Contender(f"engine {name}", "engine", session.settings("sparse") | own | changes)
+            for name, own in self.arguments.variants.items()
+        ]
+        if self.has_baseline:
+            found += [
+                baseline_contender(session, policy, **changes)
+                for policy in policies
+                if policy in BASELINE_POLICIES
+            ]
+        return found
+
+    def sweep_context(self) -> None:
+        """Throughput of one request against the length of its prompt."""
+        for length in self.arguments.prompts:
+            contenders = self.contenders(self.arguments.policies)
+            self.session.measure("context", contenders, self.session.prompts(length, 1))
+
+    def sweep_concurrency(self) -> None:
+        """Throughput against the number of requests at once."""
+        for num in self.arguments.concurrency:
+            contenders = self.contenders(self.arguments.policies)
+            prompts = self.session.prompts(self.arguments.batch_prompt, num)
+            self.session.measure("concurrency", contenders, prompts)
+
+    def sweep_keep(self) -> None:
+        """Throughput against the part of the keys that is kept."""
+        contenders: list[Contender] = []
+        for ratio in self.arguments.keep_ratios:
+            contenders += self.contenders(["sparse"], keep_ratio=ratio)
+        prompts = self.session.prompts(self.arguments.sweep_prompt, 1)
+        self.session.measure("keep ratio", contenders, prompts)
+
+    def sweep_block(self) -> None:
+        """Throughput against the length of a block."""
+        contenders: list[Contender] = []
+        policies = [policy for policy in self.arguments.policies if policy != "none"]
+        for length in self.arguments.block_lengths:
+            contenders += self.contenders(policies, block_length=length)
+        prompts = self.session.prompts(self.arguments.sweep_prompt, 1)
+        self.session.measure("block length", contenders, prompts)
+
+    def sweep_threshold(self) -> None:
+        """Throughput and right answers of the embedded model with parallel decoding."""
+        arguments = self.arguments
+        contenders = threshold_contenders(
+            self.embedded, arguments.thresholds, arguments.keep_ratios, arguments.variants
+        )
+        for kind in KINDS:
+            measure_tasks(
+                self.embedded,
+                "threshold",
+                kind,
+                arguments.tasks,
+                arguments.task_prompt,
+                contenders,
+            )
+
+    def sweep_breakdown(self) -> None:
+        """What the engine's steps spend their time on."""
+        for num in self.arguments.breakdown_requests:
+            for policy in self.arguments.policies:
+                prompt = self.arguments.batch_prompt
+                kinds, record = measure_breakdown(self.session, policy, prompt, num)
+                one: Job = {"policy": policy, "prompt": prompt, "requests": num}
+                one["transport"] = measure_transport(self.session, policy, prompt, num)
+                one |= {"kinds": as_json(kinds), "missing": record["missing"]}
+                self.breakdowns.append(one)
+
+    def sweep_memory(self) -> None:
+        """Bytes of pages that one request holds."""
+        for length in self.arguments.prompts:
+            for policy in self.arguments.policies:
+                held = measure_cache_bytes(self.session, policy, length)
+                self.cache.append({"prompt": length, "policy": policy, "bytes": held})
+
+    def sweep_ceilings(self) -> None:
+        """What the machine can do, and the floors that follow for the engine's steps."""
+        arguments, session = self.arguments, self.session
+        options = session.options
+        longest = [length + options.response for length in arguments.prompts]
+        blocks = [num * options.block_length for num in arguments.concurrency]
+        rows = sorted({*blocks, *longest})
+        self.ceilings = session.run(
+            "ceilings", {"rows": rows, "budget": 0.02 if arguments.quick else 0.5}
+        )
+        settings = session.settings("sparse")
+        for num in arguments.concurrency:
+            cost = block_step_cost(session, settings, arguments.batch_prompt, num)
+            floor = floor_of(cost, num * options.block_length, self.ceilings)
+            self._add_floor("sparse block step", arguments.batch_prompt, num, vars(floor))
+        size = {"bfloat16": 2, "float32": 4}[options.dtype]
+        for prompt, length in zip(arguments.prompts, longest, strict=True):
+            last = options.block_length / 2
+            cost = step_cost(session.shape, length, last, length, 0, 1, size)
+            floor = floor_of(cost, length, self.ceilings)
+            self._add_floor("full pass", prompt, 1, vars(floor))
+
+    def _add_floor(self, step: str, prompt: int, requests: int, floor: Job) -> None:
+        seconds = max(floor["memory"], floor["linear"] + floor["attention"])
+        self.floors.append(
+            {"step": step, "prompt": prompt, "requests": requests, "floor": seconds} | floor
+        )
+
+    def write(self) -> list[Path]:
+        """Write the report."""
+        arguments = self.arguments
+        options = self.session.options
+        result = {
+            "about": {
+                "model": self.session.model.name,
+                "dtype": options.dtype,
+                "cores": num_cores(),
+                "processor": _processor(),
+                "response": options.response,
+                "repeats": options.repeats,
+                "quick": arguments.quick,
+                "options": vars(options),
+                "programs": self.session.about(),
+            },
+            "breakdowns": self.breakdowns,
+            "cache": self.cache,
+            "ceilings": self.ceilings,
+            "floors": self.floors,
+        }
+        measurements = self.session.measurements + self.embedded.measurements
+        return report.write(arguments.output, result, measurements, self.targets)
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def _ratios(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
+def _variant(text: str) -> tuple[str, Settings]:
+    name, _, settings = text.partition("=")
+    return name, json.loads(settings)
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--targets", action="store_true", help="measure only the figures that must hold")
+    add("--sweeps", help=f"of {','.join(SWEEPS)} (default: all; quick: all but threshold)")
+    add("--quick", action="store_true", help="a tiny model and short runs: does it work?")
+    add("--model", type=Path, help="a checkpoint; default: a random one")
+    add("--family", choices=FAMILIES, default="llada", help="of the random one")
+    add("--size", choices=sorted(SIZES), help="of the random one (default: 200m)")
+    add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16, quick: float32")
+    add("--policies", type=lambda t: t.split(","), default=["none", "dual", "sparse"])
+    add("--variant", type=_variant, action="append", default=[], metavar="NAME=JSON")
+    add("--no-baseline", action="store_true", help="the engine alone")
+    add("--prompts", type=_numbers, help="sweep context (default: 128,512,1024,2048,4096)")
+    add("--concurrency", type=_numbers, help="sweep concurrency (default: 1,4,8,16)")
+    add("--batch-prompt", type=int, help="prompt of several requests (default: 512)")
+    add("--breakdown-requests", type=_numbers, help="default: 1 and the most at once")
+    add("--sweep-prompt", type=int, help="sweeps keep and block (default: 1024)")
+    add("--keep-ratios", type=_ratios, help="sweeps keep and threshold (0.1,0.3,0.5,0.7,1.0)")
+    add("--block-lengths", type=_numbers, help="sweep block (default: 8,16,32,64)")
+    add("--thresholds", type=_ratios, default=[0.5, 0.7, 0.9])
+    add("--tasks", type=int, help="tasks of a kind (default: 100)")
+    add("--task-prompt", type=int, default=512)
+    add("--response", type=int, help="positions of a response (default: 128)")
+    add("--block-length", type=int, help="default: 32")
+    add("--keep-ratio", type=float, default=0.5)
+    add("--repeats", type=int, help="runs of each contender (default: 3)")
+    add("--vanilla-steps", type=int, default=16, help="runs without cache do so many; 0: all")
+    add("--baseline-requests", type=int, default=2, help="of several at once; 0: all")
+    add("--max-num-batched-tokens", type=int, help="the engine's (default: its own)")
+    add("--checkpoints", type=Path, default=ROOT / "build" / "checkpoints")
+    add("--output", type=Path, default=ROOT / "build" / "benchmark")
+    arguments = parser.parse_args(argv)
+
+    quick = arguments.quick
+    for name, small, usual in (
+        ("size", "tiny", "200m"),
+        ("dtype", "float32", "bfloat16"),
+        ("prompts", [48, 96], [128, 512, 1024, 2048, 4096]),
+        ("concurrency", [1, 4], [1, 4, 8, 16]),
+        ("batch_prompt", 48, 512),
+        ("sweep_prompt", 64, 1024),
+        ("block_lengths", [8], [8, 16, 32, 64]),
+        ("keep_ratios", [0.5], [0.1, 0.3, 0.5, 0.7, 1.0]),
+        ("tasks", 4, 100),
+        ("response", 32, 128),
+        ("block_length", 16, 32),
+        ("repeats", 2, 3),
+    ):
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, small if quick else usual)
+    if arguments.breakdown_requests is None:
+        arguments.breakdown_requests = sorted({1, max(arguments.concurrency)})
+    arguments.variants = dict(arguments.variant)
+    default_sweeps = [name for name in SWEEPS if not (quick and name == "threshold")]
+    arguments.sweeps = arguments.sweeps.split(",") if arguments.sweeps else default_sweeps
+    for name in arguments.sweeps:
+        if name not in SWEEPS:
+            parser.error(f"--sweeps must be of {', '.join(SWEEPS)}, got {name}")
+    for length in {arguments.block_length, *arguments.block_lengths}:
+        if arguments.response % length:
+            parser.error(f"--response must be a multiple of the block length {length}")
+    return arguments
+
+
+def main() -> None:
+    arguments = parse_arguments()
+    scale = QUICK if arguments.quick else Scale()
+    longest = max([*arguments.prompts, arguments.batch_prompt, arguments.sweep_prompt])
+    most = max([*arguments.concurrency, *arguments.breakdown_requests])
+    if arguments.targets:
+        longest, most = scale.longest, scale.requests
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    model = arguments.model or checkpoint(
+        arguments.checkpoints, arguments.family, arguments.size, arguments.dtype
+    )
+    options = Options(
+        dtype=arguments.dtype,
+        response=arguments.response,
+        block_length=arguments.block_length,
+        keep_ratio=arguments.keep_ratio,
+        repeats=arguments.repeats,
+        vanilla_steps=arguments.vanilla_steps or None,
+        baseline_requests=arguments.baseline_requests or None,
+        max_num_batched_tokens=arguments.max_num_batched_tokens,
+    )
+    from vllm_sparse_dllm.assets import embedded_model
+
+    task_options = Options(**vars(options) | {"block_length": RESPONSE, "vanilla_steps": None})
+    with ExitStack() as stack:
+        session = stack.enter_context(
+            Session(model, options, arguments.output, longest + options.response, most)
+        )
+        task_prompt = scale.short if arguments.targets else arguments.task_prompt
+        embedded = stack.enter_context(
+            Session(
+                Path(embedded_model()),
+                task_options,
+                arguments.output,
+                # The chat template's tokens come on top.
+                task_prompt + RESPONSE + 32,
+                most,
+            )
+        )
+        if arguments.targets:
+            session.prepare("engine", "baseline", "engine-in-process", "ceilings")
+            embedded.prepare("engine")
+        elif "threshold" in arguments.sweeps:
+            embedded.prepare("engine")
+        benchmark = Benchmark(arguments, session, embedded)
+        try:
+            benchmark.run()
+        finally:
+            # What was measured before a failure or an interrupt is kept.
+            files = benchmark.write()
+    text, *others = files
+    print(f"\n{text.read_text(encoding='utf-8')}")
+    print("Written:", *[str(path) for path in (text, *others)])
+
+
+if __name__ == "__main__":
+    main()

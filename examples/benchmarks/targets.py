@@ -1,0 +1,295 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The figures that must hold on two CPU cores, each measured."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from breakdown import Breakdown, break_down, cache_bytes
+from ceilings import StepCost, floor_of, step_cost
+from programs import Job
+from session import Contender, Measurement, Session, Settings
+from tasks import KINDS, RESPONSE, Tasks
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How large the targets' workloads are; the quick mode has small ones, which show nothing."""
+
+    short: int = 512
+    medium: int = 1024
+    long: int = 2048
+    longest: int = 4096
+    requests: int = 16
+    tasks: int = 100
+    ceiling_seconds: float = 0.5
+
+
+QUICK = Scale(short=48, medium=64, long=96, longest=128, requests=4, tasks=4, ceiling_seconds=0.02)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A figure.
+
+    Attributes:
+        figure: What is measured.
+        bound: What must hold.
+        value: The figure.
+        at_least: Whether the bound is a lower one.
+        note: How it came about.
+    """
+
+    figure: str
+    bound: float
+    value: float | None
+    at_least: bool = True
+    note: str = ""
+
+    @property
+    def holds(self) -> bool | None:
+        if self.value is None:
+            return None
+        return self.value >= self.bound if self.at_least else self.value <= self.bound
+
+    @property
+    def target(self) -> str:
+        return f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
+
+    def as_json(self) -> Job:
+        return vars(self) | {"holds": self.holds}
+
+
+def engine_contender(session: Session, policy: str, **changes: Any) -> Contender:
+    return Contender(f"engine {policy}", "engine", session.settings(policy, **changes))
+
+
+def baseline_contender(session: Session, policy: str, **changes: Any) -> Contender:
+    return Contender(f"baseline {policy}", "baseline", session.settings(policy, **changes))
+
+
+def check_targets(
+    session: Session, embedded: Session, scale: Scale, variants: dict[str, Settings]
+) -> Iterator[Target]:
+    """Measure all targets.
+
+    Args:
+        session: On the 200M checkpoint.
+        embedded: On the embedded model.
+        scale: Sizes of the workloads.
+        variants: Further settings to try where a target is free in them.
+    """
+    sparse = engine_contender(session, "sparse")
+    slow_sparse = baseline_contender(session, "sparse")
+    for length, other, bound in (
+        (scale.medium, slow_sparse, 1.5),
+        (scale.long, baseline_contender(session, "none"), 20.0),
+    ):
+        yield _speed_up(session, f"one request, prompt {length:,}", length, 1, sparse, other, bound)
+    yield _speed_up(
+        session,
+        f"{scale.requests} requests, prompt {scale.short:,}, total throughput",
+        scale.short,
+        scale.requests,
+        sparse,
+        slow_sparse,
+        3.5,
+    )
+    none = engine_contender(session, "none")
+    figure = f"one request, prompt {scale.longest:,}"
+    yield _speed_up(session, figure, scale.longest, 1, sparse, none, 15.0)
+    yield from _threshold(embedded, scale, variants)
+    yield from _step(session, scale)
+    yield _cache_bytes(session, scale.long)
+
+
+def _speed_up(
+    session: Session,
+    figure: str,
+    length: int,
+    num: int,
+    one: Contender,
+    other: Contender,
+    bound: float,
+) -> Target:
+    mine, theirs = session.measure("targets", [one, other], session.prompts(length, num))
+    note = f"{mine.rate:.2f} and {theirs.rate:.2f} tokens/s"
+    if theirs.scale > 1:
+        note += f"; the latter scaled up by {theirs.scale:g} from fewer steps"
+    if theirs.num_requests < num:
+        note += f"; the latter's rate over {theirs.num_requests} requests"
+    return Target(
+        f"{figure}: {one.name} over {other.name}", bound, mine.speed_up(theirs), note=note
+    )
+
+
+def threshold_contenders(
+    session: Session,
+    thresholds: list[float],
+    keep_ratios: list[float],
+    variants: dict[str, Settings],
+) -> list[Contender]:
+    """Return ``none`` by fixed steps first, then parallel decoding with each policy."""
+    contenders = [engine_contender(session, "none")]
+    for threshold in thresholds:
+        settings = [(f"none t={threshold:g}", session.settings("none", threshold=threshold))]
+        settings.append((f"dual t={threshold:g}", session.settings("dual", threshold=threshold)))
+        settings += [
+            (
+                f"sparse {ratio:g} t={threshold:g}",
+                session.settings("sparse", threshold=threshold, keep_ratio=ratio),
+            )
+            for ratio in keep_ratios
+        ]
+        settings += [
+            (f"{name} t={threshold:g}", session.settings("sparse") | own | {"threshold": threshold})
+            for name, own in variants.items()
+        ]
+        contenders += [Contender(f"engine {name}", "engine", own) for name, own in settings]
+    return contenders
+
+
+def measure_tasks(
+    session: Session, sweep: str, kind: str, num: int, length: int, contenders: list[Contender]
+) -> list[Measurement]:
+    """Run contenders on the same tasks and count right answers."""
+    maker = Tasks(session.model)
+    tasks = maker.make(kind, num, length, seed=0)
+    prompts = [task.prompt for task in tasks]
+    results = session.measure(f"{sweep}: {kind}", contenders, prompts, RESPONSE)
+    for result in results:
+        result.accuracy = maker.num_right(tasks, result.tokens) / num
+    return results
+
+
+def _threshold(session: Session, scale: Scale, variants: dict[str, Settings]) -> Iterator[Target]:
+    """Yield, for each kind of task, the best speed-up that costs at most one point."""
+    contenders = threshold_contenders(session, [0.9], [0.5, 0.7, 0.9, 1.0], variants)
+    for kind in KINDS:
+        none, *others = measure_tasks(
+            session, "targets", kind, scale.tasks, scale.short, contenders
+        )
+        sparse = [m for m in others if m.settings["cache_policy"] == "sparse"]
+        assert none.accuracy is not None
+        fit = [m for m in sparse if (m.accuracy or 0.0) >= none.accuracy - 0.01 - 1e-9]
+        best = max(fit, key=lambda m: m.rate, default=None)
+        figure = (
+            f"embedded model, {kind}, prompt {scale.short:,}: sparse with threshold 0.9 over none"
+        )
+        note = f"none is right in {none.accuracy:.0%}; " + "; ".join(
+            f"{m.contender.removeprefix('engine ')}: {m.speed_up(none):.1f} ×, {m.accuracy:.0%}"
+            for m in sparse
+        )
+        yield Target(figure, 20.0, best.speed_up(none) if best else None, note=note)
+
+
+def block_step_cost(session: Session, settings: Settings, prompt: int, requests: int) -> StepCost:
+    """Return what a block step must cost; of a block half the positions are masks on average."""
+    block = settings["block_length"]
+    others = prompt + session.options.response - block
+    if settings["cache_policy"] == "sparse":
+        others = int(others * settings["keep_ratio"])
+    size = {"bfloat16": 2, "float32": 4}[session.options.dtype]
+    rows = requests * block
+    return step_cost(session.shape, rows, rows / 2, others + block, others, requests, size)
+
+
+def measure_breakdown(
+    session: Session, policy: str, prompt: int, requests: int
+) -> tuple[dict[str, Breakdown], Job]:
+    """Run requests in one process, without and with details; return steps and the record."""
+    settings = session.settings(policy)
+    job = {
+        "prompts": session.prompts(prompt, requests),
+        "response": session.options.response,
+        "settings": settings,
+    }
+    num_blocks = -(-session.options.response // settings["block_length"])
+    if policy == "none" and session.options.vanilla_steps:
+        job["settings"] = settings | {"steps": num_blocks * 2}
+    job["record"] = True
+    short = job | {"response": session.options.block_length}
+    session.run("engine-in-process", short)
+    record = session.run("engine-in-process", job)["record"]
+    detailed = session.run("engine-in-process", short | {"detailed": True})
+    return break_down(record, settings["block_length"], detailed["record"]), record
+
+
+def measure_transport(session: Session, policy: str, prompt: int, requests: int) -> Job:
+    """Run the same requests in one process and as users do, with the engine core in another.
+
+    The difference is what transport costs: serialising, sockets, waking each other, and the front
+    end's work where it does not overlap with the core's.
+    """
+    settings = session.settings(policy)
+    job = {
+        "prompts": session.prompts(prompt, requests),
+        "response": session.options.block_length,
+        "settings": settings | {"steps": session.options.block_length},
+    }
+    record = session.run("engine-in-process", job | {"record": True})["record"]
+    seconds: dict[str, list[float]] = {"engine-in-process": [], "engine": []}
+    session.run("engine", job)
+    for _ in range(session.options.repeats):
+        for program, times in seconds.items():
+            times.append(session.run(program, job)["seconds"])
+    one, two = (statistics.median(times) for times in seconds.values())
+    num_steps = len(record["steps"])
+    return {"one_process": one, "two_processes": two, "num_steps": num_steps}
+
+
+def _step(session: Session, scale: Scale) -> Iterator[Target]:
+    requests, block = scale.requests, session.options.block_length
+    kinds, record = measure_breakdown(session, "sparse", scale.short, requests)
+    ceilings = session.run(
+        "ceilings", {"rows": [requests * block], "budget": scale.ceiling_seconds}
+    )
+    step = kinds.get("block")
+    missing = f"; not found: {', '.join(record['missing'])}" if record["missing"] else ""
+    value = share = None
+    note = share_note = "no block step"
+    if step is not None:
+        settings = session.settings("sparse")
+        cost = block_step_cost(session, settings, scale.short, step.num_requests)
+        floor = floor_of(cost, step.num_requests * block, ceilings)
+        walk = min(ceilings["gemm"][str(requests * block)]["walk"].values())
+        value = step.seconds / floor.seconds
+        note = (
+            f"{step.num_requests} requests: step {step.seconds * 1e3:.1f} ms (the model "
+            f"{step.forward * 1e3:.1f}), floor {floor.seconds * 1e3:.1f} ms: weights "
+            f"{floor.memory * 1e3:.1f} ms, products {floor.linear * 1e3:.1f} and attention "
+            f"{floor.attention * 1e3:.1f} ms; without attention's part "
+            f"{step.seconds / floor.seconds_without_attention:.2f} ×; all rows through all "
+            f"products, as measured: {walk * 1e3:.1f} ms{missing}"
+        )
+        share = step.share_outside_forward
+        largest = sorted(step.parts.items(), key=lambda part: -part[1])
+        share_note = ", ".join(f"{name} {time * 1e3:.2f} ms" for name, time in largest) + missing
+    figure = f"block step of {requests} requests, prompt {scale.short:,}, over its floor"
+    yield Target(figure, 1.5, value, at_least=False, note=note)
+    figure = f"part of a block step of {requests} requests that is not the model"
+    yield Target(figure, 0.10, share, at_least=False, note=share_note)
+
+
+def measure_cache_bytes(session: Session, policy: str, prompt: int, **changes: Any) -> int:
+    """Return the most bytes of pages that one request holds."""
+    settings = session.settings(policy, **changes)
+    num_blocks = -(-session.options.response // settings["block_length"])
+    job = {
+        "prompts": session.prompts(prompt, 1),
+        "response": session.options.response,
+        "settings": settings | {"steps": num_blocks * 3},
+        "record": True,
+    }
+    return cache_bytes(session.run("engine-in-process", job)["record"])
+
+
+def _cache_bytes(session: Session, prompt: int) -> Target:
+    sparse = measure_cache_bytes(session, "sparse", prompt, keep_ratio=0.5)
+    dual = measure_cache_bytes(session, "dual", prompt)
+    figure = f"KV bytes of a request, prompt {prompt:,}: sparse 0.5 over dual"
+    note = f"{sparse / 2**20:.1f} and {dual / 2**20:.1f} MiB"
+    return Target(figure, 0.55, sparse / dual, at_least=False, note=note)

@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's quick mode: it runs, and its baseline and the engine give the same tokens."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.server import ROOT, clean_environment
+
+SCRIPT = ROOT / "examples" / "benchmarks" / "run.py"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run the quick mode and return where its report is."""
+    path = tmp_path_factory.mktemp("benchmark")
+    command = [sys.executable, str(SCRIPT), "--quick", "--output", str(path)]
+    command += ["--checkpoints", str(path / "checkpoints")]
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return path
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+
+
+def test_every_policy_is_compared(result: dict[str, Any]) -> None:
+    programs = {(m["program"], m["settings"]["cache_policy"]) for m in result["measurements"]}
+    policies = ("none", "dual", "sparse")
+    assert programs == {(p, policy) for p in ("engine", "baseline") for policy in policies}
+    sweeps = {m["sweep"] for m in result["measurements"]}
+    assert sweeps == {"context", "concurrency", "keep ratio", "block length"}
+    assert all(m["tokens_per_second"] > 0 and m["peak_memory"] > 0 for m in result["measurements"])
+
+
+def test_both_give_the_same_tokens(result: dict[str, Any]) -> None:
+    """In float32; so what is compared is the same work."""
+    compared = [m for m in result["measurements"] if m["program"] == "engine"]
+    assert compared and all(m["same_tokens"] is True for m in compared)
+
+
+def test_steps_are_broken_down(result: dict[str, Any]) -> None:
+    assert result["breakdowns"]
+    for one in result["breakdowns"]:
+        assert one["missing"] == []
+        for step in one["kinds"].values():
+            parts = step["parts"]
+            for name in ("schedule", "batch build", "forward", "head", "denoise", "commit"):
+                assert parts[name] > 0, name
+            assert 0 < step["outside"] < 1
+            assert step["details"]["attention"] > 0
+    kinds = {(one["policy"], kind) for one in result["breakdowns"] for kind in one["kinds"]}
+    assert ("sparse", "block") in kinds and ("none", "full") in kinds
+
+
+def test_memory_and_ceilings(result: dict[str, Any]) -> None:
+    held = {(one["prompt"], one["policy"]): one["bytes"] for one in result["cache"]}
+    for prompt in {prompt for prompt, _ in held}:
+        assert held[prompt, "none"] == 0 < held[prompt, "sparse"] < held[prompt, "dual"]
+    assert result["ceilings"]["bandwidth"] > 0
+    assert all(entry["rate"] > 0 for entry in result["ceilings"]["gemm"].values())
+    assert all(0 < one["floor"] < math.inf for one in result["floors"])
+
+
+def test_report(folder: Path) -> None:
+    text = (folder / "benchmark.md").read_text(encoding="utf-8")
+    for title in ("Context", "Concurrency", "Engine steps, ms", "KV memory", "Floors, ms"):
+        assert f"## {title}" in text
