@@ -20,6 +20,7 @@ CONFIG_KEY = "sparse_dllm"
 REQUEST_PREFIX = "diffusion_"
 #: Steps beyond one per position commit nothing; the bound keeps timetables small.
 MAX_STEPS = 65536
+_MAX_LENGTH = 1 << 24
 
 CACHE_POLICIES = ("none", "prefix", "dual", "sparse")
 REMASKING_RULES = (
@@ -83,10 +84,16 @@ def _one_of(names: tuple[str, ...], nullable: bool = False) -> Field:
 FIELDS: dict[str, Field] = {
     "cache_policy": _one_of(CACHE_POLICIES),
     "keep_ratio": Field("a number with 0 < r <= 1", lambda v: _is_real(v) and 0 < v <= 1, float),
-    "kernel_size": Field("an odd integer >= 1", lambda v: _is_int(v) and v >= 1 and v % 2 == 1),
-    "delay_steps": Field("an integer >= 0", lambda v: _is_int(v) and v >= 0),
+    "kernel_size": Field(
+        "an odd integer from 1 to 65535", lambda v: _is_int(v) and 1 <= v <= 65535 and v % 2 == 1
+    ),
+    "delay_steps": Field(
+        f"an integer from 0 to {MAX_STEPS}", lambda v: _is_int(v) and 0 <= v <= MAX_STEPS
+    ),
     "granularity": _one_of(GRANULARITIES),
-    "block_length": Field("an integer >= 1", lambda v: _is_int(v) and v >= 1),
+    "block_length": Field(
+        f"an integer from 1 to {_MAX_LENGTH}", lambda v: _is_int(v) and 1 <= v <= _MAX_LENGTH
+    ),
     "steps": Field(
         f"an integer from 1 to {MAX_STEPS}, or null",
         lambda v: _is_int(v) and 1 <= v <= MAX_STEPS,
@@ -103,8 +110,18 @@ FIELDS: dict[str, Field] = {
     "default_response_length": Field(
         "an integer >= 1", lambda v: _is_int(v) and v >= 1, scope="engine"
     ),
-    "alg_temp": Field("a number >= 0", lambda v: _is_real(v) and v >= 0, float, scope="request"),
-    "cfg_scale": Field("a number >= 0", lambda v: _is_real(v) and v >= 0, float, scope="request"),
+    "alg_temp": Field(
+        "0, or a number from 1e-9 to 1e9",
+        lambda v: _is_real(v) and (v == 0 or 1e-9 <= v <= 1e9),
+        float,
+        scope="request",
+    ),
+    "cfg_scale": Field(
+        "a number with 0 <= w <= 1000",
+        lambda v: _is_real(v) and 0 <= v <= 1000,
+        float,
+        scope="request",
+    ),
 }
 
 
@@ -188,10 +205,10 @@ def request_settings(
     """
     given: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
-        name = key.removeprefix(REQUEST_PREFIX)
-        if name == key:
+        name = str(key).removeprefix(REQUEST_PREFIX)
+        if name == key or not isinstance(key, str):
             raise ValueError(
-                f"{key} is not a parameter of this model; allowed: {_names('request')}"
+                f"{key!r} is not a parameter of this model; allowed: {_names('request')}"
             )
         given[name] = value
     values = _parse(given, scope="request", prefix=REQUEST_PREFIX)

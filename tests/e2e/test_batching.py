@@ -171,31 +171,6 @@ def test_no_kv_beyond_one_layer(llada: LLM) -> None:
     assert layer_bytes == (scheduler_of(llada).block_manager.num_pages + 1) * page_bytes
 
 
-def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
-    """Requests that do not fit now wait, in order, and get the same tokens."""
-    cases = [
-        Case([5 + i] * 200, 32, {"cache_policy": policy})
-        for i, policy in enumerate(("sparse", "dual", "sparse", "prefix", "none", "dual"))
-    ]
-    prompts, params = [c.prompt for c in cases], [c.sampling() for c in cases]
-    with running_engine(checkpoints["llada"]) as llm:
-        expected = generate(llm, prompts, params)
-    # 10 pages: one dual request (8 pages) or two sparse ones (4 pages each).
-    page_bytes = 2 * 32 * 128 * 4 * 3
-    with running_engine(
-        checkpoints["llada"], kv_cache_memory_bytes=11 * page_bytes, max_model_len=256
-    ) as llm:
-        assert scheduler_of(llm).block_manager.num_pages == 10
-        assert generate(llm, prompts, params) == expected
-        assert _pool_is_whole(llm)
-        with pytest.raises(ValueError, match=r"needs 16 cache pages .* the pool has 10"):
-            generate(
-                llm,
-                [[7] * 200],
-                [sampling(32, diffusion_cache_policy="dual", diffusion_cfg_scale=1.0)],
-            )
-
-
 def _count_forwards(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the number of tokens of each forward pass."""
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -256,3 +231,50 @@ def test_blocks_behind_the_end_are_not_computed(
         params = sampling(64, diffusion_block_length=8, stop_token_ids=[stop])
         assert generate(llada, [prompt], [params])[0] == whole[: place + 1]
         assert place // 8 * per_block < len(sizes) <= (place // 8 + 1) * per_block
+
+
+@pytest.mark.parametrize("token_id", [-1, VOCAB, 10**12])
+def test_ids_outside_the_vocabulary_are_refused(llada: LLM, token_id: int) -> None:
+    with pytest.raises(ValueError, match=f"prompt_token_ids must be from 0 to .*got {token_id}"):
+        generate(llada, [[3, token_id, 5]], [sampling(4)])
+    assert _pool_is_whole(llada)
+
+
+@pytest.mark.parametrize("kernel_size", [2**63 + 1, 65537, 2])
+def test_kernel_size_is_bounded(llada: LLM, kernel_size: int) -> None:
+    with pytest.raises(ValueError, match="kernel_size"):
+        generate(llada, [[3, 4, 5]], [sampling(4, diffusion_kernel_size=kernel_size)])
+
+
+def test_few_logits_at_a_time_change_no_token(llada: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = _mixed_cases("llada")
+    prompts, params = [c.prompt for c in cases], [c.sampling() for c in cases]
+    expected = generate(llada, prompts, params)
+    monkeypatch.setattr("vllm_sparse_dllm.engine.runner._MAX_LOGITS", 5 * VOCAB)
+    assert generate(llada, prompts, params) == expected
+
+
+# Last: it starts engines of its own, which ends the one that the tests above share.
+def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
+    """Requests that do not fit now wait, in order, and get the same tokens."""
+    cases = [
+        Case([5 + i] * 200, 32, {"cache_policy": policy})
+        for i, policy in enumerate(("sparse", "dual", "sparse", "prefix", "none", "dual"))
+    ]
+    prompts, params = [c.prompt for c in cases], [c.sampling() for c in cases]
+    with running_engine(checkpoints["llada"]) as llm:
+        expected = generate(llm, prompts, params)
+    # 10 pages: one dual request (8 pages) or two sparse ones (4 pages each).
+    page_bytes = 2 * 32 * 128 * 4 * 3
+    with running_engine(
+        checkpoints["llada"], kv_cache_memory_bytes=11 * page_bytes, max_model_len=256
+    ) as llm:
+        assert scheduler_of(llm).block_manager.num_pages == 10
+        assert generate(llm, prompts, params) == expected
+        assert _pool_is_whole(llm)
+        with pytest.raises(ValueError, match=r"needs 16 cache pages .* the pool has 10"):
+            generate(
+                llm,
+                [[7] * 200],
+                [sampling(32, diffusion_cache_policy="dual", diffusion_cfg_scale=1.0)],
+            )

@@ -72,13 +72,25 @@ class Job:
         return tokens.tolist(), committed.tolist()
 
 
-def run(kind: str, jobs: Sequence[Job]) -> Commits:
-    return denoise(
-        torch.cat([job.logits for job in jobs]).clone(),
+def run(kind: str, jobs: Sequence[Job], max_rows: int = 1 << 20) -> Commits:
+    logits = torch.cat([job.logits for job in jobs])
+    seen: list[int] = []
+
+    def logits_of(rows: np.ndarray) -> torch.Tensor:
+        seen.append(len(rows))
+        return logits[torch.from_numpy(rows)]
+
+    commits = denoise(
+        logits_of,
         [job.candidates(kind) for job in jobs],
         MASK,
         traits_of(kind, MASK).sampler,
+        torch.device("cpu"),
+        max_rows,
     )
+    if all(job.num_logprobs is None for job in jobs):
+        assert max(seen) <= max_rows
+    return commits
 
 
 def split(commits: Commits, jobs: Sequence[Job]) -> list[tuple[list[int], list[bool]]]:
@@ -154,6 +166,18 @@ def test_a_mixed_batch_is_the_reference_one_at_a_time(mix: tuple[str, list[Job]]
 
 
 @settings(max_examples=100)
+@given(MIXES, st.integers(1, 9))
+def test_rows_at_a_time_do_not_matter(mix: tuple[str, list[Job]], max_rows: int) -> None:
+    """However few logits exist at a time, tokens, commits and log-probabilities are the same."""
+    kind, jobs = mix
+    whole, pieces = run(kind, jobs), run(kind, jobs, max_rows)
+    assert split(pieces, jobs) == split(whole, jobs)
+    for own, other in zip(pieces.logprobs, whole.logprobs, strict=True):
+        assert (own is None) == (other is None)
+        if own is not None and other is not None:
+            assert np.array_equal(own.token_ids, other.token_ids)
+
+
 @given(MIXES, SEEDS)
 def test_the_company_does_not_matter(mix: tuple[str, list[Job]], seed: int) -> None:
     kind, jobs = mix
@@ -257,7 +281,14 @@ def test_logits_are_read_only_and_of_any_dtype(kind: str, dtype: torch.dtype) ->
     before = logits.clone()
     for temperature in (0.0, 0.8):
         job = Job(logits.float(), Options(temperature=temperature), step=7)
-        commits = denoise(logits, [job.candidates(kind)], MASK, traits_of(kind, MASK).sampler)
+        commits = denoise(
+            lambda rows: logits[torch.from_numpy(rows)],
+            [job.candidates(kind)],
+            MASK,
+            traits_of(kind, MASK).sampler,
+            torch.device("cpu"),
+            100,
+        )
         assert torch.equal(logits, before)
         assert split(commits, [job]) == [job.naive(kind)]
 

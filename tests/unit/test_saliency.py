@@ -188,3 +188,9 @@ def test_a_short_last_run_is_kept_whole_and_nothing_behind_it() -> None:
     assert select_entries(scores, 3, 1, 8).tolist() == [8, 9]
     assert select_entries(scores, 9, 1, 8).tolist() == [8, 9, 0, 1, 2, 3, 4, 5, 6, 7]
     assert select_entries(torch.tensor([1.0, 2.0]), 1, 3, 32).tolist() == [0, 1]
+
+
+def test_a_window_wider_than_all_entries_costs_no_more() -> None:
+    saliency = torch.tensor([0.5, 2.0, -1.0, 0.0, 1.0])
+    widest = select_entries(saliency, 3, 9, 1).tolist()
+    assert select_entries(saliency, 3, 2**61 + 1, 1).tolist() == widest

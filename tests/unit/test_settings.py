@@ -70,18 +70,18 @@ BAD: dict[str, list[Any]] = {
 ALLOWED = {
     "cache_policy": "one of none, prefix, dual, sparse",
     "keep_ratio": "a number with 0 < r <= 1",
-    "kernel_size": "an odd integer >= 1",
-    "delay_steps": "an integer >= 0",
+    "kernel_size": "an odd integer from 1 to 65535",
+    "delay_steps": "an integer from 0 to 65536",
     "granularity": "one of token, page",
-    "block_length": "an integer >= 1",
+    "block_length": "an integer from 1 to 16777216",
     "steps": "an integer from 1 to 65536, or null",
     "remasking": "one of low_confidence, random, maskgit_plus, topk_margin, entropy, origin, "
     "or null",
     "threshold": "a number with 0 < t <= 1, or null",
     "factor": "a number > 0, or null",
     "default_response_length": "an integer >= 1",
-    "alg_temp": "a number >= 0",
-    "cfg_scale": "a number >= 0",
+    "alg_temp": "0, or a number from 1e-9 to 1e9",
+    "cfg_scale": "a number with 0 <= w <= 1000",
 }
 
 
@@ -212,7 +212,7 @@ def test_unknown_names_of_a_request(key: str) -> None:
 
 @pytest.mark.parametrize("key", ["steps", "threshold", "Diffusion_steps", "kv_transfer_params"])
 def test_names_without_the_prefix_are_refused(key: str) -> None:
-    message = f"^{key} is not a parameter of this model; allowed: diffusion_cache_policy, "
+    message = f"^'{key}' is not a parameter of this model; allowed: diffusion_cache_policy, "
     with pytest.raises(ValueError, match=message):
         request_settings(engine(), LLADA, {key: 1})
 
@@ -301,8 +301,8 @@ def test_numbers_are_finite_and_in_range(value: float) -> None:
         "keep_ratio": 0 < value <= 1,
         "threshold": 0 < value <= 1,
         "factor": 0 < value < math.inf,
-        "alg_temp": 0 <= value < math.inf,
-        "cfg_scale": 0 <= value < math.inf,
+        "alg_temp": value == 0 or 1e-9 <= value <= 1e9,
+        "cfg_scale": 0 <= value <= 1000,
     }.items():
         if inside:
             assert getattr(request(**{name: value}), name) == value

@@ -62,6 +62,8 @@ def select_entries(
         Indices of the kept entries, in order of falling importance.
     """
     pooled = saliency.unsqueeze(0)
+    # A wider window sees no more, but costs its width.
+    kernel_size = min(kernel_size, 2 * saliency.shape[0] - 1)
     if kernel_size > 1:
         pooled = F.max_pool1d(pooled, kernel_size, stride=1, padding=kernel_size // 2)
     if run_length == 1:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -93,59 +93,98 @@ class Commits:
     logprobs: list[Logprobs | None]
 
 
+#: The logits of a host array of candidate rows, ``[n, vocab]`` in the model dtype.
+LogitsOf = Callable[[np.ndarray], torch.Tensor]
+
+Span = tuple[int, int]
+
+
 def denoise(
-    logits: torch.Tensor,
+    logits_of: LogitsOf,
     requests: Sequence[Candidates],
     mask_token_id: int,
     sampler: TokenSampler,
+    device: torch.device,
+    max_rows: int,
 ) -> Commits:
     """Choose tokens, rank the candidates of each request and commit the surest.
 
+    Logits exist for ``max_rows`` rows at a time, so that the vocabulary times the candidates
+    of a large batch need never fit the memory.
+
     Args:
-        logits: ``[rows, vocab]`` in the model dtype, the requests' candidates one after the
-            other, each in position order.
+        logits_of: The requests' candidates are rows 0, 1, ..., one request after the other,
+            each in position order.
         requests: Whose rows they are.
         mask_token_id: Never chosen.
         sampler: How the model family draws at ``temperature > 0``.
+        device: Where the logits are.
+        max_rows: At least 1.
     """
-    device = logits.device
-    logits = logits.float()
     sizes = np.array([request.num for request in requests])
     ends = np.cumsum(sizes)
     spans = list(zip((ends - sizes).tolist(), ends.tolist(), strict=True))
 
-    distribution = _choose(logits, requests, spans, mask_token_id, sampler)
-    confidence = _rank(distribution, requests, spans)
+    num_rows = int(ends[-1])
+    tokens = torch.empty(num_rows, dtype=torch.int64, device=device)
+    confidence = torch.empty(num_rows, device=device)
+    finite = torch.empty(num_rows, dtype=torch.bool, device=device)
+    for parts in _chunks(spans, max_rows):
+        first, last = parts[0][1][0], parts[-1][1][1]
+        own_requests = [requests[number] for number, _ in parts]
+        own_spans = [(start - first, end - first) for _, (start, end) in parts]
+        logits = logits_of(np.arange(first, last)).float()
+        distribution = _choose(logits, own_requests, own_spans, mask_token_id, sampler)
+        tokens[first:last] = distribution.tokens
+        confidence[first:last] = _confidence(distribution, own_requests, own_spans)
+        finite[first:last] = torch.isfinite(distribution.probability())
+    _add_draws(confidence, requests, spans)
 
     row_request = np.repeat(np.arange(len(requests)), sizes)
-    row_column = np.arange(len(row_request)) - np.repeat(ends - sizes, sizes)
+    row_column = np.arange(num_rows) - np.repeat(ends - sizes, sizes)
     index = torch.from_numpy(np.stack([row_request, row_column])).to(device)
-    padded = torch.full(
-        (len(requests), int(sizes.max())), -torch.inf, dtype=confidence.dtype, device=device
-    )
+    padded = torch.full((len(requests), int(sizes.max())), -torch.inf, device=device)
     padded[index[0], index[1]] = confidence
     ordered, order = torch.sort(padded, dim=-1, descending=True, stable=True)
     counts = _counts(ordered, requests, sizes, device)
     chosen = torch.arange(ordered.shape[1], device=device) < counts.unsqueeze(-1)
     selected = torch.zeros_like(chosen).scatter_(-1, order, chosen)[index[0], index[1]]
 
-    broken = torch.zeros(len(requests), dtype=torch.bool, device=device)
-    broken.index_put_((index[0],), ~torch.isfinite(distribution.probability()), accumulate=True)
     # The one read of a step's results.
-    result = torch.stack([distribution.tokens, selected.long()]).cpu().numpy()
+    result = torch.stack([tokens, selected.long(), finite.long()]).cpu().numpy()
     committed = result[1].astype(bool)
     return Commits(
         tokens=result[0],
         committed=committed,
-        failed=broken.cpu().numpy(),
-        logprobs=_logprobs(logits, distribution.tokens, committed, requests, spans),
+        failed=np.minimum.reduceat(result[2], ends - sizes) == 0,
+        logprobs=_logprobs(logits_of, result[0], committed, requests, spans),
     )
+
+
+def _chunks(spans: list[Span], max_rows: int) -> Iterator[list[tuple[int, Span]]]:
+    """Pack the requests' rows into chunks.
+
+    A request is cut only where it alone is too large, and then from its own first row on: how
+    its noise is drawn must not depend on who else is in the batch.
+    """
+    chunk: list[tuple[int, Span]] = []
+    num_rows = 0
+    for number, (first, last) in enumerate(spans):
+        for start in range(first, last, max_rows):
+            end = min(start + max_rows, last)
+            if num_rows + end - start > max_rows:
+                yield chunk
+                chunk, num_rows = [], 0
+            chunk.append((number, (start, end)))
+            num_rows += end - start
+    if chunk:
+        yield chunk
 
 
 def _choose(
     logits: torch.Tensor,
     requests: Sequence[Candidates],
-    spans: list[tuple[int, int]],
+    spans: list[Span],
     mask_token_id: int,
     sampler: TokenSampler,
 ) -> TokenDistribution:
@@ -168,44 +207,42 @@ def _choose(
     return TokenDistribution(confidence_logits, tokens)
 
 
-def _rank(
-    distribution: TokenDistribution,
-    requests: Sequence[Candidates],
-    spans: list[tuple[int, int]],
+def _confidence(
+    distribution: TokenDistribution, requests: Sequence[Candidates], spans: list[Span]
 ) -> torch.Tensor:
     """Return ``[rows]`` confidences, one rule at a time over the rows that use it."""
     device = distribution.logits.device
-    confidence = torch.empty(distribution.tokens.shape[0], device=device)
+    confidence = torch.zeros(distribution.tokens.shape[0], device=device)
     by_rule: dict[str, list[int]] = {}
     for number, request in enumerate(requests):
         by_rule.setdefault(request.ranking.name, []).append(number)
     for numbers in by_rule.values():
         rule = requests[numbers[0]].ranking
         if rule.confidence is None:
-            for number in numbers:
-                start, end = spans[number]
-                confidence[start:end] = torch.rand(
-                    end - start, device=device, generator=requests[number].generator
-                )
             continue
         if len(by_rule) == 1:
-            confidence = rule.confidence(distribution)
-            continue
+            return rule.confidence(distribution)
         rows = torch.from_numpy(np.concatenate([np.arange(*spans[n]) for n in numbers]))
         rows = rows.to(device)
         confidence[rows] = rule.confidence(distribution.rows(rows))
+    return confidence
 
+
+def _add_draws(confidence: torch.Tensor, requests: Sequence[Candidates], spans: list[Span]) -> None:
+    """Draw the confidences that are drawn, and add noise where the order has some."""
     for request, (start, end) in zip(requests, spans, strict=True):
+        own = confidence[start:end]
+        if request.ranking.confidence is None:
+            own.copy_(torch.rand(end - start, device=own.device, generator=request.generator))
         if request.ranking.independent:
             # The smaller the draw, the surer: those below the chance are committed.
-            confidence[start:end].neg_()
+            own.neg_()
         elif request.alg_temp > 0:
-            race = torch.empty(end - start, dtype=torch.float64, device=device)
+            race = torch.empty(end - start, dtype=torch.float64, device=own.device)
             race.exponential_(generator=request.generator)
-            weights = torch.softmax(confidence[start:end].double() / request.alg_temp, dim=-1)
+            weights = torch.log_softmax(own.double() / request.alg_temp, dim=-1)
             # Only the order counts, and logarithms keep it where float32 would underflow.
-            confidence[start:end] = (weights.log() - race.log()).float()
-    return confidence
+            own.copy_(weights - race.log())
 
 
 def _counts(
@@ -245,19 +282,19 @@ def _counts(
 
 
 def _logprobs(
-    logits: torch.Tensor,
-    tokens: torch.Tensor,
+    logits_of: LogitsOf,
+    tokens: np.ndarray,
     committed: np.ndarray,
     requests: Sequence[Candidates],
-    spans: list[tuple[int, int]],
+    spans: list[Span],
 ) -> list[Logprobs | None]:
     results: list[Logprobs | None] = [None] * len(requests)
     for number, (request, (start, end)) in enumerate(zip(requests, spans, strict=True)):
         if request.num_logprobs is None:
             continue
-        rows = torch.from_numpy(np.flatnonzero(committed[start:end]) + start).to(logits.device)
-        logprobs = torch.log_softmax(logits.index_select(0, rows), dim=-1)
-        own_tokens = tokens.index_select(0, rows).unsqueeze(-1)
+        rows = np.flatnonzero(committed[start:end]) + start
+        logprobs = torch.log_softmax(logits_of(rows).float(), dim=-1)
+        own_tokens = torch.from_numpy(tokens[rows]).to(logprobs.device).unsqueeze(-1)
         own = logprobs.gather(-1, own_tokens)
         k = logprobs.shape[-1] if request.num_logprobs < 0 else request.num_logprobs
         top = torch.topk(logprobs, k, dim=-1)

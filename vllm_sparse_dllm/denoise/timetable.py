@@ -82,6 +82,19 @@ class CommitSchedule(ABC):
             block_size: Positions of the block.
         """
 
+    def next_commit(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+        """Return the first step from ``step`` on that commits something.
+
+        Args:
+            step: Where to begin.
+            num_steps: S, the block's share of steps.
+            num_masked: Positions of the block that are masked, and stay so meanwhile; above 0.
+            block_size: Positions of the block.
+        """
+        while self.count(step, num_steps, num_masked, block_size) == 0:
+            step += 1
+        return step
+
 
 class EvenSchedule(CommitSchedule):
     """LLaDA: the block's masks divided evenly, the remainder to the first steps."""
@@ -103,13 +116,19 @@ class LinearTimeSchedule(CommitSchedule):
             return num_masked
         return int(np.float32(num_masked) * commit_fractions(num_steps)[step])
 
+    def next_commit(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+        if step >= num_steps - 1:
+            return step
+        counts = np.float32(num_masked) * commit_fractions(num_steps)[step : num_steps - 1]
+        commits = np.flatnonzero(counts >= 1)
+        return step + int(commits[0]) if len(commits) else num_steps - 1
 
-@lru_cache(maxsize=1024)
-def commit_fractions(num_steps: int) -> tuple[np.float32, ...]:
-    """Return ``1 - t[i+1] / t[i]`` for the ``num_steps`` steps, in float32 arithmetic."""
+
+@lru_cache(maxsize=64)
+def commit_fractions(num_steps: int) -> np.ndarray:
+    """Return ``[num_steps]`` float32 ``1 - t[i+1] / t[i]``, in float32 arithmetic."""
     # torch's linspace, not numpy's: they differ in the last bit, and the bit decides counts.
     import torch
 
     times = torch.linspace(1, _DREAM_EPS, num_steps + 1, dtype=torch.float32).numpy()
-    fractions = np.float32(1) - times[1:] / times[:-1]
-    return tuple(fractions)
+    return np.float32(1) - times[1:] / times[:-1]

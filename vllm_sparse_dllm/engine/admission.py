@@ -80,6 +80,14 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     if request.resumable:
         raise RequestError("streaming input is not supported by diffusion models")
     check_sampling(sampling)
+    vocab_size = vllm_config.model_config.get_vocab_size()
+    for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"prompt_token_ids must be from 0 to {vocab_size - 1}, got {token_id}",
+                parameter="prompt_token_ids",
+                value=token_id,
+            )
     traits = model_traits(vllm_config.model_config.hf_config)
     engine = EngineSettings.from_additional_config(vllm_config.additional_config)
     settings = request_settings(engine, traits, sampling.extra_args)

@@ -148,9 +148,9 @@ def _raise_default_token_budget(vllm_config: VllmConfig) -> None:
     default_budgets = {scheduler.DEFAULT_MAX_NUM_BATCHED_TOKENS, *defaults.values()}
     default_budgets |= {2 * tokens for tokens in default_budgets}
     if budget in default_budgets:
-        logger.info(
-            "Raising max_num_batched_tokens from vLLM's default %d to the context length %d: "
-            "a diffusion model runs a request whole",
+        logger.warning(
+            "Raising max_num_batched_tokens from %d, a default of vLLM's, to the context length "
+            "%d: a diffusion model runs a request whole. If you did set it, set another value",
             budget,
             context,
         )

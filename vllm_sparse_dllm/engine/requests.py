@@ -200,12 +200,20 @@ class RequestState:
             num_masked = block[1] - block[0]
         else:
             self.step += 1
+        if self._commits_first_position_only or self._scheduled_count(num_masked) > 0:
+            return
         # A step that commits nothing and fills no cache changes nothing: pass over it.
-        while (
-            not self._commits_first_position_only
-            and self._scheduled_count(num_masked) == 0
-            and self.policy.kind(self.step, self.settings) is not StepKind.REFRESH
-        ):
+        next_commit = self.traits.schedule.next_commit(
+            self.step, self.steps_of_block[self.block_index], num_masked, block[1] - block[0]
+        )
+        while self.step < next_commit:
+            kind = self.policy.kind(self.step, self.settings)
+            if kind is StepKind.REFRESH:
+                return
+            if kind is StepKind.CACHED:
+                # There is no refresh behind a block step.
+                self.step = next_commit
+                return
             self.step += 1
 
     @property

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,8 @@ from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShap
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.pages import allocate_pages
 from vllm_sparse_dllm.cache.policies import POLICIES
-from vllm_sparse_dllm.denoise.step import Commits, denoise
+from vllm_sparse_dllm.denoise.rules import RULES
+from vllm_sparse_dllm.denoise.step import Candidates, Commits, denoise
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import StepBatch, build_batch
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
@@ -35,6 +37,9 @@ from vllm_sparse_dllm.models.layers import DiffusionDecoder
 from vllm_sparse_dllm.settings import EngineSettings, request_settings
 
 logger = init_logger(__name__)
+
+#: Logits that exist at a time; sampling needs a few float64 copies of them.
+_MAX_LOGITS = 1 << 26
 
 
 class DiffusionModelRunner:
@@ -133,6 +138,7 @@ class DiffusionModelRunner:
     def profile_run(self, randomize_inputs: bool = False) -> None:
         """Run the largest step once, so that vLLM sees the memory it takes."""
         self._dummy_step(self.vllm_config.scheduler_config.max_num_batched_tokens)
+        self._dummy_sampling()
 
     def warming_up_model(self) -> None:
         """Run a small step once, so that kernels are prepared before memory is counted."""
@@ -165,6 +171,36 @@ class DiffusionModelRunner:
         ]
         steps = [state.next_step() for state in states]
         self._forward(states, steps)
+
+    @torch.inference_mode()
+    def _dummy_sampling(self) -> None:
+        """Sample from as many logits as may ever exist at a time, in the costliest way."""
+        rows = self._max_logits_rows
+        shape = self.model.shape
+        hidden = torch.zeros(rows, shape.hidden_size, dtype=self._dtype, device=self.device)
+        everything = torch.arange(rows, device=self.device)
+        candidates = Candidates(
+            num=rows,
+            count=1,
+            rule=RULES["entropy"],
+            commit_probability=1.0,
+            threshold=None,
+            factor=None,
+            temperature=1.0,
+            top_p=0.9,
+            top_k=1,
+            alg_temp=0.0,
+            generator=torch.Generator(self.device),
+            num_logprobs=None,
+        )
+        denoise(
+            partial(self._head, hidden, everything),
+            [candidates],
+            self.traits.mask_token_id,
+            self.traits.sampler,
+            self.device,
+            rows,
+        )
 
     @torch.inference_mode()
     def execute_model(
@@ -211,7 +247,10 @@ class DiffusionModelRunner:
             seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "little")
         page_ids = new.block_ids[0]
         if page_ids:
-            self.backend.clear(np.array(page_ids))
+            # Slots that stay unfilled are in a sequence's last page, or with short runs in
+            # the last but one.
+            pages = np.array(page_ids).reshape(settings.num_sequences, -1)
+            self.backend.clear(pages[:, -2:].reshape(-1))
         return RequestState(
             new.prompt_token_ids,
             settings,
@@ -234,27 +273,47 @@ class DiffusionModelRunner:
         ]
         if not active:
             return None
-        logits = self._logits(hidden, batch)
         return denoise(
-            logits,
+            partial(self._logits, hidden, batch),
             [state.candidates_of(step) for state, step in active],
             self.traits.mask_token_id,
             self.traits.sampler,
+            self.device,
+            self._max_logits_rows,
         )
 
-    def _logits(self, hidden: torch.Tensor, batch: StepBatch) -> torch.Tensor:
-        """Return ``[candidates, vocab]`` logits, guided where a request asks for it."""
-        logits = self.model.compute_logits(hidden.index_select(0, batch.logits_rows))
-        assert logits is not None
+    @property
+    def _max_logits_rows(self) -> int:
+        return max(1, _MAX_LOGITS // self.model.shape.vocab_size)
+
+    def _logits(self, hidden: torch.Tensor, batch: StepBatch, rows: np.ndarray) -> torch.Tensor:
+        """Return ``[n, vocab]`` logits of candidates, guided where a request asks for it."""
+        logits = self._head(hidden, batch.logits_rows, rows)
         num_guided = batch.guided.shape[0]
         if num_guided == 0:
             return logits
+        # Unconditional rows lie behind all candidates, in the order of the guided ones.
+        num_candidates = batch.logits_rows.shape[0] - num_guided
+        unconditional_row = np.full(num_candidates, -1)
+        unconditional_row[batch.guided.cpu().numpy()] = np.arange(num_guided)
+        own = unconditional_row[rows]
+        guided = torch.from_numpy(np.flatnonzero(own >= 0)).to(self.device)
+        own = own[own >= 0]
+        unconditional = self._head(hidden, batch.logits_rows, own + num_candidates).float()
+        weights = batch.guidance.index_select(0, torch.from_numpy(own).to(self.device))
         logits = logits.float()
-        conditional, unconditional = logits[:-num_guided], logits[-num_guided:]
-        weight = batch.guidance.unsqueeze(-1) + 1
-        difference = conditional.index_select(0, batch.guided) - unconditional
-        guided = unconditional + weight * difference
-        return conditional.index_copy(0, batch.guided, guided)
+        difference = logits.index_select(0, guided) - unconditional
+        return logits.index_copy(
+            0, guided, unconditional + (weights.unsqueeze(-1) + 1) * difference
+        )
+
+    def _head(
+        self, hidden: torch.Tensor, hidden_rows: torch.Tensor, rows: np.ndarray
+    ) -> torch.Tensor:
+        index = hidden_rows.index_select(0, torch.from_numpy(rows).to(self.device))
+        logits = self.model.compute_logits(hidden.index_select(0, index))
+        assert logits is not None
+        return logits
 
     def _commit(
         self, states: list[RequestState], steps: list[NextStep], commits: Commits | None
