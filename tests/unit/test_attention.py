@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from vllm_sparse_dllm.attention.backends import make_backend
 from vllm_sparse_dllm.attention.cpu import CPUBackend
-from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape, make_backend
+from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.portable import PortableBackend
 
 PAGE = 32

@@ -96,17 +96,3 @@ class AttentionBackend(ABC):
         plan: Any,
     ) -> None:
         """Write attention of ``queries`` over ``keys``, sequence by sequence, to ``output``."""
-
-
-def make_backend(
-    shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
-) -> AttentionBackend:
-    """Return the backend for a device."""
-    if device.type == "cpu":
-        from vllm_sparse_dllm.attention.cpu import CPUBackend
-
-        if CPUBackend.supports(shape, page_size, dtype):
-            return CPUBackend(shape, page_size, dtype, device)
-    from vllm_sparse_dllm.attention.portable import PortableBackend
-
-    return PortableBackend(shape, page_size, dtype, device)

@@ -22,7 +22,8 @@ from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import LogprobsLists
 
-from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape, make_backend
+from vllm_sparse_dllm.attention.backends import make_backend
+from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.pages import allocate_pages
 from vllm_sparse_dllm.cache.policies import POLICIES
