@@ -180,18 +180,26 @@ def test_a_broken_sequence_does_not_leak_into_the_next_full_pass(
 
 
 @CASES
+@pytest.mark.parametrize("broken", range(3))
 def test_a_broken_sequence_does_not_leak_within_a_pass(
-    backend_class: Make, shape: AttentionShape, dtype: torch.dtype
+    backend_class: Make, shape: AttentionShape, dtype: torch.dtype, broken: int
 ) -> None:
+    """Kernels reuse work space from one sequence to the next, where lengths differ most."""
     backend = bound(backend_class, shape, dtype)
     generator = torch.Generator().manual_seed(4)
-    q = randn(generator, 80, shape.num_heads, shape.head_size, dtype=dtype)
-    k = randn(generator, 80, shape.num_kv_heads, shape.head_size, dtype=dtype)
-    k[:40] = math.nan
-    output, lengths = torch.empty_like(q), np.array([40, 40])
+    lengths = np.array([40, 31, 7])
+    q = randn(generator, 78, shape.num_heads, shape.head_size, dtype=dtype)
+    k = randn(generator, 78, shape.num_kv_heads, shape.head_size, dtype=dtype)
+    ends = np.cumsum(lengths)
+    spans = [slice(end - length, end) for end, length in zip(ends, lengths, strict=True)]
+    k[spans[broken]] = math.nan
+    output = torch.empty_like(q)
     backend.attend_full(q, k, k, output, backend.plan_full(lengths, lengths))
-    assert torch.isnan(output[:40].float()).all()
-    assert_close(output[40:], softmax_attention(q[40:], k[40:], k[40:]))
+    for number, own in enumerate(spans):
+        if number == broken:
+            assert torch.isnan(output[own].float()).all()
+        else:
+            assert_close(output[own], softmax_attention(q[own], k[own], k[own]))
 
 
 @CASES

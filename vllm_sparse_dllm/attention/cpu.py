@@ -2,8 +2,8 @@
 """Attention on CPU, by vLLM's paged kernel.
 
 The kernel reads keys only from pages, and is faster than scaled_dot_product_attention also for
-whole sequences; so the keys of a full forward are laid out in scratch pages, one layer's worth
-that every layer overwrites.
+whole sequences; so where `cpu_full` has no better one, the keys of a full forward are laid out
+in scratch pages, one layer's worth that every layer overwrites.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
+from vllm_sparse_dllm.attention.cpu_full import InPlaceAttention, InPlacePlan
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 
 
@@ -47,6 +48,9 @@ class CPUBackend(AttentionBackend):
         self._isa = _get_attn_isa(dtype, page_size, shape.head_size)
         self._pools: list[torch.Tensor] = []
         self._pages: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._in_place: InPlaceAttention | None = None
+        if InPlaceAttention.supports(shape, dtype):
+            self._in_place = InPlaceAttention(self.scale)
         self._scratch_pool = self._zeros(1)
         self._scratch = self._split(self._scratch_pool)
 
@@ -152,7 +156,11 @@ class CPUBackend(AttentionBackend):
     ) -> None:
         self._attend(self._pages[layer], queries, output, plan)
 
-    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _FullPlan:
+    def plan_full(
+        self, query_lengths: np.ndarray, key_lengths: np.ndarray
+    ) -> _FullPlan | InPlacePlan:
+        if self._in_place is not None:
+            return self._in_place.plan(query_lengths, key_lengths)
         page_counts = -(-key_lengths // self.page_size)
         first_pages = np.concatenate(([0], np.cumsum(page_counts)))
         table = first_pages[:-1, None] + np.arange(page_counts.max())
@@ -179,6 +187,9 @@ class CPUBackend(AttentionBackend):
         output: torch.Tensor,
         plan: Any,
     ) -> None:
+        if self._in_place is not None:
+            self._in_place.attend(queries, keys, values, output, plan)
+            return
         if self._scratch[0].shape[0] < plan.num_pages:
             self._scratch_pool = self._zeros(plan.num_pages)
             self._scratch = self._split(self._scratch_pool)

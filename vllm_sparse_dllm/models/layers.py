@@ -35,6 +35,10 @@ from vllm_sparse_dllm.attention.module import BidirectionalAttention
 from vllm_sparse_dllm.attention.plan import ForwardPlan
 from vllm_sparse_dllm.models.fused import FusedRMSNorm, silu_and_mul
 
+#: Rows that go through the feed-forward layer at a time on CPU: its intermediate results are
+#: the widest, and cost more than their products once they leave the caches.
+_CACHED_ROWS = 512
+
 
 @dataclass(frozen=True)
 class DecoderShape:
@@ -90,12 +94,27 @@ class Rotary(nn.Module):
         )
 
     def forward(
-        self, positions: torch.Tensor, q: torch.Tensor, k: torch.Tensor
+        self, positions: torch.Tensor, qk: torch.Tensor, q_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.full_precision and q.dtype != torch.float32:
-            wide_q, wide_k = self.rope(positions, q.float(), k.float())
-            return wide_q.to(q.dtype), wide_k.to(k.dtype)
-        return self.rope(positions, q, k)
+        """Rotate queries and keys that lie side by side; may be done in place.
+
+        Args:
+            positions: ``[tokens]``.
+            qk: ``[tokens, q_size + k_size]``.
+            q_size: Columns that are queries.
+
+        Returns:
+            Queries and keys.
+        """
+        sizes = [q_size, qk.shape[-1] - q_size]
+        if self.full_precision and qk.dtype != torch.float32:
+            # Copied as one, there and back.
+            wide = qk.float()
+            self.rope(positions, *wide.split(sizes, dim=-1))
+            q, k = wide.to(qk.dtype).split(sizes, dim=-1)
+            return q, k
+        q, k = self.rope(positions, *qk.split(sizes, dim=-1))
+        return q, k
 
 
 class SelfAttention(nn.Module):
@@ -147,8 +166,8 @@ class SelfAttention(nn.Module):
     ) -> torch.Tensor:
         qkv, _ = self.qkv_proj(hidden)
         q_size, kv_size = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
-        q, k, v = qkv.split([q_size, kv_size, kv_size], dim=-1)
-        q, k = rotary(positions, q, k)
+        qk, v = qkv.split([q_size + kv_size, kv_size], dim=-1)
+        q, k = rotary(positions, qk, q_size)
         output = self.attention(
             q.view(-1, self.num_heads, self.head_size),
             k.view(-1, self.num_kv_heads, self.head_size),
@@ -183,6 +202,16 @@ class FeedForward(nn.Module):
         )
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        rows = hidden.shape[0]
+        if hidden.device.type != "cpu" or rows <= _CACHED_ROWS:
+            return self._run(hidden)
+        output = torch.empty_like(hidden)
+        num_parts = -(-rows // _CACHED_ROWS)
+        for part, target in zip(hidden.chunk(num_parts), output.chunk(num_parts), strict=True):
+            target.copy_(self._run(part))
+        return output
+
+    def _run(self, hidden: torch.Tensor) -> torch.Tensor:
         gate_up, _ = self.gate_up_proj(hidden)
         output, _ = self.down_proj(silu_and_mul(gate_up))
         return output
