@@ -203,6 +203,24 @@ def test_a_broken_sequence_does_not_leak_within_a_pass(
 
 
 @CASES
+def test_read_returns_what_was_written(
+    backend_class: Make, shape: AttentionShape, dtype: torch.dtype
+) -> None:
+    backend = bound(backend_class, shape, dtype, fill=math.nan)
+    generator = torch.Generator().manual_seed(6)
+    slots = torch.randperm(NUM_PAGES * PAGE, generator=generator)[:200]
+    keys, values = (
+        randn(generator, 200, shape.num_kv_heads, shape.head_size, dtype=dtype) for _ in range(2)
+    )
+    backend.write(1, keys, values, slots)
+    some = torch.randperm(200, generator=generator)[:77]
+    read_keys, read_values = backend.read(1, slots[some])
+    assert torch.equal(read_keys, keys[some])
+    assert torch.equal(read_values, values[some])
+    assert all(part.numel() == 0 for part in backend.read(1, slots[:0]))
+
+
+@CASES
 def test_full(backend_class: Make, shape: AttentionShape, dtype: torch.dtype) -> None:
     backend = bound(backend_class, shape, dtype)
     generator = torch.Generator().manual_seed(3)

@@ -2,7 +2,7 @@
 """Attention on CPU, by vLLM's paged kernel.
 
 The kernel reads keys only from pages, and is faster than scaled_dot_product_attention also for
-whole sequences; so where `cpu_full` has no better one, the keys of a full forward are laid out
+whole sequences; so where `cpu_rows` has no better one, the keys of a full forward are laid out
 in scratch pages, one layer's worth that every layer overwrites.
 """
 
@@ -17,7 +17,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
-from vllm_sparse_dllm.attention.cpu_full import InPlaceAttention, InPlacePlan
+from vllm_sparse_dllm.attention.cpu_rows import RowAttention, RowPlan
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 
 
@@ -48,11 +48,12 @@ class CPUBackend(AttentionBackend):
         self._isa = _get_attn_isa(dtype, page_size, shape.head_size)
         self._pools: list[torch.Tensor] = []
         self._pages: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._in_place: InPlaceAttention | None = None
-        if InPlaceAttention.supports(shape, dtype):
-            self._in_place = InPlaceAttention(self.scale)
+        self._rows: RowAttention | None = None
+        if RowAttention.supports(shape, dtype):
+            self._rows = RowAttention(self.scale)
         self._scratch_pool = self._zeros(1)
         self._scratch = self._split(self._scratch_pool)
+        self._key_cells, self._value_cells = self._find_cells()
 
     @staticmethod
     def supports(shape: AttentionShape, page_size: int, dtype: torch.dtype) -> bool:
@@ -100,6 +101,39 @@ class CPUBackend(AttentionBackend):
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> None:
         self._write(self._pages[layer], keys, values, slots)
+
+    def _find_cells(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Find out where the kernel lays keys and values down within a head's part of a page.
+
+        Its layout is its own affair and differs between instruction sets, so numbers are
+        written and looked for.
+
+        Returns:
+            ``[page_size, head_size]`` cells of keys, and of values.
+        """
+        page, size = self.page_size, self.shape.head_size
+        numbers = torch.arange(page * size).view(page, 1, size)
+        found = torch.zeros(2, page * size, dtype=torch.int64)
+        # Digits that every dtype holds exactly.
+        for place in (1, 1 << 7, 1 << 14):
+            digits = (numbers // place % 128).to(self.dtype)
+            digits = digits.expand(page, self.shape.num_kv_heads, size).contiguous()
+            self._write(self._scratch, digits, digits, torch.arange(page))
+            for number, cells in enumerate(self._scratch):
+                found[number] += cells[0, 0].reshape(-1).long() * place
+        self._scratch_pool.zero_()
+        keys, values = (torch.argsort(numbers).view(page, size) for numbers in found)
+        return keys, values
+
+    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        pages, offsets = slots // self.page_size, slots % self.page_size
+        keys, values = (
+            part.flatten(2)[pages.unsqueeze(-1), :, cells[offsets]].transpose(1, 2).contiguous()
+            for part, cells in zip(
+                self._pages[layer], (self._key_cells, self._value_cells), strict=True
+            )
+        )
+        return keys, values
 
     def plan_paged(
         self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
@@ -156,11 +190,9 @@ class CPUBackend(AttentionBackend):
     ) -> None:
         self._attend(self._pages[layer], queries, output, plan)
 
-    def plan_full(
-        self, query_lengths: np.ndarray, key_lengths: np.ndarray
-    ) -> _FullPlan | InPlacePlan:
-        if self._in_place is not None:
-            return self._in_place.plan(query_lengths, key_lengths)
+    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _FullPlan | RowPlan:
+        if self._rows is not None:
+            return RowPlan.of(query_lengths, key_lengths)
         page_counts = -(-key_lengths // self.page_size)
         first_pages = np.concatenate(([0], np.cumsum(page_counts)))
         table = first_pages[:-1, None] + np.arange(page_counts.max())
@@ -187,8 +219,8 @@ class CPUBackend(AttentionBackend):
         output: torch.Tensor,
         plan: Any,
     ) -> None:
-        if self._in_place is not None:
-            self._in_place.attend(queries, keys, values, output, plan)
+        if self._rows is not None:
+            self._rows.attend(queries, keys, values, output, plan)
             return
         if self._scratch[0].shape[0] < plan.num_pages:
             self._scratch_pool = self._zeros(plan.num_pages)

@@ -60,6 +60,10 @@ class AttentionBackend(ABC):
         """Write rotated keys and values ``[n, kv_heads, head_size]`` to slots ``[n]``."""
 
     @abstractmethod
+    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values ``[n, kv_heads, head_size]`` that were written to slots ``[n]``."""
+
+    @abstractmethod
     def plan_paged(
         self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
     ) -> Any:
