@@ -91,6 +91,17 @@ FIELDS: dict[str, Field] = {
         f"an integer from 0 to {MAX_STEPS}", lambda v: _is_int(v) and 0 <= v <= MAX_STEPS
     ),
     "granularity": _one_of(GRANULARITIES),
+    "eviction_delay": Field(
+        f"an integer from 0 to {MAX_STEPS}", lambda v: _is_int(v) and 0 <= v <= MAX_STEPS
+    ),
+    "refresh_interval": Field(
+        f"an integer from 1 to {MAX_STEPS}", lambda v: _is_int(v) and 1 <= v <= MAX_STEPS
+    ),
+    "suffix_window": Field(
+        f"an integer from 0 to {_MAX_LENGTH}, or null",
+        lambda v: _is_int(v) and 0 <= v <= _MAX_LENGTH,
+        nullable=True,
+    ),
     "block_length": Field(
         f"an integer from 1 to {_MAX_LENGTH}", lambda v: _is_int(v) and 1 <= v <= _MAX_LENGTH
     ),
@@ -135,6 +146,10 @@ class DecodingSettings:
         kernel_size: Odd width of the max-pool over saliency (Sparse-dLLM, section 3.2).
         delay_steps: Full forwards of a block before the one that fills the sparse cache.
         granularity: ``token`` selects positions, ``page`` runs of a page of positions.
+        eviction_delay: Block steps that ``sparse`` runs on the whole cache before it evicts;
+            0 evicts at the refresh.
+        refresh_interval: Blocks that one refresh serves; a finished block's keys join the cache.
+        suffix_window: Positions behind the block that take part, or None for all.
         block_length: Positions of a block.
         steps: Denoising steps for the whole response, or None for one per token.
         remasking: Unmasking rule, or None for the model's own.
@@ -149,6 +164,9 @@ class DecodingSettings:
     kernel_size: int = 3
     delay_steps: int = 1
     granularity: str = "token"
+    eviction_delay: int = 0
+    refresh_interval: int = 1
+    suffix_window: int | None = None
     block_length: int = 32
     steps: int | None = None
     remasking: str | None = None

@@ -61,7 +61,7 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values ``[n, kv_heads, head_size]`` that were written to slots ``[n]``."""
+        """Return the keys and values ``[n, kv_heads, head_size]`` in slots ``[n]``."""
 
     @abstractmethod
     def plan_paged(

@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
-from vllm_sparse_dllm.attention.plan import CacheFill, ForwardPlan
+from vllm_sparse_dllm.attention.plan import Eviction, Fill, ForwardPlan
 from vllm_sparse_dllm.cache.saliency import importance, select_entries
 
 
@@ -55,7 +56,10 @@ class BidirectionalAttention(nn.Module):
             num_cached_tokens = cached.num_tokens
             num_cached_rows = plan.num_last_cached if last else num_cached_tokens
             backend.write(
-                self.layer_index, k[:num_cached_tokens], v[:num_cached_tokens], cached.fresh_slots
+                self.layer_index,
+                k[:num_cached_tokens],
+                v[:num_cached_tokens],
+                cached.fresh_slots_of(self.layer_index),
             )
             if num_cached_rows:
                 backend.attend_paged(
@@ -64,6 +68,8 @@ class BidirectionalAttention(nn.Module):
                     output[:num_cached_rows],
                     cached.last_plan if last else cached.plan_of(self.layer_index),
                 )
+            for eviction in plan.evictions:
+                self._evict(q, eviction, backend)
         if plan.full is not None:
             if num_cached_rows < queries.shape[0]:
                 backend.attend_full(
@@ -82,35 +88,60 @@ class BidirectionalAttention(nn.Module):
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        fill: CacheFill,
+        fill: Fill,
         backend: AttentionBackend,
     ) -> None:
         first = fill.first_token
         k = k[first : first + fill.length]
         v = v[first : first + fill.length]
-        if fill.keep is None:
+        layer = self.layer_index
+        if fill.selection is None:
             offset = 0
             for start, end in fill.candidates:
-                slots = fill.slots[offset : offset + end - start]
+                rows = slice(offset, offset + end - start)
                 if end > start:
-                    backend.write(self.layer_index, k[start:end], v[start:end], slots)
+                    backend.write(layer, k[start:end], v[start:end], fill.slots[rows])
+                if fill.positions is not None:
+                    fill.positions[layer, rows] = np.arange(start, end)
                 offset += end - start
-            fill.num_kept[self.layer_index] = offset
+            fill.num_kept[layer] = offset
             return
-        if fill.keep == 0:
-            fill.num_kept[self.layer_index] = 0
+        if fill.selection.keep == 0:
+            fill.num_kept[layer] = 0
             return
         block_start, block_end = fill.block
         block_queries = q[first + block_start : first + block_end]
         saliency = importance(block_queries, k, fill.candidates, self.total_heads)
-        kept = select_entries(saliency, fill.keep, fill.kernel_size, fill.run_length)
+        kept = select_entries(saliency, fill.selection)
         # Candidates are everything but the block: behind its start they are shifted by it.
         kept = torch.where(kept < block_start, kept, kept + (block_end - block_start))
         num_kept = kept.shape[0]
         backend.write(
-            self.layer_index,
-            k.index_select(0, kept),
-            v.index_select(0, kept),
-            fill.slots[:num_kept],
+            layer, k.index_select(0, kept), v.index_select(0, kept), fill.slots[:num_kept]
         )
-        fill.num_kept[self.layer_index] = num_kept
+        fill.num_kept[layer] = num_kept
+        if fill.positions is not None:
+            fill.positions[layer, :num_kept] = kept.cpu().numpy()
+
+    def _evict(self, q: torch.Tensor, eviction: Eviction, backend: AttentionBackend) -> None:
+        layer, first = self.layer_index, eviction.first_token
+        num_kept = 0
+        kept = eviction.slots[:0]
+        if eviction.selection.keep:
+            keys, values = backend.read(layer, eviction.slots)
+            block_queries = q[first : first + eviction.num_tokens]
+            everything = ((0, keys.shape[0]),)
+            saliency = importance(block_queries, keys, everything, self.total_heads)
+            kept = select_entries(saliency, eviction.selection)
+            num_kept = kept.shape[0]
+            backend.write(
+                layer,
+                keys.index_select(0, kept),
+                values.index_select(0, kept),
+                eviction.slots[:num_kept],
+            )
+        eviction.num_kept[layer] = num_kept
+        if eviction.positions is not None:
+            own = eviction.positions[layer]
+            own[:num_kept] = own[kept.cpu().numpy()]
+            own[num_kept:] = -1

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend
+from vllm_sparse_dllm.cache.saliency import Selection
 
 Span = tuple[int, int]
 
@@ -20,18 +21,22 @@ class CachedSegment:
 
     Attributes:
         num_tokens: Tokens of all these sequences.
-        fresh_slots: ``[num_tokens]`` slots of the tokens' own keys.
+        fresh_slots: ``[num_tokens]`` slots of the tokens' own keys, one for all layers or one
+            for each.
         plans: The backend's plan, one for all layers or one for each.
         last_plan: The plan of the last layer, whose queries are only the needed rows.
     """
 
     num_tokens: int
-    fresh_slots: torch.Tensor
+    fresh_slots: tuple[torch.Tensor, ...]
     plans: tuple[Any, ...]
     last_plan: Any
 
     def plan_of(self, layer: int) -> Any:
         return self.plans[layer if len(self.plans) > 1 else 0]
+
+    def fresh_slots_of(self, layer: int) -> torch.Tensor:
+        return self.fresh_slots[layer if len(self.fresh_slots) > 1 else 0]
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,19 @@ class FullSegment:
 
 
 @dataclass(frozen=True)
-class CacheFill:
+class Fill:
     """One sequence whose cache is filled in this pass.
 
     Attributes:
         first_token: Row of the sequence's position 0 in the batch.
-        length: L, positions of the sequence.
+        length: Positions of the sequence that take part.
         block: Positions [start, end) of the current block.
         candidates: Position ranges that may be kept, in order.
         slots: ``[most]`` slots of the kept entries, in the order they are written.
-        keep: Entries to keep by saliency, or None to keep all candidates.
-        kernel_size: Width of the max-pool over saliency.
-        run_length: 1, or the positions selected together (granularity ``page``).
+        selection: Which candidates are kept, None for all.
         num_kept: ``[layers]`` host array; each layer writes how many entries it kept.
+        positions: ``[layers, at least most]`` host array or None; each layer writes who was
+            kept in which slot.
     """
 
     first_token: int
@@ -63,10 +68,31 @@ class CacheFill:
     block: Span
     candidates: tuple[Span, ...]
     slots: torch.Tensor
-    keep: int | None
-    kernel_size: int
-    run_length: int
+    selection: Selection | None
     num_kept: np.ndarray
+    positions: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """One sequence whose whole cache is reduced, by the saliency of this step's queries.
+
+    Attributes:
+        first_token: Row of the block's first query in the batch.
+        num_tokens: Queries of the block.
+        slots: ``[n]`` slots of the entries, in order of their positions; the first ones are
+            those of the kept entries afterwards.
+        selection: Which of them are kept.
+        num_kept: As in `Fill`.
+        positions: As in `Fill`.
+    """
+
+    first_token: int
+    num_tokens: int
+    slots: torch.Tensor
+    selection: Selection
+    num_kept: np.ndarray
+    positions: np.ndarray | None
 
 
 @dataclass(frozen=True)
@@ -78,6 +104,7 @@ class ForwardPlan:
         cached: Sequences that run against pages, or None.
         full: Sequences that run whole, or None.
         fills: Caches to fill, of sequences in ``full``.
+        evictions: Caches to reduce, of sequences in ``cached``.
         last_rows: ``[rows]`` tokens whose hidden states are needed after the last layer,
             in ascending order; at least one.
         num_last_cached: How many of ``last_rows`` lie in ``cached``.
@@ -86,6 +113,7 @@ class ForwardPlan:
     backend: AttentionBackend
     cached: CachedSegment | None
     full: FullSegment | None
-    fills: tuple[CacheFill, ...]
+    fills: tuple[Fill, ...]
+    evictions: tuple[Eviction, ...]
     last_rows: torch.Tensor
     num_last_cached: int

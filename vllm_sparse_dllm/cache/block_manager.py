@@ -44,9 +44,11 @@ class SparseCacheSpec(AttentionSpec):
 
 
 class SparseBlockManager(SingleTypeKVCacheManager):
-    """Allocates the pages of a request's kept entries, once, for its whole life.
+    """Allocates the pages of a request's kept entries.
 
-    There is no prefix to share: a key of a bidirectional model depends on all of its request.
+    A request holds them for its whole life; one that evicts late holds more of them from a
+    refresh until it has evicted. There is no prefix to share: a key of a bidirectional model
+    depends on all of its request.
     """
 
     def reserve(self, request_id: str, num_pages: int) -> list[int] | None:
@@ -61,12 +63,40 @@ class SparseBlockManager(SingleTypeKVCacheManager):
         """
         if self.req_to_blocks.get(request_id):
             raise ValueError(f"request {request_id} holds pages already")
-        if num_pages > self.block_pool.get_num_free_blocks():
+        if num_pages > self.num_free_pages:
             return None
         pages = self.block_pool.get_new_blocks(num_pages)
         if pages:
             self.req_to_blocks[request_id] = pages
         return [page.block_id for page in pages]
+
+    def grow(self, request_id: str, num_pages: int) -> list[int] | None:
+        """Give a request further pages.
+
+        Returns:
+            Ids of the new pages, or None if the pool has too few free pages now.
+        """
+        if num_pages > self.num_free_pages:
+            return None
+        pages = self.block_pool.get_new_blocks(num_pages)
+        if pages:
+            self.req_to_blocks[request_id].extend(pages)
+        return [page.block_id for page in pages]
+
+    def shrink(self, request_id: str, num_pages: int) -> None:
+        """Take back all pages of a request but its first ``num_pages``."""
+        if self.held_pages(request_id) <= num_pages:
+            return
+        pages = self.req_to_blocks[request_id]
+        self.block_pool.free_blocks(reversed(pages[num_pages:]))
+        del pages[num_pages:]
+        if not pages:
+            del self.req_to_blocks[request_id]
+
+    @property
+    def num_free_pages(self) -> int:
+        """Pages that nobody holds."""
+        return self.block_pool.get_num_free_blocks()
 
     @property
     def num_pages(self) -> int:

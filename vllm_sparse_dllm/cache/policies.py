@@ -8,6 +8,7 @@ needs, the runner which positions to run and to keep: all three ask here.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 from enum import Enum
 from typing import ClassVar
 
@@ -21,12 +22,38 @@ class StepKind(Enum):
     """What a denoising step runs.
 
     FULL: all positions, nothing kept. REFRESH: all positions, and the cache is filled from
-    their keys and values. CACHED: some positions against the kept keys and their own.
+    their keys and values. CACHED: some positions against the kept keys and their own. APPEND:
+    a cached step that runs the block before once more, now without masks; its keys join the
+    kept ones. EVICT: a cached step on the whole cache, which is then reduced.
     """
 
     FULL = "full"
     REFRESH = "refresh"
     CACHED = "cached"
+    APPEND = "append"
+    EVICT = "evict"
+
+    @property
+    def runs_all(self) -> bool:
+        """Whether all positions are run, against their own keys."""
+        return self in (StepKind.FULL, StepKind.REFRESH)
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a request stands.
+
+    Attributes:
+        block: Block of its next step.
+        step: Next step within the block.
+        refreshed: Block of the last refresh, -1 before the first.
+        whole: Whether the cache holds all candidates still, some to be evicted.
+    """
+
+    block: int = 0
+    step: int = 0
+    refreshed: int = -1
+    whole: bool = False
 
 
 class CachePolicy(ABC):
@@ -38,16 +65,38 @@ class CachePolicy(ABC):
     #: Kept entries are chosen by saliency (else all candidates are kept).
     selects: ClassVar[bool] = False
 
-    @abstractmethod
-    def kind(self, step: int, settings: DecodingSettings) -> StepKind:
-        """Return what step ``step`` (0-based) of a block runs."""
+    def kind(self, progress: Progress, settings: DecodingSettings) -> StepKind:
+        """Return what the next step runs."""
+        if self.keeps_cache(progress, settings):
+            return StepKind.APPEND if progress.step == 0 else StepKind.CACHED
+        return self._kind(progress.step, settings)
+
+    def keeps_cache(self, progress: Progress, settings: DecodingSettings) -> bool:
+        """Return whether the block goes on with the cache of an earlier block's refresh."""
+        last = progress.refreshed
+        return 0 <= last < progress.block < last + settings.refresh_interval
 
     @abstractmethod
-    def queries(self, canvas: Canvas, block: Span) -> Span:
+    def _kind(self, step: int, settings: DecodingSettings) -> StepKind:
+        """Return what step ``step`` (0-based) of a block with a cache of its own runs."""
+
+    def next_change(self, progress: Progress, settings: DecodingSettings) -> int | None:
+        """Return the first step from the next one on that changes the cache, if there is one."""
+        steps = (0,) if self.keeps_cache(progress, settings) else self._changes(settings)
+        return min((step for step in steps if step >= progress.step), default=None)
+
+    def _changes(self, settings: DecodingSettings) -> tuple[int, ...]:
+        """Return the steps of a block with a cache of its own that change it."""
+        return (0,)
+
+    @abstractmethod
+    def queries(self, canvas: Canvas, block: Span, settings: DecodingSettings) -> Span:
         """Return the positions that a CACHED step of the block runs."""
 
     @abstractmethod
-    def candidates(self, canvas: Canvas, block: Span) -> tuple[Span, ...]:
+    def candidates(
+        self, canvas: Canvas, block: Span, settings: DecodingSettings
+    ) -> tuple[Span, ...]:
         """Return the position ranges that the block's cache is filled from, in order."""
 
     def num_kept(self, num_candidates: int, settings: DecodingSettings, page_size: int) -> int:
@@ -57,21 +106,32 @@ class CachePolicy(ABC):
     def num_slots(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
         """Return the slots one sequence needs for its whole life.
 
-        Kept entries and the own fresh keys of the largest CACHED step. The block that needs
-        most is a longest one or the last (shorter) one.
+        Kept entries, the own fresh keys of the largest CACHED step, and the keys that blocks
+        append.
         """
         most = 0
-        for index in {0, canvas.num_blocks - 1}:
+        for index in _largest_blocks(canvas):
             block = canvas.block(index)
-            start, end = self.queries(canvas, block)
-            candidates = sum(hi - lo for lo, hi in self.candidates(canvas, block))
+            start, end = self.queries(canvas, block, settings)
+            candidates = sum(hi - lo for lo, hi in self.candidates(canvas, block, settings))
             kept = self.num_kept(candidates, settings, page_size)
             most = max(most, kept + end - start)
-        return most
+        appended = min(settings.refresh_interval, canvas.num_blocks) - 1
+        # Every slot has a position of its own.
+        return min(most + appended * canvas.longest_block, canvas.length)
+
+    def peak_slots(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
+        """Return the slots one sequence needs from a refresh until the cache is evicted."""
+        return self.num_slots(canvas, settings, page_size)
 
     def num_pages(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
         """Return the pages a request holds for its whole life, all its sequences together."""
         slots = self.num_slots(canvas, settings, page_size)
+        return settings.num_sequences * -(-slots // page_size)
+
+    def peak_pages(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
+        """Return the pages a request holds from a refresh until the cache is evicted."""
+        slots = self.peak_slots(canvas, settings, page_size)
         return settings.num_sequences * -(-slots // page_size)
 
 
@@ -81,13 +141,18 @@ class NoCache(CachePolicy):
     name = "none"
     first_step_commits_one = False
 
-    def kind(self, step: int, settings: DecodingSettings) -> StepKind:
+    def _kind(self, step: int, settings: DecodingSettings) -> StepKind:
         return StepKind.FULL
 
-    def queries(self, canvas: Canvas, block: Span) -> Span:
-        return 0, canvas.length
+    def _changes(self, settings: DecodingSettings) -> tuple[int, ...]:
+        return ()
 
-    def candidates(self, canvas: Canvas, block: Span) -> tuple[Span, ...]:
+    def queries(self, canvas: Canvas, block: Span, settings: DecodingSettings) -> Span:
+        return 0, visible_end(canvas, block, settings)
+
+    def candidates(
+        self, canvas: Canvas, block: Span, settings: DecodingSettings
+    ) -> tuple[Span, ...]:
         return ()
 
     def num_slots(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
@@ -99,13 +164,15 @@ class PrefixCache(CachePolicy):
 
     name = "prefix"
 
-    def kind(self, step: int, settings: DecodingSettings) -> StepKind:
+    def _kind(self, step: int, settings: DecodingSettings) -> StepKind:
         return StepKind.REFRESH if step == 0 else StepKind.CACHED
 
-    def queries(self, canvas: Canvas, block: Span) -> Span:
-        return block[0], canvas.length
+    def queries(self, canvas: Canvas, block: Span, settings: DecodingSettings) -> Span:
+        return block[0], visible_end(canvas, block, settings)
 
-    def candidates(self, canvas: Canvas, block: Span) -> tuple[Span, ...]:
+    def candidates(
+        self, canvas: Canvas, block: Span, settings: DecodingSettings
+    ) -> tuple[Span, ...]:
         return ((0, block[0]),)
 
 
@@ -114,26 +181,37 @@ class DualCache(CachePolicy):
 
     name = "dual"
 
-    def kind(self, step: int, settings: DecodingSettings) -> StepKind:
+    def _kind(self, step: int, settings: DecodingSettings) -> StepKind:
         return StepKind.REFRESH if step == 0 else StepKind.CACHED
 
-    def queries(self, canvas: Canvas, block: Span) -> Span:
+    def queries(self, canvas: Canvas, block: Span, settings: DecodingSettings) -> Span:
         return block
 
-    def candidates(self, canvas: Canvas, block: Span) -> tuple[Span, ...]:
-        return (0, block[0]), (block[1], canvas.length)
+    def candidates(
+        self, canvas: Canvas, block: Span, settings: DecodingSettings
+    ) -> tuple[Span, ...]:
+        return (0, block[0]), (block[1], visible_end(canvas, block, settings))
 
 
 class SparseCache(DualCache):
-    """Sparse-dLLM: the most salient fraction of prefix and suffix is kept (section 3.2)."""
+    """Sparse-dLLM: the most salient fraction of prefix and suffix is kept (section 3.2).
+
+    With ``eviction_delay`` a refresh keeps everything, and the choice is made so many block
+    steps later.
+    """
 
     name = "sparse"
     selects = True
 
-    def kind(self, step: int, settings: DecodingSettings) -> StepKind:
-        if step < settings.delay_steps:
-            return StepKind.FULL
-        return StepKind.REFRESH if step == settings.delay_steps else StepKind.CACHED
+    def _kind(self, step: int, settings: DecodingSettings) -> StepKind:
+        refresh = settings.delay_steps
+        if step <= refresh:
+            return StepKind.FULL if step < refresh else StepKind.REFRESH
+        return StepKind.EVICT if step == refresh + settings.eviction_delay else StepKind.CACHED
+
+    def _changes(self, settings: DecodingSettings) -> tuple[int, ...]:
+        refresh = settings.delay_steps
+        return refresh, refresh + settings.eviction_delay
 
     def num_kept(self, num_candidates: int, settings: DecodingSettings, page_size: int) -> int:
         kept = int(num_candidates * settings.keep_ratio)
@@ -141,16 +219,46 @@ class SparseCache(DualCache):
             return min(-(-kept // page_size) * page_size, num_candidates)
         return kept
 
+    def peak_slots(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
+        if not settings.eviction_delay:
+            return self.num_slots(canvas, settings, page_size)
+        # The last block sees all there is.
+        return canvas.length
+
 
 POLICIES: dict[str, CachePolicy] = {
     policy.name: policy for policy in (NoCache(), PrefixCache(), DualCache(), SparseCache())
 }
 
 
-def step_tokens(canvas: Canvas, settings: DecodingSettings, block: int, step: int) -> int:
-    """Return the query tokens that a step runs, all sequences of the request together."""
+def visible_end(canvas: Canvas, block: Span, settings: DecodingSettings) -> int:
+    """Return the end of the positions that take part while a block is denoised."""
+    if settings.suffix_window is None:
+        return canvas.length
+    return min(canvas.length, block[1] + settings.suffix_window)
+
+
+def positions_run(canvas: Canvas, settings: DecodingSettings, progress: Progress) -> Span:
+    """Return the positions that the next step runs."""
     policy = POLICIES[settings.cache_policy]
-    if policy.kind(step, settings) is StepKind.CACHED:
-        start, end = policy.queries(canvas, canvas.block(block))
-        return settings.num_sequences * (end - start)
-    return settings.num_sequences * canvas.length
+    block = canvas.block(progress.block)
+    kind = policy.kind(progress, settings)
+    if kind.runs_all:
+        return 0, visible_end(canvas, block, settings)
+    start, end = policy.queries(canvas, block, settings)
+    return (canvas.block(progress.block - 1)[0] if kind is StepKind.APPEND else start), end
+
+
+def step_tokens(canvas: Canvas, settings: DecodingSettings, progress: Progress) -> int:
+    """Return the query tokens that the next step runs, all sequences of the request together."""
+    start, end = positions_run(canvas, settings, progress)
+    return settings.num_sequences * (end - start)
+
+
+def _largest_blocks(canvas: Canvas) -> set[int]:
+    """Return blocks one of which needs the most slots: the first, the last two.
+
+    A window moves on with the block, so late blocks see more; the last may be shorter.
+    """
+    last = canvas.num_blocks - 1
+    return {0, max(0, last - 1), last}

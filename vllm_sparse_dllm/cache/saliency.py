@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from vllm.distributed import (
@@ -43,9 +45,23 @@ def importance(
     return scores / total_heads
 
 
-def select_entries(
-    saliency: torch.Tensor, keep: int, kernel_size: int, run_length: int
-) -> torch.Tensor:
+@dataclass(frozen=True)
+class Selection:
+    """How entries are chosen by saliency.
+
+    Attributes:
+        keep: Entries to keep, at most as many as there are.
+        kernel_size: Odd width of the max-pool over saliency.
+        run_length: 1 to select entries; more to select whole runs of that many, each by its
+            maximum, ``ceil(keep / run_length)`` of them (the last run may be short).
+    """
+
+    keep: int
+    kernel_size: int
+    run_length: int
+
+
+def select_entries(saliency: torch.Tensor, selection: Selection) -> torch.Tensor:
     """Choose entries by max-pooled saliency.
 
     Ties decide results, and `torch.topk` breaks them by the whole vector: it is called on
@@ -53,17 +69,15 @@ def select_entries(
 
     Args:
         saliency: ``[n]``.
-        keep: Entries to keep, 1 <= keep <= n.
-        kernel_size: Odd width of the max-pool.
-        run_length: 1 to select entries; more to select whole runs of that many, each by its
-            maximum, ``ceil(keep / run_length)`` of them (the last run may be short).
+        selection: How, with 1 <= keep <= n.
 
     Returns:
         Indices of the kept entries, in order of falling importance.
     """
+    keep, run_length = selection.keep, selection.run_length
     pooled = saliency.unsqueeze(0)
     # A wider window sees no more, but costs its width.
-    kernel_size = min(kernel_size, 2 * saliency.shape[0] - 1)
+    kernel_size = min(selection.kernel_size, 2 * saliency.shape[0] - 1)
     if kernel_size > 1:
         pooled = F.max_pool1d(pooled, kernel_size, stride=1, padding=kernel_size // 2)
     if run_length == 1:

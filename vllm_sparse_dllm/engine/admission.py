@@ -120,7 +120,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         )
     cache = vllm_config.cache_config
     if cache.num_gpu_blocks:
-        pages = POLICIES[settings.cache_policy].num_pages(canvas, settings, cache.block_size)
+        pages = POLICIES[settings.cache_policy].peak_pages(canvas, settings, cache.block_size)
         # One block of the pool is vLLM's own; replicas have a pool each.
         available = cache.num_gpu_blocks // vllm_config.parallel_config.data_parallel_size - 1
         if pages > available:

@@ -11,8 +11,15 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend
-from vllm_sparse_dllm.attention.plan import CachedSegment, CacheFill, ForwardPlan, FullSegment
+from vllm_sparse_dllm.attention.plan import (
+    CachedSegment,
+    Eviction,
+    Fill,
+    ForwardPlan,
+    FullSegment,
+)
 from vllm_sparse_dllm.cache.policies import StepKind
+from vllm_sparse_dllm.cache.saliency import Selection
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState, Sequence
 
 
@@ -60,8 +67,8 @@ def build_batch(
         for number, (request, step) in enumerate(zip(requests, steps, strict=True))
         for sequence in request.sequences
     ]
-    cached = [e for e in entries if e.step.kind is StepKind.CACHED]
-    full = [e for e in entries if e.step.kind is not StepKind.CACHED]
+    cached = [e for e in entries if not e.step.kind.runs_all]
+    full = [e for e in entries if e.step.kind.runs_all]
     ordered = cached + full
     lengths = np.array([e.step.queries[1] - e.step.queries[0] for e in ordered])
     firsts = np.cumsum(lengths) - lengths
@@ -92,13 +99,23 @@ def build_batch(
     plan = ForwardPlan(
         backend=backend,
         cached=_cached_segment(
-            cached, lengths[: len(cached)], row_counts[: len(cached)], backend, to_device
+            requests,
+            cached,
+            lengths[: len(cached)],
+            row_counts[: len(cached)],
+            backend,
+            to_device,
         ),
         full=_full_segment(full, row_counts[len(cached) :], backend),
         fills=tuple(
-            _fill(requests[e.request], e, e.first_token, to_device)
+            _fill(requests[e.request], e, to_device)
             for e in full
             if e.step.kind is StepKind.REFRESH
+        ),
+        evictions=tuple(
+            _eviction(requests[e.request], e, to_device)
+            for e in cached
+            if e.step.kind is StepKind.EVICT
         ),
         last_rows=to_device(last_rows),
         num_last_cached=int(row_counts[: len(cached)].sum()),
@@ -146,6 +163,7 @@ def _logits_rows(request: RequestState, entry: _Entry) -> np.ndarray:
 
 
 def _cached_segment(
+    requests: SequenceOf[RequestState],
     entries: list[_Entry],
     lengths: np.ndarray,
     row_counts: np.ndarray,
@@ -154,20 +172,38 @@ def _cached_segment(
 ) -> CachedSegment | None:
     if not entries:
         return None
+    fresh = np.concatenate(
+        [
+            _fresh_slots(requests[entry.request], entry, length)
+            for entry, length in zip(entries, lengths.tolist(), strict=True)
+        ],
+        axis=1,
+    )
     width = max(len(e.sequence.page_ids) for e in entries)
     table = np.zeros((len(entries), width), dtype=np.int64)
     for row, entry in zip(table, entries, strict=True):
         row[: len(entry.sequence.page_ids)] = entry.sequence.page_ids
-    # Own fresh keys take a sequence's first slots, kept entries those behind them.
-    num_kept = np.stack([e.sequence.num_kept for e in entries], axis=1)
-    layers = num_kept if (num_kept != num_kept[0]).any() else num_kept[:1]
-    fresh = [e.sequence.slots[:n] for e, n in zip(entries, lengths.tolist(), strict=True)]
+    num_fresh = np.array([e.sequence.num_fresh for e in entries])
+    filled = np.stack([e.sequence.num_kept for e in entries], axis=1) + num_fresh
+    layers = filled if (filled != filled[0]).any() else filled[:1]
     return CachedSegment(
         num_tokens=int(lengths.sum()),
-        fresh_slots=to_device(np.concatenate(fresh)),
-        plans=tuple(backend.plan_paged(lengths, kept + lengths, table) for kept in layers),
-        last_plan=backend.plan_paged(row_counts, num_kept[-1] + lengths, table),
+        fresh_slots=tuple(to_device(slots) for slots in fresh),
+        plans=tuple(backend.plan_paged(lengths, keys, table) for keys in layers),
+        last_plan=backend.plan_paged(row_counts, filled[-1], table),
     )
+
+
+def _fresh_slots(request: RequestState, entry: _Entry, length: int) -> np.ndarray:
+    """Return ``[layers, length]`` slots of the own keys of an entry; ``[1, ...]`` for all."""
+    sequence = entry.sequence
+    if entry.step.kind is not StepKind.APPEND:
+        return sequence.slots[None, :length]
+    queries = request.policy.queries(request.canvas, entry.step.block, request.settings)
+    finished = (entry.step.queries[0], queries[0])
+    targets = sequence.make_room(finished, queries)
+    own = np.broadcast_to(np.arange(sequence.num_fresh), (len(targets), sequence.num_fresh))
+    return sequence.slots[np.concatenate([targets, own], axis=1)]
 
 
 def _full_segment(
@@ -183,27 +219,60 @@ def _full_segment(
 
 
 def _fill(
-    request: RequestState,
-    entry: _Entry,
-    first_token: int,
-    to_device: Callable[[np.ndarray], torch.Tensor],
-) -> CacheFill:
+    request: RequestState, entry: _Entry, to_device: Callable[[np.ndarray], torch.Tensor]
+) -> Fill:
     canvas, settings, policy = request.canvas, request.settings, request.policy
-    block = entry.step.block
-    spans = policy.candidates(canvas, block)
+    sequence, block = entry.sequence, entry.step.block
+    spans = policy.candidates(canvas, block, settings)
+    start, end = policy.queries(canvas, block, settings)
+    sequence.num_fresh = end - start
+    if sequence.positions is not None:
+        sequence.positions[:] = -1
     num_candidates = sum(end - start for start, end in spans)
-    most = policy.num_kept(num_candidates, settings, request.page_size)
-    start, end = policy.queries(canvas, block)
-    num_fresh = end - start
-    keep = int(num_candidates * settings.keep_ratio) if policy.selects else None
-    return CacheFill(
-        first_token=first_token,
-        length=canvas.length,
+    selection = None
+    most = num_candidates
+    if policy.selects and not settings.eviction_delay:
+        selection = _selection(request, num_candidates)
+        most = policy.num_kept(num_candidates, settings, request.page_size)
+    return Fill(
+        first_token=entry.first_token,
+        length=entry.step.queries[1],
         block=block,
         candidates=spans,
-        slots=to_device(entry.sequence.slots[num_fresh : num_fresh + most]),
-        keep=keep,
+        slots=to_device(sequence.slots[sequence.num_fresh : sequence.num_fresh + most]),
+        selection=selection,
+        num_kept=sequence.num_kept,
+        positions=_kept_positions(sequence),
+    )
+
+
+def _eviction(
+    request: RequestState, entry: _Entry, to_device: Callable[[np.ndarray], torch.Tensor]
+) -> Eviction:
+    sequence = entry.sequence
+    # The cache is whole: all layers hold the same entries.
+    num_kept = int(sequence.num_kept[0])
+    first = sequence.num_fresh
+    return Eviction(
+        first_token=entry.first_token,
+        num_tokens=entry.step.queries[1] - entry.step.queries[0],
+        slots=to_device(sequence.slots[first : first + num_kept]),
+        selection=_selection(request, num_kept),
+        num_kept=sequence.num_kept,
+        positions=_kept_positions(sequence),
+    )
+
+
+def _selection(request: RequestState, num_candidates: int) -> Selection:
+    settings = request.settings
+    return Selection(
+        keep=int(num_candidates * settings.keep_ratio),
         kernel_size=settings.kernel_size,
         run_length=request.page_size if settings.granularity == "page" else 1,
-        num_kept=entry.sequence.num_kept,
     )
+
+
+def _kept_positions(sequence: Sequence) -> np.ndarray | None:
+    if sequence.positions is None:
+        return None
+    return sequence.positions[:, sequence.num_fresh :]

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
+from vllm_sparse_dllm.cache.policies import Progress
+
 
 @dataclass
 class DiffusionSchedulerOutput(SchedulerOutput):
@@ -26,11 +28,11 @@ class DiffusionRunnerOutput(ModelRunnerOutput):
     """vLLM's output and where each request stands.
 
     Attributes:
-        progress: For each request that ran: block and step within it that come next.
+        progress: For each request that ran: where it stands now.
         num_steps: Denoising steps that were run.
         failed: Requests that cannot go on, with the reason.
     """
 
-    progress: dict[str, tuple[int, int]] = field(default_factory=dict)
+    progress: dict[str, Progress] = field(default_factory=dict)
     num_steps: int = 1
     failed: dict[str, str] = field(default_factory=dict)

@@ -9,7 +9,14 @@ import numpy as np
 import torch
 from vllm.sampling_params import SamplingParams
 
-from vllm_sparse_dllm.cache.policies import POLICIES, CachePolicy, Span, StepKind
+from vllm_sparse_dllm.cache.policies import (
+    POLICIES,
+    CachePolicy,
+    Progress,
+    Span,
+    StepKind,
+    positions_run,
+)
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.step import Candidates, Logprobs
 from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions, share_steps
@@ -20,20 +27,70 @@ from vllm_sparse_dllm.settings import DecodingSettings
 class Sequence:
     """One canvas and its pages. A request has one, under guidance two.
 
-    Attributes:
+    Own fresh keys take the first slots, kept entries those behind them, without a gap.
+
+    Args:
         token_ids: ``[L]`` ids; the response starts as mask ids.
         page_ids: ``[pages]`` of the pool.
+        page_size: Slots of a page.
+        num_layers: Decoder layers.
+        tracks_positions: Whether it has to be known who is kept where.
+
+    Attributes:
         slots: ``[pages * page_size]`` slots of the pages, in order.
-        num_kept: ``[layers]`` kept entries; they follow the own fresh keys' slots.
+        num_fresh: Slots of own fresh keys.
+        num_kept: ``[layers]`` kept entries.
+        positions: ``[layers, L]`` position of each slot's entry, -1 for none, or None.
     """
 
     def __init__(
-        self, token_ids: np.ndarray, page_ids: np.ndarray, page_size: int, num_layers: int
+        self,
+        token_ids: np.ndarray,
+        page_ids: np.ndarray,
+        page_size: int,
+        num_layers: int,
+        tracks_positions: bool = False,
     ) -> None:
         self.token_ids = token_ids
-        self.page_ids = page_ids
-        self.slots = (page_ids[:, None] * page_size + np.arange(page_size)).reshape(-1)
+        self.page_size = page_size
+        self.num_fresh = 0
         self.num_kept = np.zeros(num_layers, dtype=np.int64)
+        self.positions: np.ndarray | None = None
+        if tracks_positions:
+            self.positions = np.full((num_layers, len(token_ids)), -1, dtype=np.int64)
+        self.set_pages(page_ids)
+
+    def set_pages(self, page_ids: np.ndarray) -> None:
+        """Hold these pages; the first ones are those it has had."""
+        self.page_ids = page_ids
+        self.slots = (page_ids[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1)
+
+    def make_room(self, finished: Span, queries: Span) -> np.ndarray:
+        """Let a finished block's keys join the kept ones, and the queries' own leave them.
+
+        The finished block takes what becomes free, and then the slots behind. That always
+        leaves no gap: the queries' entries and the slots between the old and the new fresh keys
+        are never more than the finished block's.
+
+        Args:
+            finished: Positions of the block that is done.
+            queries: Positions of the coming steps; their entries are stale.
+
+        Returns:
+            ``[layers, block]`` indices into `slots` for the finished block's keys.
+        """
+        assert self.positions is not None
+        self.num_fresh = num_fresh = queries[1] - queries[0]
+        positions = self.positions
+        positions[:, :num_fresh] = -1
+        positions[(positions >= queries[0]) & (positions < queries[1])] = -1
+        free = positions[:, num_fresh:] < 0
+        block = np.arange(*finished)
+        # Free slots in order, those before the entries' end first.
+        targets = np.argsort(~free, axis=1, kind="stable")[:, : len(block)] + num_fresh
+        np.put_along_axis(positions, targets, block[None], axis=1)
+        self.num_kept = (positions >= 0).sum(axis=1)
+        return targets
 
 
 @dataclass(frozen=True)
@@ -41,7 +98,7 @@ class NextStep:
     """What a request runs in its next step.
 
     Attributes:
-        kind: Full, refresh or cached.
+        kind: What it does with the cache.
         block: Positions [start, end) of the current block.
         queries: Positions that are run.
         candidates: ``[n]`` masked positions that may be committed, ascending; may be empty.
@@ -63,7 +120,7 @@ class RequestState:
         settings: The request's settings, checked at admission.
         sampling: vLLM's parameters of the request.
         traits: The model.
-        page_ids: Pages of all sequences of the request.
+        page_ids: Pages of all sequences of the request, those it always holds first.
         page_size: Slots of a page.
         num_layers: Decoder layers.
         generator: The request's own noise.
@@ -97,15 +154,23 @@ class RequestState:
         mask = traits.mask_token_id
         conditional = np.full(self.canvas.length, mask, dtype=np.int64)
         conditional[: len(prompt)] = prompt
-        pages = np.array(page_ids, dtype=np.int64).reshape(settings.num_sequences, -1)
+        self.num_pages = self.policy.num_pages(self.canvas, settings, page_size)
+        pages = np.array(page_ids[: self.num_pages], dtype=np.int64)
+        pages = pages.reshape(settings.num_sequences, -1)
         canvases = [conditional, np.full_like(conditional, mask)][: settings.num_sequences]
+        tracks_positions = self.policy.num_pages(self.canvas, settings, 1) > 0 and (
+            settings.refresh_interval > 1
+        )
         self.sequences = [
-            Sequence(token_ids, own_pages, page_size, num_layers)
+            Sequence(token_ids, own_pages, page_size, num_layers, tracks_positions)
             for token_ids, own_pages in zip(canvases, pages, strict=True)
         ]
+        self.add_pages(page_ids[self.num_pages :])
         self.masked = np.ones(self.canvas.response_length, dtype=bool)
         self.block_index = 0
         self.step = 0
+        self.refreshed = -1
+        self.cache_is_whole = False
         self.num_delivered = num_delivered
         self._stop_ids = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
         self._num_final = 0
@@ -116,15 +181,30 @@ class RequestState:
         """Whether every position is committed."""
         return self.block_index >= self.canvas.num_blocks
 
+    @property
+    def progress(self) -> Progress:
+        """Where the request stands."""
+        return Progress(self.block_index, self.step, self.refreshed, self.cache_is_whole)
+
+    def add_pages(self, page_ids: list[int]) -> None:
+        """Hold further pages until the cache is evicted."""
+        if not page_ids:
+            return
+        pages = np.array(page_ids, dtype=np.int64).reshape(len(self.sequences), -1)
+        for sequence, own in zip(self.sequences, pages, strict=True):
+            sequence.set_pages(np.concatenate([sequence.page_ids, own]))
+
+    def _give_pages_back(self) -> None:
+        self.cache_is_whole = False
+        for sequence in self.sequences:
+            sequence.set_pages(sequence.page_ids[: self.num_pages // len(self.sequences)])
+
     def next_step(self) -> NextStep:
         """Return what the request runs next."""
+        progress = self.progress
         block = self.canvas.block(self.block_index)
-        kind = self.policy.kind(self.step, self.settings)
-        queries = (
-            self.policy.queries(self.canvas, block)
-            if kind is StepKind.CACHED
-            else (0, self.canvas.length)
-        )
+        kind = self.policy.kind(progress, self.settings)
+        queries = positions_run(self.canvas, self.settings, progress)
         candidates = self._masked_positions(block)
         if self._commits_first_position_only:
             return NextStep(kind, block, queries, candidates[:1], 1)
@@ -176,6 +256,12 @@ class RequestState:
 
     def commit(self, positions: np.ndarray, tokens: np.ndarray, logprobs: Logprobs | None) -> None:
         """Write committed tokens and go on to the next step that does something."""
+        kind = self.policy.kind(self.progress, self.settings)
+        if kind is StepKind.REFRESH:
+            self.refreshed = self.block_index
+            self.cache_is_whole = self.policy.selects and self.settings.eviction_delay > 0
+        elif kind is StepKind.EVICT:
+            self._give_pages_back()
         for sequence in self.sequences:
             sequence.token_ids[positions] = tokens
         self.masked[positions - self.canvas.prompt_length] = False
@@ -194,6 +280,8 @@ class RequestState:
         if num_masked == 0:
             self.block_index += 1
             self.step = 0
+            if self.cache_is_whole and not self.policy.keeps_cache(self.progress, self.settings):
+                self._give_pages_back()
             if self.finished:
                 return
             block = self.canvas.block(self.block_index)
@@ -202,24 +290,19 @@ class RequestState:
             self.step += 1
         if self._commits_first_position_only or self._scheduled_count(num_masked) > 0:
             return
-        # A step that commits nothing and fills no cache changes nothing: pass over it.
+        # A step that commits nothing and leaves the cache as it is changes nothing: pass over it.
         next_commit = self.traits.schedule.next_commit(
             self.step, self.steps_of_block[self.block_index], num_masked, block[1] - block[0]
         )
-        while self.step < next_commit:
-            kind = self.policy.kind(self.step, self.settings)
-            if kind is StepKind.REFRESH:
-                return
-            if kind is StepKind.CACHED:
-                # There is no refresh behind a block step.
-                self.step = next_commit
-                return
-            self.step += 1
+        next_change = self.policy.next_change(self.progress, self.settings)
+        self.step = next_commit if next_change is None else min(next_commit, next_change)
 
     @property
     def continues_alone(self) -> bool:
         """Whether the next step is a block step that nobody has to decide on."""
-        if self.finished or self.policy.kind(self.step, self.settings) is not StepKind.CACHED:
+        if self.finished:
+            return False
+        if self.policy.kind(self.progress, self.settings) is not StepKind.CACHED:
             return False
         first = self.canvas.prompt_length + self._num_final
         final = self.sequences[0].token_ids[first : first + self._num_newly_final()]

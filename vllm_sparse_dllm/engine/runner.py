@@ -115,7 +115,7 @@ class DiffusionModelRunner:
             head_size=shape.head_size,
             dtype=self._dtype,
             dcp_sharded=False,
-            max_slots=max(policy.num_slots(c, settings, page) for c in (canvas, longest)),
+            max_slots=max(policy.peak_slots(c, settings, page) for c in (canvas, longest)),
         )
         return {f"layers.{index}.self_attn": spec for index in range(self._num_layers)}
 
@@ -237,6 +237,11 @@ class DiffusionModelRunner:
             self.requests.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             self.requests[new.req_id] = self._new_request(new)
+        running = scheduler_output.scheduled_cached_reqs
+        for request_id, page_ids in zip(running.req_ids, running.new_block_ids, strict=True):
+            if page_ids is not None:
+                self.backend.clear(np.array(page_ids[0]))
+                self.requests[request_id].add_pages(page_ids[0])
 
     def _new_request(self, new: NewRequestData) -> RequestState:
         sampling = new.sampling_params
@@ -248,10 +253,7 @@ class DiffusionModelRunner:
             seed = int.from_bytes(hashlib.sha256(name).digest()[:8], "little")
         page_ids = new.block_ids[0]
         if page_ids:
-            # Slots that stay unfilled are in a sequence's last page, or with short runs in
-            # the last but one.
-            pages = np.array(page_ids).reshape(settings.num_sequences, -1)
-            self.backend.clear(pages[:, -2:].reshape(-1))
+            self.backend.clear(np.array(page_ids))
         return RequestState(
             new.prompt_token_ids,
             settings,
@@ -348,7 +350,7 @@ class DiffusionModelRunner:
         for index, (request_id, state) in enumerate(zip(output.req_ids, states, strict=True)):
             output.sampled_token_ids[index], own = state.take_final()
             logprobs.append(own)
-            output.progress[request_id] = (state.block_index, state.step)
+            output.progress[request_id] = state.progress
         if any(logprobs):
             output.logprobs = _logprobs_lists(output.sampled_token_ids, logprobs)
 

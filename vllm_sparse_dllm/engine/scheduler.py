@@ -12,7 +12,7 @@ over, so that running requests cannot keep it out, nor newcomers starve the runn
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vllm.logger import init_logger
@@ -24,7 +24,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_sparse_dllm.cache.block_manager import SparseBlockManager
-from vllm_sparse_dllm.cache.policies import POLICIES, StepKind, step_tokens
+from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind, step_tokens
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput
 from vllm_sparse_dllm.models.configs import model_traits
@@ -39,35 +39,44 @@ _MAX_BURST_STEPS = 64
 
 
 @dataclass
-class Progress:
+class Tracked:
     """What the scheduler knows of a request.
 
     Attributes:
         settings: The request's settings.
         canvas: Its blocks.
         num_pages: Pages it holds while it runs.
-        block: Block of its next step.
-        step: Next step within the block.
+        peak_pages: Pages it holds from a refresh until it has evicted.
+        progress: Where it stands.
         last_served: Scheduler step in which it last ran.
     """
 
     settings: DecodingSettings
     canvas: Canvas
     num_pages: int
-    block: int = 0
-    step: int = 0
+    peak_pages: int
+    progress: Progress = field(default_factory=Progress)
     last_served: int = -1
 
     @property
     def cost(self) -> int:
         """Query tokens of the next step."""
-        return step_tokens(self.canvas, self.settings, self.block, self.step)
+        return step_tokens(self.canvas, self.settings, self.progress)
 
     @property
-    def takes_block_step(self) -> bool:
-        """Whether the next step runs against the cache."""
-        policy = POLICIES[self.settings.cache_policy]
-        return policy.kind(self.step, self.settings) is StepKind.CACHED
+    def kind(self) -> StepKind:
+        """What the next step runs."""
+        return POLICIES[self.settings.cache_policy].kind(self.progress, self.settings)
+
+    @property
+    def extra_pages(self) -> int:
+        """Pages that it needs for a time, beyond those it always holds."""
+        return self.peak_pages - self.num_pages
+
+    @property
+    def missing_pages(self) -> int:
+        """Pages that it lacks for its next step."""
+        return self.extra_pages if self.kind is StepKind.REFRESH else 0
 
 
 class DiffusionScheduler(Scheduler):
@@ -82,7 +91,7 @@ class DiffusionScheduler(Scheduler):
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, SparseBlockManager)
         self.block_manager = manager
-        self.progress: dict[str, Progress] = {}
+        self.tracked: dict[str, Tracked] = {}
         # Step since which the head of the waiting queue, whoever it is, is passed over.
         self._head_ticket: int | None = None
         self._scheduled_at = 0.0
@@ -94,10 +103,13 @@ class DiffusionScheduler(Scheduler):
         assert sampling is not None and sampling.max_tokens is not None
         settings = request_settings(self.engine_settings, self.traits, sampling.extra_args)
         canvas = Canvas(request.num_prompt_tokens, sampling.max_tokens, settings.block_length)
-        num_pages = POLICIES[settings.cache_policy].num_pages(
-            canvas, settings, self.block_manager.block_size
+        policy, page_size = POLICIES[settings.cache_policy], self.block_manager.block_size
+        self.tracked[request.request_id] = Tracked(
+            settings,
+            canvas,
+            policy.num_pages(canvas, settings, page_size),
+            policy.peak_pages(canvas, settings, page_size),
         )
-        self.progress[request.request_id] = Progress(settings, canvas, num_pages)
         super().add_request(request)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -109,34 +121,47 @@ class DiffusionScheduler(Scheduler):
         scheduled: list[Request] = []
         admitted: list[NewRequestData] = []
         num_tokens: dict[str, int] = {}
+        new_pages: dict[str, list[int]] = {}
+        # Who lacks pages for a refresh is next to get some: until then nobody else takes any.
+        pages_are_spoken_for = False
         if self._pause_state != PauseState.PAUSED_ALL:
             # Python's sort is stable: among equals, the order of admission.
-            queue = sorted(self.running, key=lambda r: self.progress[r.request_id].last_served)
+            queue = sorted(self.running, key=lambda r: self.tracked[r.request_id].last_served)
             head = self._waiting_head()
             if head is not None and self._head_ticket is not None:
                 ticket = self._head_ticket
-                place = sum(self.progress[r.request_id].last_served <= ticket for r in queue)
+                place = sum(self.tracked[r.request_id].last_served <= ticket for r in queue)
                 queue.insert(place, head)
             for request in queue:
-                cost = self.progress[request.request_id].cost
+                tracked = self.tracked[request.request_id]
+                cost = tracked.cost
                 if cost > budget:
                     continue
                 if request is head:
-                    new = self._admit(request, now)
+                    new = None if pages_are_spoken_for else self._admit(request, now)
                     if new is None:
                         continue
                     admitted.append(new)
                 else:
+                    if tracked.missing_pages:
+                        pages = None
+                        if not pages_are_spoken_for:
+                            pages = self.block_manager.grow(
+                                request.request_id, tracked.missing_pages
+                            )
+                        if pages is None:
+                            pages_are_spoken_for = True
+                            continue
+                        new_pages[request.request_id] = pages
                     scheduled.append(request)
                 num_tokens[request.request_id] = cost
                 budget -= cost
-            while (head := self._waiting_head()) is not None:
-                progress = self.progress[head.request_id]
-                if progress.cost > budget:
+            while not pages_are_spoken_for and (head := self._waiting_head()) is not None:
+                cost = self.tracked[head.request_id].cost
+                if cost > budget:
                     if self._head_ticket is None:
                         self._head_ticket = self.current_step
                     break
-                cost = progress.cost
                 new = self._admit(head, now)
                 if new is None:
                     break
@@ -145,7 +170,7 @@ class DiffusionScheduler(Scheduler):
                 budget -= cost
 
         for request_id in num_tokens:
-            self.progress[request_id].last_served = self.current_step
+            self.tracked[request_id].last_served = self.current_step
         self._scheduled_at = now
         output = DiffusionSchedulerOutput(
             scheduled_new_reqs=admitted,
@@ -154,7 +179,10 @@ class DiffusionScheduler(Scheduler):
                 resumed_req_ids=set(),
                 new_token_ids=[],
                 all_token_ids={},
-                new_block_ids=[None] * len(scheduled),
+                new_block_ids=[
+                    (new_pages[request.request_id],) if request.request_id in new_pages else None
+                    for request in scheduled
+                ],
                 num_computed_tokens=[request.num_computed_tokens for request in scheduled],
                 num_output_tokens=[request.num_output_tokens for request in scheduled],
             ),
@@ -178,7 +206,7 @@ class DiffusionScheduler(Scheduler):
         """
         if self.waiting or not scheduled or len(scheduled) < len(self.running):
             return 1
-        if not all(self.progress[request_id].takes_block_step for request_id in scheduled):
+        if any(self.tracked[request_id].kind is not StepKind.CACHED for request_id in scheduled):
             return 1
         return max(1, min(_MAX_BURST_STEPS, int(_BURST_SECONDS / self._step_seconds)))
 
@@ -191,9 +219,21 @@ class DiffusionScheduler(Scheduler):
         return self.waiting.peek_request()
 
     def _admit(self, request: Request, now: float) -> NewRequestData | None:
-        """Give the head of the waiting queue its pages, None if there are too few."""
-        progress = self.progress[request.request_id]
-        pages = self.block_manager.reserve(request.request_id, progress.num_pages)
+        """Give the head of the waiting queue its pages, None if there are too few.
+
+        Beyond what all requests always hold, the pool has room for the largest of the peaks
+        between a refresh and an eviction: so whoever waits for such pages gets them once others
+        have evicted, and peaks do not coincide where there is no room for it.
+        """
+        tracked = self.tracked[request.request_id]
+        company = [self.tracked[r.request_id] for r in self.running]
+        held = sum(own.num_pages for own in company)
+        peak = max((own.extra_pages for own in company), default=0)
+        needed = held + tracked.num_pages + max(peak, tracked.extra_pages)
+        if needed > self.block_manager.num_pages:
+            return None
+        num_pages = tracked.num_pages + tracked.missing_pages
+        pages = self.block_manager.reserve(request.request_id, num_pages)
         if pages is None:
             return None
         self.waiting.pop_request()
@@ -228,10 +268,12 @@ class DiffusionScheduler(Scheduler):
             failed = model_runner_output.failed
             elapsed = time.monotonic() - self._scheduled_at
             self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
-            for request_id, (block, step) in model_runner_output.progress.items():
-                progress = self.progress.get(request_id)
-                if progress is not None:
-                    progress.block, progress.step = block, step
+            for request_id, progress in model_runner_output.progress.items():
+                tracked = self.tracked.get(request_id)
+                if tracked is not None:
+                    tracked.progress = progress
+                    if not progress.whole:
+                        self.block_manager.shrink(request_id, tracked.num_pages)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         for request_id, reason in failed.items():
             logger.error("request %s failed: %s", request_id, reason)
@@ -252,10 +294,10 @@ class DiffusionScheduler(Scheduler):
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
         # vLLM preempts only to reset its caches; the request starts anew.
-        progress = self.progress[request.request_id]
-        progress.block, progress.step, progress.last_served = 0, 0, -1
+        tracked = self.tracked[request.request_id]
+        tracked.progress, tracked.last_served = Progress(), -1
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_blocks(self, request: Request) -> None:
-        self.progress.pop(request.request_id, None)
+        self.tracked.pop(request.request_id, None)
         super()._free_blocks(request)
