@@ -22,26 +22,21 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig
+from vllm_sparse_dllm.engine.constraints import check_constraints
 from vllm_sparse_dllm.models.configs import model_traits
-from vllm_sparse_dllm.settings import EngineSettings, request_settings
+from vllm_sparse_dllm.settings import REQUEST_PREFIX, EngineSettings, request_settings
 
 #: vLLM's parameters that are not honoured, and the one value that asks for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "min_p": (0.0,),
-    "min_tokens": (0,),
-    "logit_bias": (None, {}),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None,),
     "prompt_logprobs": (None,),
     "prompt_logprob_token_ids": (None,),
+    "prompt_logprob_start": (None,),
     "logprob_token_ids": (None,),
     "structured_outputs": (None,),
     "thinking_token_budget": (None,),
     "trace_decode_token_ids": (None,),
     "watermarking": (None, False),
+    "routed_experts_prompt_start": (0,),
 }
 
 
@@ -58,9 +53,10 @@ def check_sampling(sampling: SamplingParams) -> None:
     for name, neutral in _NEUTRAL.items():
         value = getattr(sampling, name, neutral[0])
         if value not in neutral:
+            echo = " (echo with logprobs asks for it)" if name == "prompt_logprobs" else ""
             raise RequestError(
                 f"{name} is not supported by diffusion models; it must be {neutral[0]!r}, "
-                f"got {value!r}",
+                f"got {value!r}{echo}",
                 parameter=name,
                 value=value,
             )
@@ -91,8 +87,11 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     traits = model_traits(vllm_config.model_config.hf_config)
     engine = EngineSettings.from_additional_config(vllm_config.additional_config)
     settings = request_settings(engine, traits, sampling.extra_args)
-
+    check_constraints(sampling, traits.mask_token_id, vocab_size)
     assert sampling.max_tokens is not None
+    if settings.canvas is not None:
+        _check_canvas(settings.canvas, sampling, vocab_size)
+
     canvas = Canvas(len(request.prompt_token_ids), sampling.max_tokens, settings.block_length)
     lengths = (
         f"the prompt has {canvas.prompt_length} tokens and max_tokens is {sampling.max_tokens}"
@@ -131,6 +130,37 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
                 "gpu_memory_utilization",
                 parameter="max_tokens",
                 value=sampling.max_tokens,
+            )
+
+
+def _check_canvas(given: tuple[int, ...], sampling: SamplingParams, vocab_size: int) -> None:
+    """Refuse a canvas that the response cannot be.
+
+    Raises:
+        RequestError: Naming the field, its value and what is allowed.
+    """
+    name = REQUEST_PREFIX + "canvas"
+    stops = {sampling.eos_token_id, *(sampling.stop_token_ids or ())}
+    assert sampling.max_tokens is not None
+    if len(given) > sampling.max_tokens:
+        raise RequestError(
+            f"{name} must have at most max_tokens={sampling.max_tokens} ids, got {len(given)}",
+            parameter=name,
+            value=len(given),
+        )
+    for index, token_id in enumerate(given):
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{name} must hold ids from 0 to {vocab_size - 1}, got {token_id} at {index}",
+                parameter=name,
+                value=token_id,
+            )
+        if index < sampling.min_tokens and token_id in stops:
+            raise RequestError(
+                f"{name} must hold no stop token before min_tokens={sampling.min_tokens}, "
+                f"got {token_id} at {index}",
+                parameter=name,
+                value=token_id,
             )
 
 
