@@ -124,10 +124,9 @@ FIELDS: dict[str, Field] = {
         scope="request",
     ),
     "canvas": Field(
-        "a list of token ids, not empty, or null",
+        "a list of token ids, not empty",
         lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(map(_is_int, v)),
         tuple,
-        nullable=True,
         scope="request",
     ),
 }
