@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from vllm import LLM
+from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.sampling_params import BeamSearchParams
 
 from tests.e2e.cases import Case, constrained_cases, drawn_cases, greedy_cases
+from tests.e2e.parameters import ACCEPTED, ACCEPTED_OFFLINE, REFUSED_OFFLINE
 from tests.engines import count_forwards, generate, running_engine, sampling, scheduler_of
 from tests.reference import Model, load, write_checkpoint
+from tests.unit.test_readme import PARAMETERS, code, table
+from vllm_sparse_dllm.assets import embedded_model
 
 VOCAB = 320
 SHAPE = {"d_model": 128, "layers": 2, "heads": 4, "mlp": 256, "vocab": VOCAB}
@@ -328,3 +332,27 @@ def test_what_cannot_be_kept_is_refused(llada: LLM, reference: Model, name: str)
     with pytest.raises((ValueError, VLLMValidationError), match=message):
         generate(llada, [[1, 2, 3]], [params])
     assert generate(llada, [[1, 2, 3]], [sampling(4)])  # and nothing is left behind
+
+
+# Last: it starts an engine of its own, which ends the one that the tests above share.
+def test_every_row_of_the_table_offline() -> None:
+    """docs/parameters.md: each field of `SamplingParams`, on the embedded model."""
+    rows = table("parameters", PARAMETERS)
+    answers = {str(code(r["parameter"])): r["answer"] for r in rows if "S" in r["of"].split()}
+    accepted = {name: f for name, f in ACCEPTED.items() if name in answers} | ACCEPTED_OFFLINE
+    assert accepted.keys() | REFUSED_OFFLINE.keys() == answers.keys()
+    prompt = {"prompt_token_ids": [77, 311, 316]}
+    with running_engine(embedded_model(), skip_tokenizer_init=False) as llm:
+        for name, fragment in accepted.items():
+            assert answers[name] in ("honoured", "no effect")
+            params = SamplingParams(**{"temperature": 0.0, "max_tokens": 4, **fragment})
+            (output,) = llm.generate([prompt], params, use_tqdm=False)
+            assert all(sample.token_ids for sample in output.outputs), name
+        for name, (value, message) in REFUSED_OFFLINE.items():
+            assert answers[name] == "refused"
+            params = SamplingParams(temperature=0.0, max_tokens=4, **{name: value})
+            with pytest.raises((ValueError, VLLMValidationError), match=message):
+                llm.generate([prompt], params, use_tqdm=False)
+        beam = BeamSearchParams(beam_width=2, max_tokens=4)
+        with pytest.raises(ValueError, match="use_beam_search"):
+            llm.beam_search([prompt], beam)

@@ -295,6 +295,7 @@ def test_a_request_is_merged_or_refused_with_its_name(values: dict[str, Any]) ->
         if name in values:
             null = name in NULLABLE and values[name] in (None, "none")
             expected = None if null else values[name]
+            expected = tuple(expected) if isinstance(expected, list) else expected
         if name == "remasking" and expected is None:
             expected = "low_confidence"
         assert getattr(settings, name) == expected

@@ -51,8 +51,9 @@ def check_sampling(sampling: SamplingParams) -> None:
         RequestError: Naming the parameter, its value and the value that is allowed.
     """
     for name, neutral in _NEUTRAL.items():
-        value = getattr(sampling, name, neutral[0])
+        value = getattr(sampling, name)
         if value not in neutral:
+            # A field of the server that vLLM's front end turns into this one.
             echo = " (echo with logprobs asks for it)" if name == "prompt_logprobs" else ""
             raise RequestError(
                 f"{name} is not supported by diffusion models; it must be {neutral[0]!r}, "
@@ -75,7 +76,6 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         raise RequestError("prompt_embeds is not supported by diffusion models")
     if request.resumable:
         raise RequestError("streaming input is not supported by diffusion models")
-    check_sampling(sampling)
     vocab_size = vllm_config.model_config.get_vocab_size()
     for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
         if not 0 <= token_id < vocab_size:
@@ -189,6 +189,9 @@ def _wrap_process_inputs() -> None:
             # vLLM fills up the context where nothing is named.
             assert sampling.max_tokens is not None
             sampling.max_tokens = min(sampling.max_tokens, model_config.default_response_length)
+        if isinstance(params, SamplingParams):
+            # As they were given: vLLM writes into its own copy that watermarking is off.
+            check_sampling(params)
         try:
             check_request(request, self.vllm_config)
         except RequestError:
