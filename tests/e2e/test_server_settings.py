@@ -237,3 +237,20 @@ def test_default_requests_of_clients(server: Server) -> None:
     harness = {"max_tokens": 8, "temperature": 0, "stop": ["\n\n", "Q:"], "seed": 1234}
     assert server.answer("completions", prompt=["a", " file name"], **harness)["choices"]
     assert server.answer("chat/completions", messages=MESSAGES, **harness)["choices"]
+
+
+@pytest.mark.parametrize("path", BASE)
+def test_fields_that_nobody_reads(server: Server, path: str) -> None:
+    """What would change the answer is refused, what is for others is accepted."""
+    for name, value, message in (
+        ("diffusion_steps", 4, "diffusion_steps must be in vllm_xargs"),
+        ("best_of", 3, "best_of is not a field"),
+        ("guided_choice", ["a", "b"], "guided_choice is not a field"),
+        ("extra_args", {"diffusion_steps": 4}, "extra_args is not a field"),
+        ("trace_decode_token_ids", [7], "trace_decode_token_ids is not a field"),
+    ):
+        response = server.post(path, **BASE[path], **{name: value})
+        assert response.status_code == 400, (name, response.text)
+        assert message in response.json()["error"]["message"]
+        assert server.answer(path, **BASE[path], **{name: None})
+    assert server.answer(path, **BASE[path], best_of=1, store=True, metadata={"a": "b"})

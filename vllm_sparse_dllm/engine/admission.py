@@ -5,12 +5,14 @@ A `RequestError` is a ``ValueError`` offline and HTTP 400 in the server. vLLM ha
 sees a request's parameters (`LogitsProcessor.validate_params`) but none that sees them together
 with the prompt and the engine's configuration, and both decide whether a request can ever run;
 so `install` wraps `InputProcessor.process_inputs` (and what beam search asks first), for
-diffusion models only.
+diffusion models only. A server's requests also tell which of their fields vLLM does not know.
 """
 
 from __future__ import annotations
 
 import functools
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -38,6 +40,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "watermarking": (None, False),
     "routed_experts_prompt_start": (0,),
 }
+
+
+#: Where `SamplingParams` from HTTP carry the fields that vLLM's front end does not know.
+_UNKNOWN_FIELDS = "unknown_fields"
+_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
 
 class RequestError(VLLMValidationError, ValueError):
@@ -164,6 +171,28 @@ def _check_canvas(given: tuple[int, ...], sampling: SamplingParams, vocab_size: 
             )
 
 
+def _check_unknown_fields(fields: Mapping[str, Any]) -> None:
+    """Refuse fields of an HTTP request that were meant to change its answer.
+
+    The OpenAI API allows any field, and vLLM's front end drops those it does not know.
+
+    Raises:
+        RequestError: Naming the field, its value and what is allowed.
+    """
+    for name, value in fields.items():
+        if value is None or (name == "best_of" and value == 1):
+            continue
+        if name.startswith(REQUEST_PREFIX):
+            problem = "must be in vllm_xargs, not a field of the request"
+        elif name == "best_of" or name.startswith("guided_") or name in _SAMPLING_FIELDS:
+            problem = "is not a field of this server's requests; it must be absent"
+        else:
+            continue
+        raise RequestError(
+            f"{name} {problem}, got {reprlib.repr(value)}", parameter=name, value=value
+        )
+
+
 def install() -> None:
     """Put admission into vLLM's front end; may be repeated."""
     if getattr(InputProcessor, "checks_diffusion_requests", False):
@@ -171,6 +200,7 @@ def install() -> None:
     InputProcessor.checks_diffusion_requests = True  # type: ignore[attr-defined]
     _wrap_process_inputs()
     _wrap_beam_search()
+    _wrap_init()
 
 
 def _wrap_process_inputs() -> None:
@@ -192,6 +222,7 @@ def _wrap_process_inputs() -> None:
         if isinstance(params, SamplingParams):
             # As they were given: vLLM writes into its own copy that watermarking is off.
             check_sampling(params)
+            _check_unknown_fields(getattr(params, _UNKNOWN_FIELDS, {}))
         try:
             check_request(request, self.vllm_config)
         except RequestError:
@@ -223,3 +254,36 @@ def _wrap_beam_search() -> None:
         return original(self, params)
 
     InputProcessor.resolve_watermarking = resolve_watermarking  # type: ignore[method-assign]
+
+
+def _wrap_init() -> None:
+    # Of the processes that the plugin is loaded in, front ends make an `InputProcessor`.
+    original = InputProcessor.__init__
+
+    @functools.wraps(original)
+    def init(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if isinstance(self.model_config, DiffusionModelConfig):
+            _keep_unknown_fields()
+
+    InputProcessor.__init__ = init  # type: ignore[method-assign]
+
+
+def _keep_unknown_fields() -> None:
+    """Let `SamplingParams` from HTTP carry the fields that they were not made from."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    for request_type in (ChatCompletionRequest, CompletionRequest):
+        original = request_type.to_sampling_params
+        if hasattr(original, "__wrapped__"):
+            continue
+
+        def to_sampling_params(
+            self: Any, *args: Any, original: Any = original, **kwargs: Any
+        ) -> SamplingParams:
+            params = original(self, *args, **kwargs)
+            setattr(params, _UNKNOWN_FIELDS, dict(self.model_extra or {}))
+            return params
+
+        request_type.to_sampling_params = functools.wraps(original)(to_sampling_params)  # type: ignore[method-assign]
