@@ -4,7 +4,7 @@ Nothing is fast here. A block is a loop of steps; a step is one forward (which k
 cache policy), a choice (which masks to commit is the rule), and a write.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,6 +52,7 @@ class Options:
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
     canvas: Sequence[int] | None = None  # the response's first ids, masks among them
+    allowed: Callable[[list[int]], Tensor] | None = None  # response so far -> [vocab], a grammar
 
     def __post_init__(self) -> None:
         if self.cache_policy not in POLICIES:
@@ -124,11 +125,16 @@ def generate_with_stats(
             rows = (x[s:e] == model.mask_id).nonzero()[:, 0]  # A5: the candidates
             special = model.kind == "dream" and o.cache_policy != "none" and i == 0
             special = special and bool(x[s] == model.mask_id)
-            if special:  # A8, B7, B8: only x[s] is written
+            if special or o.allowed:  # A8, B7, B8: only x[s] is written; a grammar: the first mask
                 rows = rows[:1]
             places = s - prompt + rows
-            edited = constrain(guided[rows], places, x, prompt, o, model)
-            if special:
+            edited = guided[rows]
+            if o.allowed is not None:
+                edited = edited.masked_fill(
+                    ~o.allowed(x[prompt : s + rows[0]].tolist()), -torch.inf
+                )
+            edited = constrain(edited, places, x, prompt, o, model)
+            if special or o.allowed:
                 tokens, _ = draw(edited, model, o)
                 chosen = torch.tensor([0])
             else:

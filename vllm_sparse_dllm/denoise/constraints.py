@@ -53,6 +53,23 @@ class Allow:
 
 
 @dataclass(frozen=True)
+class AllowMask:
+    """Nothing but the tokens of a bit mask, as grammars have them.
+
+    Attributes:
+        bits: Host array of int32, token i the bit i % 32 of word i // 32.
+    """
+
+    bits: np.ndarray
+
+    def apply(self, logits: torch.Tensor, first: int) -> None:
+        allowed = np.unpackbits(
+            self.bits.view(np.uint8), count=logits.shape[-1], bitorder="little"
+        ).astype(bool)
+        logits.masked_fill_(torch.from_numpy(~allowed).to(logits.device), -torch.inf)
+
+
+@dataclass(frozen=True)
 class Forbid:
     """Some tokens not at some candidates.
 

@@ -25,6 +25,7 @@ from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig
 from vllm_sparse_dllm.engine.constraints import check_constraints
+from vllm_sparse_dllm.engine.structured_output import check_structured_output
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import REQUEST_PREFIX, EngineSettings, request_settings
 
@@ -34,7 +35,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprob_token_ids": (None,),
     "prompt_logprob_start": (None,),
     "logprob_token_ids": (None,),
-    "structured_outputs": (None,),
     "thinking_token_budget": (None,),
     "trace_decode_token_ids": (None,),
     "watermarking": (None, False),
@@ -95,6 +95,8 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     engine = EngineSettings.from_additional_config(vllm_config.additional_config)
     settings = request_settings(engine, traits, sampling.extra_args)
     check_constraints(sampling, traits.mask_token_id, vocab_size)
+    check_structured_output(sampling)
+
     assert sampling.max_tokens is not None
     if settings.canvas is not None:
         _check_canvas(settings.canvas, sampling, vocab_size)

@@ -10,12 +10,13 @@ import torch
 from vllm.sampling_params import SamplingParams
 
 from vllm_sparse_dllm.cache.policies import POLICIES, CachePolicy, Span, StepKind
-from vllm_sparse_dllm.denoise.constraints import MASKED, LogitsEdit
+from vllm_sparse_dllm.denoise.constraints import MASKED, AllowMask, LogitsEdit
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.step import Candidates, Logprobs
 from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions, share_steps
 from vllm_sparse_dllm.denoise.traits import ModelTraits
 from vllm_sparse_dllm.engine.constraints import RequestConstraints
+from vllm_sparse_dllm.engine.structured_output import has_grammar
 from vllm_sparse_dllm.settings import DecodingSettings
 
 
@@ -71,6 +72,10 @@ class RequestState:
         generator: The request's own noise.
         num_delivered: Tokens that were delivered before a preemption; they are computed
             again, identically, and not delivered twice.
+
+    Attributes:
+        allowed_tokens: Where a grammar constrains the request: the bit mask of its next token,
+            as in `AllowedTokens`. The runner sets it before each step.
     """
 
     def __init__(
@@ -117,6 +122,8 @@ class RequestState:
         self.constraints = RequestConstraints.of(
             sampling, conditional[: len(prompt)], generator.device
         )
+        self.left_to_right = has_grammar(sampling)
+        self.allowed_tokens: np.ndarray | None = None
         self.block_index = 0
         self._skip_blocks_without_masks()
         self.step = 0
@@ -154,6 +161,8 @@ class RequestState:
 
     @property
     def _commits_first_position_only(self) -> bool:
+        if self.left_to_right:
+            return True
         if self.step or not self.traits.shifts_logits or not self.policy.first_step_commits_one:
             return False
         # Only this step has the row that predicts it; a fixed one needs none.
@@ -186,6 +195,8 @@ class RequestState:
             response = np.where(self.masked, MASKED, self.sequences[0].token_ids[first:])
             edits = self.constraints.edits(response, step.candidates - first)
             check = self.constraints.check(response, step.candidates - first)
+        if self.allowed_tokens is not None:
+            edits = (AllowMask(self.allowed_tokens), *edits)
         chance = 1.0
         if self.rule.independent and self.step < num_steps - 1:
             chance = float(commit_fractions(num_steps)[self.step])
@@ -206,6 +217,15 @@ class RequestState:
             edits=edits,
             check=check,
         )
+
+    @property
+    def failure(self) -> str:
+        """Why no token could be chosen, in words."""
+        if self.allowed_tokens is None:
+            return "the model's logits are not finite"
+        if not self.allowed_tokens.any():
+            return "its grammar allows no token"
+        return "its grammar and its other constraints leave no token, or logits are not finite"
 
     def commit(self, positions: np.ndarray, tokens: np.ndarray, logprobs: Logprobs | None) -> None:
         """Write committed tokens and go on to the next step that does something."""

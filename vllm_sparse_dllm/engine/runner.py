@@ -230,7 +230,7 @@ class DiffusionModelRunner:
             if failed or not all(state.continues_alone for state in states):
                 break
         for index in failed:
-            output.failed[request_ids[active[index]]] = "the model's logits are not finite"
+            output.failed[request_ids[active[index]]] = states[active[index]].failure
         self._report(states, output)
         return output
 
@@ -241,6 +241,8 @@ class DiffusionModelRunner:
             self.requests.pop(request_id, None)
         for new in scheduler_output.scheduled_new_reqs:
             self.requests[new.req_id] = self._new_request(new)
+        for request_id, mask in getattr(scheduler_output, "allowed_tokens", {}).items():
+            self.requests[request_id].allowed_tokens = mask
 
     def _new_request(self, new: NewRequestData) -> RequestState:
         sampling = new.sampling_params
