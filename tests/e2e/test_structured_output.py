@@ -131,7 +131,6 @@ PARTS = (
     r"\d+",
     "x{2}",
     "[^a-z]{2}",
-    "<[|]mask[|]>",
     "(ab|a|é)",
     ".{0,4}",
 )
@@ -447,6 +446,13 @@ def test_constraints_that_leave_nothing_fail_their_request_alone(llm: LLM) -> No
     assert output.outputs[0].finish_reason == "error" and not output.outputs[0].token_ids
 
 
+@pytest.mark.parametrize("name", ["<|startoftext|>", "<|mask|>"])
+def test_the_name_of_a_special_token_is_no_text(llm: LLM, name: str) -> None:
+    """llguidance offers the token itself, whose name the text would not show."""
+    output = run_beside_others(llm, Wanted("choice", [name]).sampling())
+    assert output.outputs[0].finish_reason == "error" and not output.outputs[0].token_ids
+
+
 def test_constraints_and_a_grammar_hold_together(llm: LLM) -> None:
     encode = llm.get_tokenizer().encode
     ids = [encode(letter, add_special_tokens=False)[0] for letter in "acdz"]
@@ -549,6 +555,7 @@ def test_other_backends(backend: str) -> None:
                 Wanted("regex", "[<|>a-z]{15}", 20, {"temperature": 2.0, "seed": seed})
                 for seed in range(6)
             ),
+            Wanted("choice", ["<|mask|>"]),
         ]
         outputs = answer(llm, prompts_for(requests), [request.sampling() for request in requests])
         for request, output in zip(requests, outputs, strict=True):

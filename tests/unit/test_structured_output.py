@@ -89,6 +89,12 @@ def test_what_a_grammar_allows(by_grammar: set[int], expected: set[int]) -> None
     assert allowed(by_grammar, request()) == expected
 
 
+def test_special_tokens_that_the_text_shows_are_allowed() -> None:
+    shown = request()
+    shown.sampling_params.skip_special_tokens = False
+    assert allowed({5, SPECIAL, MASK}, shown) == {5, SPECIAL}
+
+
 def test_before_the_end_of_reasoning_everything_but_the_mask_id_is_allowed() -> None:
     assert allowed(None, request()) == set(range(32 * WORDS)) - {MASK}
 

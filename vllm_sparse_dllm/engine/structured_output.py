@@ -144,8 +144,9 @@ class AllowedTokens:
             # A grammar too complex to follow: its backend would end the text here.
             return np.zeros_like(row)
         if applies:
-            # The name of a special token may match a grammar, but is not part of the text.
-            row &= ~(self._special_tokens(len(row)) & ~stops)
+            if sampling.skip_special_tokens:
+                # Its name may match a grammar, but would not be in the text.
+                row &= ~(self._special_tokens(len(row)) & ~stops)
             if sampling.eos_token_id is None or not _has_bit(row, sampling.eos_token_id):
                 row &= ~stops
         return row
