@@ -30,6 +30,8 @@ ACCEPTED: dict[str, Fragment] = {
     "logit_bias": {"logit_bias": {"7": 1.5, "8": -200}},
     "bad_words": {"bad_words": ["name", "the file"]},
     "allowed_token_ids": {"allowed_token_ids": [7, 8, 9]},
+    "structured_outputs": {"structured_outputs": {"choice": ["a"]}},
+    "response_format": {"response_format": {"type": "json_object"}},
     "presence_penalty": {"presence_penalty": 0.5},
     "frequency_penalty": {"frequency_penalty": -0.5},
     "repetition_penalty": {"repetition_penalty": 1.2},
@@ -91,8 +93,6 @@ ACCEPTED_CHAT: dict[str, Fragment] = {
 #: Field: what a request gets added, and what the message of the refusal names.
 REFUSED: dict[str, tuple[Fragment, str]] = {
     "prompt_logprobs": ({"prompt_logprobs": 0}, "prompt_logprobs"),
-    "structured_outputs": ({"structured_outputs": {"choice": ["a"]}}, "structured_outputs"),
-    "response_format": ({"response_format": {"type": "json_object"}}, "structured_outputs"),
     "thinking_token_budget": ({"thinking_token_budget": 4}, "thinking_token_budget"),
     "watermarking": ({"watermarking": True}, "watermarking"),
     "routed_experts_prompt_start": (
@@ -128,6 +128,7 @@ ACCEPTED_OFFLINE: dict[str, Fragment] = {
     },
     "output_kind": {"output_kind": RequestOutputKind.FINAL_ONLY},
     "extra_args": {"extra_args": {"diffusion_steps": 2}},
+    "structured_outputs": {"structured_outputs": StructuredOutputsParams(choice=["a"])},
     "skip_reading_prefix_cache": {"skip_reading_prefix_cache": True},
     "skip_clone": {"skip_clone": True},
     "output_text_buffer_length": {"output_text_buffer_length": 3},
@@ -142,5 +143,4 @@ REFUSED_OFFLINE: dict[str, tuple[Any, str]] = {
     "trace_decode_token_ids": ([7], "trace_decode_token_ids"),
     "watermarking": (True, "watermarking"),
     "routed_experts_prompt_start": (1, "routed_experts_prompt_start"),
-    "structured_outputs": (StructuredOutputsParams(choice=["a"]), "structured_outputs"),
 }
