@@ -426,7 +426,7 @@ BAD_PARAMETERS = [
     refused("allowed_token_ids", allowed_token_ids=[EOS], min_tokens=1),
     refused("thinking_token_budget", thinking_token_budget=4),
     refused("prompt_logprobs", prompt_logprobs=1),
-    refused("structured_outputs", "choice", structured_outputs={"choice": []}),
+    refused("structured_outputs", "cannot be an empty list", structured_outputs={"choice": []}),
     refused("structured_outputs", "unclosed group", structured_outputs={"regex": "("}),
     refused(
         "response_format",
@@ -632,19 +632,5 @@ def test_structured_output(server: Server, path: str) -> None:
         if not pattern:
             country = json.loads(text)
             assert country.keys() == {"name", "size"} and country["size"] in ("small", "large")
-    assert sum(reason == "stop" for _, reason, _ in answers) >= 5
-
-
-def test_a_forced_tool_call_follows_its_schema(server: Server) -> None:
-    """vLLM makes a grammar of it."""
-    parameters = {"type": "object", "properties": {"on": {"type": "boolean"}}, "required": ["on"]}
-    tool = {"type": "function", "function": {"name": "lamp", "parameters": parameters}}
-    answer = server.answer(
-        "chat/completions",
-        messages=[{"role": "user", "content": QUESTION}],
-        max_tokens=200,
-        tools=[tool],
-        tool_choice={"type": "function", "function": {"name": "lamp"}},
-    )
-    [choice] = answer["choices"]
-    assert choice["message"]["tool_calls"][0]["function"]["arguments"].lstrip().startswith("{")
+    # Those whose language is finite.
+    assert sum(reason == "stop" for _, reason, _ in answers) >= 4

@@ -361,6 +361,8 @@ def test_a_stop_string_cuts_where_it_says(llm: LLM) -> None:
         ({"json": {"not": {}}}, {}, r'Unimplemented keys: \["not"\]'),
         ({"json": {"type": "array", "uniqueItems": True}}, {}, "uniqueItems"),
         ({"json": "{"}, {}, "(?i)invalid"),
+        ({"json": {"items": {"maximum": 10**40}}}, {}, r"maximum in .* must be from .* got 1000"),
+        ({"json": '{"minimum": -1e300}'}, {}, r"minimum in .* got -1e\+300"),
         ({"choice": []}, {}, "empty list"),
         ({"grammar": "root ::= ("}, {}, "(?i)grammar"),
         ({"grammar": " "}, {}, "empty"),
@@ -389,6 +391,12 @@ def test_refusals(
     # What the server answers with 400.
     assert any(kind.__name__ == "VLLMValidationError" for kind in type(caught.value).__mro__)
     assert pool_is_whole(llm)
+
+
+def test_numbers_that_are_no_bounds(llm: LLM) -> None:
+    """A property's name, and data."""
+    schema = {"properties": {"maximum": {"const": {"maximum": 10**9}}}, "type": "object"}
+    assert generate(llm, [PROMPTS[0]], [Wanted("json", schema, 4).sampling()])[0]
 
 
 def test_settings_that_ask_for_nothing_are_accepted(llm: LLM) -> None:

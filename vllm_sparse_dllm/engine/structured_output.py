@@ -8,9 +8,10 @@ was delivered; here is what it leaves to whoever samples.
 
 from __future__ import annotations
 
+import json
 import reprlib
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from vllm.sampling_params import SamplingParams
@@ -21,7 +22,7 @@ from vllm_sparse_dllm.settings import FIELDS, REQUEST_PREFIX
 
 #: The backend where the user names none. It refuses what it cannot enforce; vLLM's own
 #: default compiles every request with the backend that the first one happened to need.
-DEFAULT_BACKEND = "guidance"
+DEFAULT_BACKEND: Final = "guidance"
 
 #: What says how many positions a step commits, and which; and the value that asks for nothing.
 _ORDER_OF_COMMITS = {
@@ -39,6 +40,12 @@ _ENGINE_OPTIONS = {
     "disable_additional_properties": False,
     "whitespace_pattern": None,
 }
+
+#: Keywords of a JSON schema whose numbers llguidance holds as floats, and cuts to 64 bits.
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_LARGEST_BOUND = 2**53
+#: Keywords of a JSON schema whose values are data, not schemas.
+_DATA = ("const", "default", "enum", "examples")
 
 
 def has_grammar(sampling: SamplingParams) -> bool:
@@ -83,6 +90,25 @@ def check_structured_output(sampling: SamplingParams) -> None:
                 f"structured_outputs.{name} must be {default} in a request, got {value!r}; it is "
                 "an option of the engine (structured_outputs_config)"
             )
+    schema = sampling.structured_outputs.json if sampling.structured_outputs else None
+    if schema is not None:
+        _check_bounds(json.loads(schema) if isinstance(schema, str) else schema)
+
+
+def _check_bounds(schema: Any) -> None:
+    """Refuse numbers that a backend would take for others."""
+    if isinstance(schema, list):
+        for part in schema:
+            _check_bounds(part)
+    elif isinstance(schema, dict):
+        for key, value in schema.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if key in _BOUNDS and number and not abs(value) <= _LARGEST_BOUND:
+                raise ValueError(
+                    f"{key} in structured_outputs.json must be from -2**53 to 2**53, got {value}"
+                )
+            if key not in _DATA:
+                _check_bounds(value)
 
 
 def _in_json(value: Any) -> str:
