@@ -13,6 +13,8 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import pytest
+import torch
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
@@ -48,6 +50,20 @@ def scheduler_of(llm: LLM) -> DiffusionScheduler:
     scheduler = llm.llm_engine.engine_core.engine_core.scheduler
     assert isinstance(scheduler, DiffusionScheduler)
     return scheduler
+
+
+def count_forwards(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by the number of tokens of each forward pass."""
+    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+    original = runner.model.forward
+    sizes: list[int] = []
+
+    def forward(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        sizes.append(len(input_ids))
+        return original(input_ids, *args, **kwargs)
+
+    monkeypatch.setattr(runner.model, "forward", forward)
+    return sizes
 
 
 def sampling(max_tokens: int, **options: Any) -> SamplingParams:

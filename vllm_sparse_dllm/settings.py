@@ -9,6 +9,7 @@ the prefix ``diffusion_``. Every message names the field, the value and what is 
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -72,7 +73,7 @@ class Field:
         if self.nullable and (value is None or value == "none"):
             return None
         if value is None or not self.check(value):
-            raise ValueError(f"{name} must be {self.allowed}, got {value!r}")
+            raise ValueError(f"{name} must be {self.allowed}, got {reprlib.repr(value)}")
         return self.convert(value)
 
 
@@ -133,6 +134,12 @@ FIELDS: dict[str, Field] = {
         float,
         scope="request",
     ),
+    "canvas": Field(
+        "a list of token ids, not empty",
+        lambda v: isinstance(v, list | tuple) and len(v) > 0 and all(map(_is_int, v)),
+        tuple,
+        scope="request",
+    ),
 }
 
 
@@ -157,6 +164,8 @@ class DecodingSettings:
         factor: Fast-dLLM's factor rule, or None.
         alg_temp: Noise on the order of commits, 0 for none (Dream's ``alg_temp``).
         cfg_scale: Classifier-free guidance weight, 0 for none (LLaDA).
+        canvas: First ids of the response: the mask id where the model is to write, other ids
+            are fixed. None for masks only.
     """
 
     cache_policy: str = "sparse"
@@ -174,6 +183,7 @@ class DecodingSettings:
     factor: float | None = None
     alg_temp: float = 0.0
     cfg_scale: float = 0.0
+    canvas: tuple[int, ...] | None = None
 
     @property
     def num_sequences(self) -> int:

@@ -18,7 +18,10 @@ POLICIES = ("none", "prefix", "dual", "sparse")
 GREEDY_RULES = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
 COUNTS = ("one_a_step", "fewer_steps", "more_steps", "threshold", "factor")
 #: Parameters of vLLM, not of the decoding; the reference takes them under the same names.
-VLLM_NAMES = ("temperature", "top_p", "top_k")
+VLLM_NAMES = (
+    *("temperature", "top_p", "top_k", "min_p", "min_tokens", "ignore_eos", "logit_bias"),
+    *("allowed_token_ids", "presence_penalty", "frequency_penalty", "repetition_penalty"),
+)
 
 
 @dataclass(frozen=True)
@@ -35,11 +38,16 @@ class Case:
         return f"P{len(self.prompt)}-G{self.max_tokens}-{options}"
 
     def sampling(self) -> SamplingParams:
+        given = dict(self.options)
+        bad_words, stop_ids = given.pop("bad_words", None), given.pop("stop_ids", None)
         options = {
             (name if name in VLLM_NAMES else f"diffusion_{name}"): value
-            for name, value in self.options.items()
+            for name, value in given.items()
         }
-        return sampling(self.max_tokens, seed=self.seed, **options)
+        params = sampling(self.max_tokens, seed=self.seed, stop_token_ids=stop_ids, **options)
+        # Where vLLM puts the ids of `bad_words`, which these checkpoints have no tokenizer for.
+        params._bad_words_token_ids = bad_words
+        return params
 
     def expected(self, model: Model, page: int = 32) -> list[int]:
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
@@ -118,6 +126,74 @@ def drawn_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
     for policy, variant in itertools.product(POLICIES, variants):
         max_tokens = rng.choice((8, 24, 33))
         options = {"cache_policy": policy, "block_length": rng.choice((8, 16, 32)), **variant}
+        if policy == "sparse":
+            options |= _sparse_options(rng)
+        prompt = random_prompt(rng, rng.choice((3, 40, 90)), vocab)
+        cases.append(Case(prompt, max_tokens, options, seed=rng.randrange(2**31)))
+    return cases
+
+
+def _bad_words(rng: random.Random, vocab: int) -> dict[str, Any]:
+    """Few tokens, and most of their pairs and some triples forbidden."""
+    few = rng.sample(range(vocab - 8), 6)
+    pairs = [[a, b] for a in few[:5] for b in few[:5] if rng.random() < 0.4]
+    triples = [[rng.choice(few[:5]) for _ in range(3)] for _ in range(6)]
+    return {"allowed_token_ids": few, "bad_words": [*pairs, *triples, [few[0]], [vocab - 9]]}
+
+
+def _canvas(rng: random.Random, vocab: int, mask: int, max_tokens: int) -> dict[str, Any]:
+    """Fixed positions here and there, in runs, a whole block among them."""
+    length = rng.choice((max_tokens, rng.randint(1, max_tokens)))
+    share = rng.choice((0.1, 0.5, 0.9))
+    canvas = [rng.randrange(vocab - 8) if rng.random() < share else mask for _ in range(length)]
+    start = rng.randrange(length)
+    canvas[start : start + 8] = [rng.randrange(vocab - 8) for _ in canvas[start : start + 8]]
+    return {"canvas": canvas}
+
+
+def constrained_cases(seed: int, vocab: int, mask: int, guided: bool) -> list[Case]:
+    """Return every policy with every constraint, alone and together, and infilling."""
+    rng = random.Random(seed)
+    few_steps = {"steps": 6}
+    penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3}
+    cases = []
+    for policy, number in itertools.product(POLICIES, range(16)):
+        max_tokens = rng.choice((8, 17, 32, 40))
+        bias = {rng.randrange(vocab - 8): rng.choice((-100.0, 2.5, 6.0)) for _ in range(20)}
+        words = _bad_words(rng, vocab)
+        canvas = _canvas(rng, vocab, mask, max_tokens)
+        stops = {
+            "stop_ids": rng.sample(range(vocab - 8), 60),
+            "min_tokens": rng.randint(1, max_tokens),
+            "ignore_eos": False,
+        }
+        everything = {**words, "logit_bias": bias, **penalties, "min_tokens": max_tokens // 2}
+        own: dict[str, Any] = [
+            {"temperature": 1.0, "min_p": 0.1},
+            {"temperature": 1.0, "min_p": 0.02, "top_p": 0.9, "top_k": 4, **few_steps},
+            stops,
+            {**stops, "threshold": 0.1},
+            {"logit_bias": bias},
+            {**words, **few_steps},
+            {**words, "threshold": 0.05},
+            {"allowed_token_ids": words["allowed_token_ids"], "factor": 1.0},
+            {"presence_penalty": 1.5, "frequency_penalty": -0.5},
+            {"repetition_penalty": 1.5, **few_steps},
+            {**everything, **few_steps, "temperature": 0.8},
+            {**everything, "remasking": "origin", "steps": 3},
+            canvas,
+            {**canvas, **few_steps, "cfg_scale": 0.7 if guided else 0.0},
+            {**canvas, **everything, "threshold": 0.1},
+            {**canvas, **penalties, "temperature": 0.9, "remasking": "random"},
+        ][number]
+        options = {
+            "cache_policy": policy,
+            "remasking": rng.choice(GREEDY_RULES),
+            "block_length": rng.choice((4, 8, 16, 32)),
+            **own,
+        }
+        if "min_tokens" in own and "canvas" in own:
+            options["min_tokens"] = 0
         if policy == "sparse":
             options |= _sparse_options(rng)
         prompt = random_prompt(rng, rng.choice((3, 40, 90)), vocab)

@@ -7,14 +7,12 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from vllm import LLM
 
 from tests.e2e.cases import Case, drawn_cases, greedy_cases
-from tests.engines import generate, running_engine, sampling, scheduler_of
+from tests.engines import count_forwards, generate, running_engine, sampling, scheduler_of
 from tests.reference import write_checkpoint
 
 VOCAB = 320
@@ -171,20 +169,6 @@ def test_no_kv_beyond_one_layer(llada: LLM) -> None:
     assert layer_bytes == (scheduler_of(llada).block_manager.num_pages + 1) * page_bytes
 
 
-def _count_forwards(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by the number of tokens of each forward pass."""
-    runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-    original = runner.model.forward
-    sizes: list[int] = []
-
-    def forward(input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        sizes.append(len(input_ids))
-        return original(input_ids, *args, **kwargs)
-
-    monkeypatch.setattr(runner.model, "forward", forward)
-    return sizes
-
-
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 def test_bursts_change_no_token(
     llada: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float
@@ -203,7 +187,7 @@ def test_bursts_change_no_token(
 def test_a_burst_ends_with_its_block(llada: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two full passes, then all block steps of the block in one engine step."""
     monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", 1e9)
-    sizes = _count_forwards(llada, monkeypatch)
+    sizes = count_forwards(llada, monkeypatch)
     engine = llada.llm_engine
     engine.add_request("r", {"prompt_token_ids": [3] * 40}, sampling(64))
     forwards_of_steps = []
@@ -222,7 +206,7 @@ def test_blocks_behind_the_end_are_not_computed(
     monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
     prompt = list(range(60))
     whole = generate(llada, [prompt], [sampling(64, diffusion_block_length=8)])[0]
-    sizes = _count_forwards(llada, monkeypatch)
+    sizes = count_forwards(llada, monkeypatch)
     generate(llada, [prompt], [sampling(64, diffusion_block_length=8)])
     per_block = len(sizes) // 8
     for stop in (whole[3], whole[20]):

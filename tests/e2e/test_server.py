@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import re
 import subprocess
 import sys
 import threading
@@ -410,18 +412,36 @@ BAD_SETTINGS = [
     pytest.param({"vllm_xargs": {"foreign": 1}}, "foreign", id="foreign"),
 ]
 BAD_PARAMETERS = [
-    refused("presence_penalty", presence_penalty=0.5),
-    refused("frequency_penalty", frequency_penalty=0.5),
-    refused("repetition_penalty", repetition_penalty=1.1),
-    refused("min_p", min_p=0.1, temperature=1.0),
-    refused("min_tokens", min_tokens=2),
-    refused("logit_bias", logit_bias={"7": 1}),
-    refused("bad_words", bad_words=["name"]),
-    refused("allowed_token_ids", allowed_token_ids=[7]),
+    refused("presence_penalty", presence_penalty=2.5),
+    refused("frequency_penalty", frequency_penalty=-3),
+    refused("repetition_penalty", repetition_penalty=0),
+    refused("repetition_penalty", repetition_penalty=1e-3),
+    refused("min_p", min_p=1.5, temperature=1.0),
+    refused("min_tokens", min_tokens=9),
+    refused("logit_bias", logit_bias={"100000": 1}),
+    refused("logit_bias", logit_bias={"x": 1}),
+    refused("bad_words", bad_words=[""]),
+    refused("allowed_token_ids", allowed_token_ids=[]),
+    refused("allowed_token_ids", allowed_token_ids=[100_000]),
+    refused("allowed_token_ids", allowed_token_ids=[EOS], min_tokens=1),
     refused("thinking_token_budget", thinking_token_budget=4),
     refused("prompt_logprobs", prompt_logprobs=1),
-    refused("structured_outputs", structured_outputs={"choice": ["a", "b"]}),
-    refused("response_format", "structured_outputs", response_format={"type": "json_object"}),
+    refused("structured_outputs", "cannot be an empty list", structured_outputs={"choice": []}),
+    refused("structured_outputs", "unclosed group", structured_outputs={"regex": "("}),
+    refused(
+        "response_format",
+        "Unimplemented keys",
+        response_format={
+            "type": "json_schema",
+            "json_schema": {"name": "x", "schema": {"not": {}}},
+        },
+    ),
+    refused("ignore_eos", structured_outputs={"regex": "a"}, ignore_eos=True),
+    refused(
+        "diffusion_threshold",
+        structured_outputs={"regex": "a"},
+        vllm_xargs={"diffusion_threshold": 0.9},
+    ),
     refused("temperature", temperature=-1),
     refused("top_p", top_p=0),
     refused("top_k", top_k=-3),
@@ -537,3 +557,80 @@ def test_queued_requests_finish(server: Server) -> None:
         requests = [body(ids(100 + n, 30), {"max_tokens": 16, **LONG}) for n in range(40)]
         answers = list(clients.map(lambda r: server.answer("completions", **r), requests))
     assert all(answer["usage"]["completion_tokens"] == 16 for answer in answers)
+
+
+COUNTRY = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "pattern": "^[A-Z][a-z]{1,5}$"},
+        "size": {"enum": ["small", "large"]},
+    },
+    "required": ["name", "size"],
+    "additionalProperties": False,
+}
+#: A schema whose order, blanks and lengths a weak model cannot draw out.
+COMPACT = r'\{"name": "[A-Z][a-z]{1,5}", "size": "(small|large)"\}'
+CONSTRAINED: list[tuple[dict[str, Any], str]] = [
+    ({"structured_outputs": {"choice": ["yes", "no", "maybe so"]}}, "yes|no|maybe so"),
+    ({"structured_outputs": {"regex": r"[a-z]{3}-\d{2}"}}, r"[a-z]{3}-\d{2}"),
+    ({"structured_outputs": {"grammar": 'root ::= "<" [a-c]+ ">"'}}, "<[a-c]+>"),
+    (
+        {"structured_outputs": {"json": {"type": "array", "items": {"const": 7}, "maxItems": 1}}},
+        r"\[\s*(7\s*)?\]",
+    ),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "flag", "schema": {"type": "boolean"}},
+            }
+        },
+        "true|false",
+    ),
+    ({"structured_outputs": {"regex": COMPACT}, "temperature": 2.0, "seed": 5}, COMPACT),
+    ({"response_format": {"type": "json_object"}}, r"\{.*\}"),
+    (
+        {
+            "response_format": {
+                "type": "json_schema",
+                "json_schema": {"name": "c", "schema": COUNTRY},
+            }
+        },
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_structured_output(server: Server, path: str) -> None:
+    """All at once, whole and streamed; each answer is in its language, or cut by max_tokens."""
+    question: dict[str, Any] = {"prompt": ids(50, 12)}
+    if path == "chat/completions":
+        question = {"messages": [{"role": "user", "content": QUESTION}]}
+
+    def text_of(choice: dict[str, Any]) -> str:
+        if path == "completions":
+            return choice["text"]
+        return (choice.get("message") or choice["delta"]).get("content") or ""
+
+    def ask(request: dict[str, Any]) -> tuple[str, str, str]:
+        request = {"max_tokens": 64, **question, **request}
+        [choice] = server.answer(path, **request)["choices"]
+        with server.streamed(path, **request) as parts:
+            pieces = [part["choices"][0] for part in parts if part["choices"]]
+        return text_of(choice), choice["finish_reason"], "".join(map(text_of, pieces))
+
+    with ThreadPoolExecutor(len(CONSTRAINED)) as clients:
+        answers = list(clients.map(ask, [request for request, _ in CONSTRAINED]))
+    for (_, pattern), (text, reason, streamed) in zip(CONSTRAINED, answers, strict=True):
+        assert streamed == text
+        if reason == "length":
+            assert text.startswith("{") or pattern == "<[a-c]+>" or pattern.startswith(r"\[")
+            continue
+        assert reason == "stop"
+        assert re.fullmatch(pattern or ".*", text, re.DOTALL)
+        if not pattern:
+            country = json.loads(text)
+            assert country.keys() == {"name", "size"} and country["size"] in ("small", "large")
+    # Those whose language is finite.
+    assert sum(reason == "stop" for _, reason, _ in answers) >= 4

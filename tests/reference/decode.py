@@ -4,7 +4,7 @@ Nothing is fast here. A block is a loop of steps; a step is one forward (which k
 cache policy), a choice (which masks to commit is the rule), and a write.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +42,17 @@ class Options:
     generator: torch.Generator | None = None
     ignore_eos: bool = True
     eos_id: int | None = None  # None: the model's own
+    min_p: float = 0.0
+    min_tokens: int = 0
+    stop_ids: Sequence[int] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    bad_words: Sequence[Sequence[int]] = ()  # as token ids
+    allowed_token_ids: Sequence[int] | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    canvas: Sequence[int] | None = None  # the response's first ids, masks among them
+    allowed: Callable[[list[int]], Tensor] | None = None  # response so far -> [vocab], a grammar
 
     def __post_init__(self) -> None:
         if self.cache_policy not in POLICIES:
@@ -90,6 +101,8 @@ def generate_with_stats(
     prompt, total = len(prompt_ids), len(prompt_ids) + max_tokens
     x = torch.full((total,), model.mask_id)
     x[:prompt] = torch.tensor(prompt_ids, dtype=torch.long)
+    if o.canvas is not None:
+        x[prompt : prompt + len(o.canvas)] = torch.tensor(o.canvas)
     streams = [Stream(model, x, o, stats)]
     if o.cfg_scale > 0:  # A10: the same canvas with an all-mask prompt
         if model.kind != "llada":
@@ -99,7 +112,8 @@ def generate_with_stats(
         streams.append(Stream(model, unconditional, o, stats))
 
     s = prompt
-    for size, steps in blocks(max_tokens, o.block_length, o.steps or max_tokens):
+    to_write = (x[prompt:] == model.mask_id).tolist()
+    for size, masks, steps in blocks_with_masks(to_write, o.block_length, o.steps):
         e = s + size
         stats.commits.append([])
         i = 0
@@ -109,12 +123,23 @@ def generate_with_stats(
             if o.cfg_scale > 0:  # A10
                 guided = logits[1] + (o.cfg_scale + 1) * (logits[0] - logits[1])
             rows = (x[s:e] == model.mask_id).nonzero()[:, 0]  # A5: the candidates
-            if model.kind == "dream" and o.cache_policy != "none" and i == 0:
-                rows = rows[:1]  # A8, B7, B8: only x[s] is written
-                tokens, _ = draw(guided[rows], model, o)
+            special = model.kind == "dream" and o.cache_policy != "none" and i == 0
+            special = special and bool(x[s] == model.mask_id)
+            if special or o.allowed:  # A8, B7, B8: only x[s] is written; a grammar: the first mask
+                rows = rows[:1]
+            places = s - prompt + rows
+            edited = guided[rows]
+            if o.allowed is not None:
+                edited = edited.masked_fill(
+                    ~o.allowed(x[prompt : s + rows[0]].tolist()), -torch.inf
+                )
+            edited = constrain(edited, places, x, prompt, o, model)
+            if special or o.allowed:
+                tokens, _ = draw(edited, model, o)
                 chosen = torch.tensor([0])
             else:
-                tokens, chosen = choose(guided[rows], model, o, i, steps, size)
+                tokens, chosen = choose(edited, model, o, i, steps, masks)
+                chosen = without_bad_words(tokens, chosen, places, x[prompt:], o)
             positions = s + rows[chosen]
             for stream in streams:
                 stream.x[positions] = tokens[chosen]
@@ -124,9 +149,25 @@ def generate_with_stats(
 
     response = x[prompt:].tolist()
     eos = model.eos_id if o.eos_id is None else o.eos_id
-    if not o.ignore_eos and eos in response:  # A11
-        response = response[: response.index(eos) + 1]
+    stops = [*([] if o.ignore_eos else [eos]), *o.stop_ids]
+    ends = [response.index(token) + 1 for token in stops if token in response]  # A11
+    response = response[: min(ends, default=len(response))]
     return response, stats
+
+
+def blocks_with_masks(
+    masked: Sequence[bool], length: int, steps: int | None
+) -> Iterator[tuple[int, int, int]]:
+    """A1 where some positions are given: (size, masks, steps); shares go by masks."""
+    parts = [masked[start : start + length] for start in range(0, len(masked), length)]
+    total = sum(masked)
+    t = total if steps is None else steps
+    shares = [max(1, t * sum(part) // total) if any(part) else 0 for part in parts]
+    left = t - sum(shares)
+    for part, share in zip(parts, shares, strict=True):
+        more = 1 if any(part) and left > 0 else 0
+        left -= more
+        yield len(part), sum(part), share + more
 
 
 def blocks(total: int, length: int, steps: int) -> Iterator[tuple[int, int]]:
@@ -207,6 +248,68 @@ def select(scores: Tensor, o: Options) -> Tensor:
     return torch.cat([runs[r] for r in order.tolist()] or [torch.arange(0)])
 
 
+# ------------------------------------------------------------------ what a request rules out
+
+
+def constrain(
+    logits: Tensor, places: Tensor, x: Tensor, prompt: int, o: Options, model: Model
+) -> Tensor:
+    """The logits [m, vocab] of the response's masked places [m] with the request's edits."""
+    logits = logits.clone()
+    response = x[prompt:].tolist()
+    eos = model.eos_id if o.eos_id is None else o.eos_id
+    if o.allowed_token_ids is not None:
+        allowed = torch.isin(torch.arange(model.vocab), torch.tensor(o.allowed_token_ids))
+        logits[:, ~allowed] = -torch.inf
+    for row, place in zip(logits, places.tolist(), strict=True):
+        for word in o.bad_words:
+            for k, token in enumerate(word):
+                # With the k-th token here, the word would begin at place - k.
+                if completes(response, word, place - k, place, token):
+                    row[token] = -torch.inf
+        if place < o.min_tokens:
+            row[[*o.stop_ids, eos]] = -torch.inf
+    for token, bias in o.logit_bias.items():
+        logits[:, token] += bias
+    written = torch.tensor([t for t in response if t != model.mask_id], dtype=torch.long)
+    counts = torch.bincount(written, minlength=model.vocab)
+    if o.repetition_penalty != 1:
+        seen = (counts + torch.bincount(x[:prompt], minlength=model.vocab)) > 0
+        p = o.repetition_penalty
+        logits = torch.where(seen & (logits > 0), logits / p, torch.where(seen, logits * p, logits))
+    weights = o.frequency_penalty * counts.double() + o.presence_penalty * (counts > 0)
+    return logits - weights.float()
+
+
+def completes(
+    response: Sequence[int], word: Sequence[int], start: int, place: int, token: int
+) -> bool:
+    """Whether ``token`` at ``place`` makes the response hold ``word`` from ``start`` on."""
+    if start < 0 or start + len(word) > len(response):
+        return False
+    return all(
+        (token if p == place else response[p]) == word[p - start]
+        for p in range(start, start + len(word))
+    )
+
+
+def without_bad_words(
+    tokens: Tensor, chosen: Tensor, places: Tensor, response: Tensor, o: Options
+) -> Tensor:
+    """Of the chosen rows, surest first, those that complete no bad word with what stands."""
+    stands, kept = response.tolist(), []
+    for row in chosen.tolist():
+        place, token = int(places[row]), int(tokens[row])
+        if not any(
+            completes(stands, word, place - k, place, token)
+            for word in o.bad_words
+            for k in range(len(word))
+        ):
+            stands[place] = token
+            kept.append(row)
+    return torch.tensor(kept, dtype=torch.long)
+
+
 # ------------------------------------------------- which tokens a step commits (A3-A7, B2, B4, B6)
 
 
@@ -225,8 +328,8 @@ def choose(
         return tokens, order[: at_factor(conf, o.factor)]
     if rule == "origin":  # B6: each mask by itself; all at the last step
         tokens, _ = draw(logits, model, o)
-        r = torch.rand(m, generator=o.generator)
-        return tokens, (r < origin_probability(i, steps)).nonzero()[:, 0]
+        r, order = torch.rand(m, generator=o.generator).sort(stable=True)
+        return tokens, order[r < origin_probability(i, steps)]
     k = llada_quota(i, steps, size) if model.kind == "llada" else dream_count(i, steps, m)
     if k == 0:
         return torch.empty(m, dtype=torch.long), torch.empty(0, dtype=torch.long)
@@ -252,7 +355,10 @@ def draw(logits: Tensor, model: Model, o: Options) -> tuple[Tensor, Tensor]:
     greedy = logits.masked_fill(~tokens_allowed, -torch.inf).argmax(-1)
     if o.temperature == 0:
         return greedy, torch.softmax(logits, -1)
-    filtered = top_p_top_k(logits / o.temperature, o.top_p, o.top_k)
+    tempered = logits / o.temperature
+    probs = torch.softmax(tempered, -1)
+    tempered = tempered.masked_fill(probs < o.min_p * probs.max(-1, True).values, -torch.inf)
+    filtered = top_p_top_k(tempered, o.top_p, o.top_k)
     noise = torch.empty(logits.shape, dtype=torch.float64)
     if model.kind == "llada":  # Gumbel-max; log of exp(logits) / (-log u) ** temperature
         u = noise.uniform_(generator=o.generator)

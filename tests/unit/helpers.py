@@ -18,4 +18,4 @@ def traits_of(kind: str, mask_id: int = 3) -> ModelTraits:
 
 def reference_model(kind: str, vocab: int, mask_id: int) -> Any:
     """Return what the reference's decoding functions read of a model."""
-    return SimpleNamespace(kind=kind, vocab=vocab, mask_id=mask_id)
+    return SimpleNamespace(kind=kind, vocab=vocab, mask_id=mask_id, eos_id=None)

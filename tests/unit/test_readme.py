@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from vllm import SamplingParams
+from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.rules import RULES
@@ -30,17 +33,18 @@ from vllm_sparse_dllm.settings import (
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PARAMETERS = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
 
 
-def table(name: str) -> list[dict[str, str]]:
+def table(name: str, page: str = README) -> list[dict[str, str]]:
     """Return the rows of the table that follows a ``<!-- table: name -->`` comment."""
-    lines = README.partition(f"<!-- table: {name} -->\n")[2].splitlines()
+    lines = page.partition(f"<!-- table: {name} -->\n")[2].splitlines()
     rows = []
     for line in lines:
         if not line.startswith("|"):
             break
         rows.append([cell.strip() for cell in line.strip("|").split("|")])
-    assert len(rows) > 2, f"the README has no table {name}"
+    assert len(rows) > 2, f"there is no table {name}"
     head, _, *body = rows
     return [dict(zip(head, row, strict=True)) for row in body]
 
@@ -92,9 +96,28 @@ def test_unmasking_rules() -> None:
     assert names == list(REMASKING_RULES) == list(RULES)
 
 
+def test_parameters_are_all_that_vllm_has() -> None:
+    """The table has every field of vLLM's three request types and no other."""
+    of: dict[str, set[str]] = {"S": set(), "C": set(), "H": set()}
+    rows = table("parameters", PARAMETERS)
+    for row in rows:
+        for letter in row["of"].split():
+            of[letter].add(str(code(row["parameter"])))
+    assert len(rows) == len({row["parameter"] for row in rows})
+    assert of["S"] == {f for f in SamplingParams.__struct_fields__ if not f.startswith("_")}
+    assert of["C"] == CompletionRequest.model_fields.keys()
+    assert of["H"] == ChatCompletionRequest.model_fields.keys()
+    assert {row["answer"] for row in rows} == {"honoured", "refused", "no effect"}
+
+
 def test_refused_parameters() -> None:
-    rows = {code(row["parameter"]): code(row["must be"]) for row in table("refused")}
-    assert rows == {name: repr(neutral[0]) for name, neutral in _NEUTRAL.items()}
+    """What the table refuses of `SamplingParams`, the code does, and with the same exceptions."""
+    rows = {
+        code(row["parameter"]): re.findall(r"`([^`]+)`", row["how"].partition(")")[0])
+        for row in table("parameters", PARAMETERS)
+        if row["answer"] == "refused" and "S" in row["of"].split()
+    }
+    assert rows == {name: [repr(v) for v in neutral] for name, neutral in _NEUTRAL.items()}
 
 
 def test_models() -> None:
@@ -108,7 +131,7 @@ def test_models() -> None:
     assert {code(row["architecture"]): code(row["own rule"]) for row in table("models")} == rules
 
 
-@pytest.mark.parametrize("page", ["README.md", "patches/README.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/parameters.md", "patches/README.md"])
 def test_links_and_paths(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

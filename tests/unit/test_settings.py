@@ -29,6 +29,7 @@ BOTH = pytest.mark.parametrize("traits", [LLADA, DREAM], ids=["llada", "dream"])
 NAMES = ["cache_policy", "granularity", "remasking"]
 INTEGERS = ["kernel_size", "delay_steps", "block_length", "steps", "default_response_length"]
 REALS = ["keep_ratio", "threshold", "factor", "alg_temp", "cfg_scale"]
+LISTS = ["canvas"]
 NULLABLE = ["steps", "remasking", "threshold", "factor"]
 
 GOOD: dict[str, list[Any]] = {
@@ -45,6 +46,7 @@ GOOD: dict[str, list[Any]] = {
     "default_response_length": [1, 512],
     "alg_temp": [0, 0.0, 0.2, 3],
     "cfg_scale": [0, 0.0, 1, 1.5],
+    "canvas": [(3,), (0, 5, 2**40, -1)],
 }
 
 #: Each must be refused. Nothing is converted: "3", 3.0 and True are not the integer 3.
@@ -64,6 +66,7 @@ BAD: dict[str, list[Any]] = {
     "default_response_length": [*NOT_AN_INTEGER, 0, -1],
     "alg_temp": [*NOT_A_REAL, -0.1],
     "cfg_scale": [*NOT_A_REAL, -1],
+    "canvas": ["", "1 2", True, 3, 0.5, [], (), {}, [0.5], [3, True], [3, "4"], [None], [[3]]],
 }
 
 #: The sentence of each message that says what is allowed, as the README's table has it.
@@ -82,6 +85,7 @@ ALLOWED = {
     "default_response_length": "an integer >= 1",
     "alg_temp": "0, or a number from 1e-9 to 1e9",
     "cfg_scale": "a number with 0 <= w <= 1000",
+    "canvas": "a list of token ids, not empty",
 }
 
 
@@ -102,12 +106,12 @@ def in_scope(name: str, scope: str) -> bool:
 GOOD_PAIRS = [(n, v) for n, values in GOOD.items() for v in values]
 BAD_PAIRS = [(n, v) for n, values in BAD.items() for v in values]
 ENGINE_ONLY = ["default_response_length"]
-REQUEST_ONLY = ["alg_temp", "cfg_scale"]
+REQUEST_ONLY = ["alg_temp", "cfg_scale", "canvas"]
 
 
 def test_the_tables_of_this_file_have_every_field() -> None:
     assert GOOD.keys() == BAD.keys() == ALLOWED.keys() == FIELDS.keys()
-    assert sorted(NAMES + INTEGERS + REALS) == sorted(FIELDS)
+    assert sorted(NAMES + INTEGERS + REALS + LISTS) == sorted(FIELDS)
     assert sorted(NULLABLE) == sorted(n for n, f in FIELDS.items() if f.nullable)
     assert [n for n, f in FIELDS.items() if f.scope == "engine"] == ENGINE_ONLY
     assert [n for n, f in FIELDS.items() if f.scope == "request"] == REQUEST_ONLY
@@ -129,6 +133,7 @@ def test_defaults_are_those_of_the_public_interface() -> None:
         factor=None,
         alg_temp=0.0,
         cfg_scale=0.0,
+        canvas=None,
     )
     assert EngineSettings.from_additional_config({}) == defaults
     assert EngineSettings.from_additional_config({"other_plugin": 1}) == defaults
@@ -290,6 +295,7 @@ def test_a_request_is_merged_or_refused_with_its_name(values: dict[str, Any]) ->
         if name in values:
             null = name in NULLABLE and values[name] in (None, "none")
             expected = None if null else values[name]
+            expected = tuple(expected) if isinstance(expected, list) else expected
         if name == "remasking" and expected is None:
             expected = "low_confidence"
         assert getattr(settings, name) == expected

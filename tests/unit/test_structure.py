@@ -63,6 +63,7 @@ WALLS: dict[str, tuple[str, ...]] = {
     # Which tokens a step commits.
     "denoise/rules.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/sampling.py": ("vllm", *own("cache", "engine", "models", "attention")),
+    "denoise/constraints.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/step.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/timetable.py": ("vllm", *own("cache", "engine", "models", "attention")),
     # Which network runs.

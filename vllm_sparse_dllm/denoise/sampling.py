@@ -76,6 +76,7 @@ class TokenSampler(ABC):
         top_p: float,
         top_k: int,
         generator: torch.Generator,
+        min_p: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Draw one token a row.
 
@@ -86,6 +87,7 @@ class TokenSampler(ABC):
             top_p: 1 for no restriction.
             top_k: 0 for no restriction.
             generator: The request's own, on the logits' device.
+            min_p: 0 for no restriction.
 
         Returns:
             ``[n]`` tokens, and ``[n, vocab]`` logits that confidences are computed from.
@@ -105,14 +107,15 @@ class GumbelSampler(TokenSampler):
         top_p: float,
         top_k: int,
         generator: torch.Generator,
+        min_p: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         uniform = torch.rand(
             logits.shape, dtype=torch.float64, device=logits.device, generator=generator
         )
         # argmax(exp(l) / (-log u)^T), in logarithms so that nothing overflows.
         scores = logits.double() - temperature * torch.log(-torch.log(uniform))
-        if top_p < 1 or top_k > 0:
-            kept = restrict(logits / temperature, top_p, top_k)
+        if top_p < 1 or top_k > 0 or min_p > 0:
+            kept = restrict(logits / temperature, top_p, top_k, min_p)
             scores = scores.masked_fill(torch.isneginf(kept), -torch.inf)
         return _best(scores, logits, mask_token_id), logits
 
@@ -130,8 +133,9 @@ class CategoricalSampler(TokenSampler):
         top_p: float,
         top_k: int,
         generator: torch.Generator,
+        min_p: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        restricted = restrict(logits / temperature, top_p, top_k)
+        restricted = restrict(logits / temperature, top_p, top_k, min_p)
         race = torch.empty(logits.shape, dtype=torch.float64, device=logits.device)
         race.exponential_(generator=generator)
         # In logarithms of float64, so that small probabilities stay apart from 0.
@@ -151,12 +155,17 @@ def _best(scores: torch.Tensor, logits: torch.Tensor, mask_token_id: int) -> tor
     )
 
 
-def restrict(logits: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
-    """Set what ``top_p``, then ``top_k`` leaves out to -inf.
+def restrict(logits: torch.Tensor, top_p: float, top_k: int, min_p: float = 0.0) -> torch.Tensor:
+    """Set what ``min_p``, then ``top_p``, then ``top_k`` leaves out to -inf.
 
-    ``top_p`` keeps the smallest set of most probable tokens whose probability reaches it, at
+    ``min_p`` keeps what is at least that part as probable as the most probable token; ``top_p``
+    keeps the smallest set of most probable tokens whose probability reaches it, at
     least one; ``top_k`` keeps what is no smaller than the k-th largest logit.
     """
+    if min_p > 0:
+        probabilities = torch.softmax(logits, dim=-1)
+        least = min_p * probabilities.amax(dim=-1, keepdim=True)
+        logits = logits.masked_fill(probabilities < least, -torch.inf)
     if top_p < 1:
         ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
         reached = torch.softmax(ordered, dim=-1).cumsum(dim=-1)

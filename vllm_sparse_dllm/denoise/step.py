@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from vllm_sparse_dllm.denoise.constraints import CommitCheck, LogitsEdit
 from vllm_sparse_dllm.denoise.rules import (
     PROBABILITY_RULE,
     UnmaskingRule,
@@ -39,6 +40,9 @@ class Candidates:
         alg_temp: Noise on the order of commits, 0 for none.
         generator: The request's own noise; needed wherever something is drawn.
         num_logprobs: Most probable alternatives to report a committed token, or None.
+        min_p: Least probability relative to the largest, 0 for none.
+        edits: Changes of the logits, in order.
+        check: Decides between the commits of this step, or None.
     """
 
     num: int
@@ -53,6 +57,9 @@ class Candidates:
     alg_temp: float
     generator: torch.Generator
     num_logprobs: int | None
+    min_p: float = 0.0
+    edits: tuple[LogitsEdit, ...] = ()
+    check: CommitCheck | None = None
 
     @property
     def ranking(self) -> UnmaskingRule:
@@ -93,7 +100,8 @@ class Commits:
     logprobs: list[Logprobs | None]
 
 
-#: The logits of a host array of candidate rows, ``[n, vocab]`` in the model dtype.
+#: The logits of a host array of candidate rows, ``[n, vocab]`` in the model dtype; a new
+#: tensor each time.
 LogitsOf = Callable[[np.ndarray], torch.Tensor]
 
 Span = tuple[int, int]
@@ -134,6 +142,9 @@ def denoise(
         own_requests = [requests[number] for number, _ in parts]
         own_spans = [(start - first, end - first) for _, (start, end) in parts]
         logits = logits_of(np.arange(first, last)).float()
+        for number, (start, end) in parts:
+            for edit in requests[number].edits:
+                edit.apply(logits[start - first : end - first], start - spans[number][0])
         distribution = _choose(logits, own_requests, own_spans, mask_token_id, sampler)
         tokens[first:last] = distribution.tokens
         confidence[first:last] = _confidence(distribution, own_requests, own_spans)
@@ -153,6 +164,11 @@ def denoise(
     # The one read of a step's results.
     result = torch.stack([tokens, selected.long(), finite.long()]).cpu().numpy()
     committed = result[1].astype(bool)
+    for number, (request, (start, end)) in enumerate(zip(requests, spans, strict=True)):
+        if request.check is not None:
+            own = committed[start:end]
+            surest = order[number].cpu().numpy()[: own.sum()]
+            own[surest] = request.check(surest, result[0, start:end][surest])
     return Commits(
         tokens=result[0],
         committed=committed,
@@ -199,6 +215,7 @@ def _choose(
                 request.top_p,
                 request.top_k,
                 request.generator,
+                request.min_p,
             )
             if own.data_ptr() != logits[start:end].data_ptr():
                 if confidence_logits is logits:

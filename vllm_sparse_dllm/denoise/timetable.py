@@ -7,6 +7,7 @@ Pure Python: the scheduler and the runner read the same timetable.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -49,20 +50,28 @@ class Canvas:
         return start, min(start + self.block_length, self.length)
 
 
-def share_steps(canvas: Canvas, steps: int | None) -> tuple[int, ...]:
-    """Share denoising steps out among the blocks, in proportion to their sizes.
+def share_steps(
+    canvas: Canvas, steps: int | None, masked_of_block: Sequence[int] | None = None
+) -> tuple[int, ...]:
+    """Share denoising steps out among the blocks, in proportion to their masked positions.
 
     Args:
         canvas: The blocks.
-        steps: T, for the whole response; None means one per token.
+        steps: T, for the whole response; None means one per masked position.
+        masked_of_block: Masked positions of each block at the start; None for all.
 
     Returns:
-        Steps of each block, at least 1; what division leaves goes to the first blocks.
+        Steps of each block, at least 1 where something is masked, else 0; what division leaves
+        goes to the first blocks that have any.
     """
-    total = canvas.response_length if steps is None else steps
-    sizes = [end - start for start, end in map(canvas.block, range(canvas.num_blocks))]
-    shares = [max(1, total * size // canvas.response_length) for size in sizes]
-    for index in range(max(0, total - sum(shares))):
+    masked = masked_of_block
+    if masked is None:
+        masked = [end - start for start, end in map(canvas.block, range(canvas.num_blocks))]
+    num_masked = max(1, sum(masked))
+    total = num_masked if steps is None else steps
+    shares = [max(1, total * size // num_masked) if size else 0 for size in masked]
+    open_blocks = [index for index, size in enumerate(masked) if size]
+    for index in open_blocks[: max(0, total - sum(shares))]:
         shares[index] += 1
     return tuple(shares)
 
@@ -71,7 +80,7 @@ class CommitSchedule(ABC):
     """How many masked positions step ``i`` of a block commits under fixed steps."""
 
     @abstractmethod
-    def count(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+    def count(self, step: int, num_steps: int, num_masked: int, num_at_start: int) -> int:
         """Return the number of commits of ``step``.
 
         Args:
@@ -79,19 +88,21 @@ class CommitSchedule(ABC):
             num_steps: S, the block's share of steps. At ``step >= num_steps`` one position
                 is committed a step, so that every block ends.
             num_masked: Positions of the block that are masked now.
-            block_size: Positions of the block.
+            num_at_start: Masked positions of the block before its first step: its size, but for
+                fixed positions.
         """
 
-    def next_commit(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+    def next_commit(self, step: int, num_steps: int, num_masked: int, num_at_start: int) -> int:
         """Return the first step from ``step`` on that commits something.
 
         Args:
             step: Where to begin.
             num_steps: S, the block's share of steps.
             num_masked: Positions of the block that are masked, and stay so meanwhile; above 0.
-            block_size: Positions of the block.
+            num_at_start: Masked positions of the block before its first step: its size, but for
+                fixed positions.
         """
-        while self.count(step, num_steps, num_masked, block_size) == 0:
+        while self.count(step, num_steps, num_masked, num_at_start) == 0:
             step += 1
         return step
 
@@ -99,24 +110,24 @@ class CommitSchedule(ABC):
 class EvenSchedule(CommitSchedule):
     """LLaDA: the block's masks divided evenly, the remainder to the first steps."""
 
-    def count(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+    def count(self, step: int, num_steps: int, num_masked: int, num_at_start: int) -> int:
         if step >= num_steps:
             return min(1, num_masked)
-        quota = block_size // num_steps + (step < block_size % num_steps)
+        quota = num_at_start // num_steps + (step < num_at_start % num_steps)
         return min(quota, num_masked)
 
 
 class LinearTimeSchedule(CommitSchedule):
     """Dream: a share ``1 - t[i+1] / t[i]`` of the remaining masks, all at the last step."""
 
-    def count(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+    def count(self, step: int, num_steps: int, num_masked: int, num_at_start: int) -> int:
         if step >= num_steps:
             return min(1, num_masked)
         if step == num_steps - 1:
             return num_masked
         return int(np.float32(num_masked) * commit_fractions(num_steps)[step])
 
-    def next_commit(self, step: int, num_steps: int, num_masked: int, block_size: int) -> int:
+    def next_commit(self, step: int, num_steps: int, num_masked: int, num_at_start: int) -> int:
         if step >= num_steps - 1:
             return step
         counts = np.float32(num_masked) * commit_fractions(num_steps)[step : num_steps - 1]

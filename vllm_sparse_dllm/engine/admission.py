@@ -5,12 +5,14 @@ A `RequestError` is a ``ValueError`` offline and HTTP 400 in the server. vLLM ha
 sees a request's parameters (`LogitsProcessor.validate_params`) but none that sees them together
 with the prompt and the engine's configuration, and both decide whether a request can ever run;
 so `install` wraps `InputProcessor.process_inputs` (and what beam search asks first), for
-diffusion models only.
+diffusion models only. A server's requests also tell which of their fields vLLM does not know.
 """
 
 from __future__ import annotations
 
 import functools
+import reprlib
+from collections.abc import Mapping
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -22,27 +24,27 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig
+from vllm_sparse_dllm.engine.constraints import check_constraints
+from vllm_sparse_dllm.engine.structured_output import check_structured_output
 from vllm_sparse_dllm.models.configs import model_traits
-from vllm_sparse_dllm.settings import EngineSettings, request_settings
+from vllm_sparse_dllm.settings import REQUEST_PREFIX, EngineSettings, request_settings
 
 #: vLLM's parameters that are not honoured, and the one value that asks for nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0.0,),
-    "frequency_penalty": (0.0,),
-    "repetition_penalty": (1.0,),
-    "min_p": (0.0,),
-    "min_tokens": (0,),
-    "logit_bias": (None, {}),
-    "bad_words": (None, []),
-    "allowed_token_ids": (None,),
     "prompt_logprobs": (None,),
     "prompt_logprob_token_ids": (None,),
+    "prompt_logprob_start": (None,),
     "logprob_token_ids": (None,),
-    "structured_outputs": (None,),
     "thinking_token_budget": (None,),
     "trace_decode_token_ids": (None,),
     "watermarking": (None, False),
+    "routed_experts_prompt_start": (0,),
 }
+
+
+#: Where `SamplingParams` from HTTP carry the fields that vLLM's front end does not know.
+_UNKNOWN_FIELDS = "unknown_fields"
+_SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
 
 class RequestError(VLLMValidationError, ValueError):
@@ -56,11 +58,13 @@ def check_sampling(sampling: SamplingParams) -> None:
         RequestError: Naming the parameter, its value and the value that is allowed.
     """
     for name, neutral in _NEUTRAL.items():
-        value = getattr(sampling, name, neutral[0])
+        value = getattr(sampling, name)
         if value not in neutral:
+            # A field of the server that vLLM's front end turns into this one.
+            echo = " (echo with logprobs asks for it)" if name == "prompt_logprobs" else ""
             raise RequestError(
                 f"{name} is not supported by diffusion models; it must be {neutral[0]!r}, "
-                f"got {value!r}",
+                f"got {value!r}{echo}",
                 parameter=name,
                 value=value,
             )
@@ -79,7 +83,6 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         raise RequestError("prompt_embeds is not supported by diffusion models")
     if request.resumable:
         raise RequestError("streaming input is not supported by diffusion models")
-    check_sampling(sampling)
     vocab_size = vllm_config.model_config.get_vocab_size()
     for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
         if not 0 <= token_id < vocab_size:
@@ -91,8 +94,13 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     traits = model_traits(vllm_config.model_config.hf_config)
     engine = EngineSettings.from_additional_config(vllm_config.additional_config)
     settings = request_settings(engine, traits, sampling.extra_args)
+    check_constraints(sampling, traits.mask_token_id, vocab_size)
+    check_structured_output(sampling)
 
     assert sampling.max_tokens is not None
+    if settings.canvas is not None:
+        _check_canvas(settings.canvas, sampling, vocab_size)
+
     canvas = Canvas(len(request.prompt_token_ids), sampling.max_tokens, settings.block_length)
     lengths = (
         f"the prompt has {canvas.prompt_length} tokens and max_tokens is {sampling.max_tokens}"
@@ -134,6 +142,59 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             )
 
 
+def _check_canvas(given: tuple[int, ...], sampling: SamplingParams, vocab_size: int) -> None:
+    """Refuse a canvas that the response cannot be.
+
+    Raises:
+        RequestError: Naming the field, its value and what is allowed.
+    """
+    name = REQUEST_PREFIX + "canvas"
+    stops = {sampling.eos_token_id, *(sampling.stop_token_ids or ())}
+    assert sampling.max_tokens is not None
+    if len(given) > sampling.max_tokens:
+        raise RequestError(
+            f"{name} must have at most max_tokens={sampling.max_tokens} ids, got {len(given)}",
+            parameter=name,
+            value=len(given),
+        )
+    for index, token_id in enumerate(given):
+        if not 0 <= token_id < vocab_size:
+            raise RequestError(
+                f"{name} must hold ids from 0 to {vocab_size - 1}, got {token_id} at {index}",
+                parameter=name,
+                value=token_id,
+            )
+        if index < sampling.min_tokens and token_id in stops:
+            raise RequestError(
+                f"{name} must hold no stop token before min_tokens={sampling.min_tokens}, "
+                f"got {token_id} at {index}",
+                parameter=name,
+                value=token_id,
+            )
+
+
+def _check_unknown_fields(fields: Mapping[str, Any]) -> None:
+    """Refuse fields of an HTTP request that were meant to change its answer.
+
+    The OpenAI API allows any field, and vLLM's front end drops those it does not know.
+
+    Raises:
+        RequestError: Naming the field, its value and what is allowed.
+    """
+    for name, value in fields.items():
+        if value is None or (name == "best_of" and value == 1):
+            continue
+        if name.startswith(REQUEST_PREFIX):
+            problem = "must be in vllm_xargs, not a field of the request"
+        elif name == "best_of" or name.startswith("guided_") or name in _SAMPLING_FIELDS:
+            problem = "is not a field of this server's requests; it must be absent"
+        else:
+            continue
+        raise RequestError(
+            f"{name} {problem}, got {reprlib.repr(value)}", parameter=name, value=value
+        )
+
+
 def install() -> None:
     """Put admission into vLLM's front end; may be repeated."""
     if getattr(InputProcessor, "checks_diffusion_requests", False):
@@ -141,6 +202,7 @@ def install() -> None:
     InputProcessor.checks_diffusion_requests = True  # type: ignore[attr-defined]
     _wrap_process_inputs()
     _wrap_beam_search()
+    _wrap_init()
 
 
 def _wrap_process_inputs() -> None:
@@ -159,6 +221,10 @@ def _wrap_process_inputs() -> None:
             # vLLM fills up the context where nothing is named.
             assert sampling.max_tokens is not None
             sampling.max_tokens = min(sampling.max_tokens, model_config.default_response_length)
+        if isinstance(params, SamplingParams):
+            # As they were given: vLLM writes into its own copy that watermarking is off.
+            check_sampling(params)
+            _check_unknown_fields(getattr(params, _UNKNOWN_FIELDS, {}))
         try:
             check_request(request, self.vllm_config)
         except RequestError:
@@ -190,3 +256,36 @@ def _wrap_beam_search() -> None:
         return original(self, params)
 
     InputProcessor.resolve_watermarking = resolve_watermarking  # type: ignore[method-assign]
+
+
+def _wrap_init() -> None:
+    # Of the processes that the plugin is loaded in, front ends make an `InputProcessor`.
+    original = InputProcessor.__init__
+
+    @functools.wraps(original)
+    def init(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if isinstance(self.model_config, DiffusionModelConfig):
+            _keep_unknown_fields()
+
+    InputProcessor.__init__ = init  # type: ignore[method-assign]
+
+
+def _keep_unknown_fields() -> None:
+    """Let `SamplingParams` from HTTP carry the fields that they were not made from."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+    from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+
+    for request_type in (ChatCompletionRequest, CompletionRequest):
+        original = request_type.to_sampling_params
+        if hasattr(original, "__wrapped__"):
+            continue
+
+        def to_sampling_params(
+            self: Any, *args: Any, original: Any = original, **kwargs: Any
+        ) -> SamplingParams:
+            params = original(self, *args, **kwargs)
+            setattr(params, _UNKNOWN_FIELDS, dict(self.model_extra or {}))
+            return params
+
+        request_type.to_sampling_params = functools.wraps(original)(to_sampling_params)  # type: ignore[method-assign]

@@ -11,6 +11,7 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
+from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
 from vllm_sparse_dllm.models.configs import check_config
 from vllm_sparse_dllm.settings import EngineSettings
 
@@ -82,6 +83,8 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         # A full forward cannot be cut: every position attends to every other.
         scheduler.enable_chunked_prefill = False
         vllm_config.cache_config.enable_prefix_caching = False
+        if vllm_config.structured_outputs_config.backend == "auto":
+            vllm_config.structured_outputs_config.backend = DEFAULT_BACKEND
         compilation = vllm_config.compilation_config
         compilation.mode = CompilationMode.NONE
         compilation.cudagraph_mode = CUDAGraphMode.NONE

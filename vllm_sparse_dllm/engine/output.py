@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
@@ -18,9 +19,12 @@ class DiffusionSchedulerOutput(SchedulerOutput):
     Attributes:
         max_steps: Denoising steps to run at the most. The runner stops earlier at the end of
             a block, of a response, or at anything else that is the scheduler's to decide.
+        allowed_tokens: For each scheduled request that a grammar constrains: the bit mask of
+            its next token, as in `AllowedTokens`.
     """
 
     max_steps: int = 1
+    allowed_tokens: dict[str, np.ndarray] = field(default_factory=dict)
 
 
 @dataclass

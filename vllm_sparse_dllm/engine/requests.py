@@ -17,10 +17,13 @@ from vllm_sparse_dllm.cache.policies import (
     StepKind,
     positions_run,
 )
+from vllm_sparse_dllm.denoise.constraints import MASKED, AllowMask, LogitsEdit
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.step import Candidates, Logprobs
 from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions, share_steps
 from vllm_sparse_dllm.denoise.traits import ModelTraits
+from vllm_sparse_dllm.engine.constraints import RequestConstraints
+from vllm_sparse_dllm.engine.structured_output import has_grammar
 from vllm_sparse_dllm.settings import DecodingSettings
 
 
@@ -30,7 +33,7 @@ class Sequence:
     Own fresh keys take the first slots, kept entries those behind them, without a gap.
 
     Args:
-        token_ids: ``[L]`` ids; the response starts as mask ids.
+        token_ids: ``[L]`` ids; the response starts as mask ids, but for fixed positions.
         page_ids: ``[pages]`` of the pool.
         page_size: Slots of a page.
         num_layers: Decoder layers.
@@ -126,6 +129,10 @@ class RequestState:
         generator: The request's own noise.
         num_delivered: Tokens that were delivered before a preemption; they are computed
             again, identically, and not delivered twice.
+
+    Attributes:
+        allowed_tokens: Where a grammar constrains the request: the bit mask of its next token,
+            as in `AllowedTokens`. The runner sets it before each step.
     """
 
     def __init__(
@@ -147,34 +154,51 @@ class RequestState:
         self.generator = generator
         self.policy: CachePolicy = POLICIES[settings.cache_policy]
         self.canvas = Canvas(len(prompt), sampling.max_tokens, settings.block_length)
-        self.steps_of_block = share_steps(self.canvas, settings.steps)
         self.rule = RULES[settings.remasking or traits.default_remasking]
         self.page_size = page_size
 
         mask = traits.mask_token_id
         conditional = np.full(self.canvas.length, mask, dtype=np.int64)
         conditional[: len(prompt)] = prompt
+        response = conditional[len(prompt) :]
+        if settings.canvas is not None:
+            response[: len(settings.canvas)] = settings.canvas
+        unconditional = conditional.copy()
+        unconditional[: len(prompt)] = mask
         self.num_pages = self.policy.num_pages(self.canvas, settings, page_size)
         pages = np.array(page_ids[: self.num_pages], dtype=np.int64)
         pages = pages.reshape(settings.num_sequences, -1)
-        canvases = [conditional, np.full_like(conditional, mask)][: settings.num_sequences]
-        tracks_positions = self.policy.num_pages(self.canvas, settings, 1) > 0 and (
-            settings.refresh_interval > 1
-        )
+        canvases = [conditional, unconditional][: settings.num_sequences]
+        tracks_positions = self.num_pages > 0 and settings.refresh_interval > 1
         self.sequences = [
             Sequence(token_ids, own_pages, page_size, num_layers, tracks_positions)
             for token_ids, own_pages in zip(canvases, pages, strict=True)
         ]
         self.add_pages(page_ids[self.num_pages :])
-        self.masked = np.ones(self.canvas.response_length, dtype=bool)
+        # Not the prompt's: a mask id there is text.
+        self.masked = response == mask
+        starts = np.arange(0, self.canvas.response_length, self.canvas.block_length)
+        self._masked_of_block = np.add.reduceat(self.masked.astype(np.int64), starts).tolist()
+        self.steps_of_block = share_steps(self.canvas, settings.steps, self._masked_of_block)
+        self.constraints = RequestConstraints.of(
+            sampling, conditional[: len(prompt)], generator.device
+        )
+        self.left_to_right = has_grammar(sampling)
+        self.allowed_tokens: np.ndarray | None = None
         self.block_index = 0
         self.step = 0
         self.refreshed = -1
         self.cache_is_whole = False
+        self._skip_blocks_without_masks()
         self.num_delivered = num_delivered
         self._stop_ids = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
         self._num_final = 0
         self._logprobs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
+        if sampling.logprobs is not None:
+            # What is given is certain.
+            for position in np.flatnonzero(~self.masked) + len(prompt):
+                given = conditional[position : position + 1].copy()
+                self._logprobs[int(position)] = (given, np.zeros(1, np.float32), 1)
 
     @property
     def finished(self) -> bool:
@@ -215,7 +239,13 @@ class RequestState:
 
     @property
     def _commits_first_position_only(self) -> bool:
-        return self.step == 0 and self.traits.shifts_logits and self.policy.first_step_commits_one
+        if self.left_to_right:
+            return True
+        if self.step or not self.traits.shifts_logits or not self.policy.first_step_commits_one:
+            return False
+        # Only this step has the row that predicts it; a fixed one needs none.
+        start, _ = self.canvas.block(self.block_index)
+        return bool(self.masked[start - self.canvas.prompt_length])
 
     def _masked_positions(self, block: Span) -> np.ndarray:
         first = self.canvas.prompt_length
@@ -226,9 +256,9 @@ class RequestState:
         settings = self.settings
         if settings.threshold is not None or settings.factor is not None or self.rule.independent:
             return num_masked
-        start, end = self.canvas.block(self.block_index)
+        block = self.block_index
         return self.traits.schedule.count(
-            self.step, self.steps_of_block[self.block_index], num_masked, end - start
+            self.step, self.steps_of_block[block], num_masked, self._masked_of_block[block]
         )
 
     def candidates_of(self, step: NextStep) -> Candidates:
@@ -236,6 +266,15 @@ class RequestState:
         settings, sampling = self.settings, self.sampling
         special = self._commits_first_position_only
         num_steps = self.steps_of_block[self.block_index]
+        edits: tuple[LogitsEdit, ...] = ()
+        check = None
+        if self.constraints is not None:
+            first = self.canvas.prompt_length
+            response = np.where(self.masked, MASKED, self.sequences[0].token_ids[first:])
+            edits = self.constraints.edits(response, step.candidates - first)
+            check = self.constraints.check(response, step.candidates - first)
+        if self.allowed_tokens is not None:
+            edits = (AllowMask(self.allowed_tokens), *edits)
         chance = 1.0
         if self.rule.independent and self.step < num_steps - 1:
             chance = float(commit_fractions(num_steps)[self.step])
@@ -252,7 +291,19 @@ class RequestState:
             alg_temp=0.0 if special else settings.alg_temp,
             generator=self.generator,
             num_logprobs=sampling.logprobs,
+            min_p=sampling.min_p,
+            edits=edits,
+            check=check,
         )
+
+    @property
+    def failure(self) -> str:
+        """Why no token could be chosen, in words."""
+        if self.allowed_tokens is None:
+            return "the model's logits are not finite"
+        if not self.allowed_tokens.any():
+            return "its grammar allows no token"
+        return "its grammar and its other constraints leave no token, or logits are not finite"
 
     def commit(self, positions: np.ndarray, tokens: np.ndarray, logprobs: Logprobs | None) -> None:
         """Write committed tokens and go on to the next step that does something."""
@@ -274,25 +325,33 @@ class RequestState:
                 )
         self._advance()
 
+    def _skip_blocks_without_masks(self) -> None:
+        while not self.finished and not self._masked_of_block[self.block_index]:
+            self.block_index += 1
+            # Only the block right behind one that was denoised can go on with its cache.
+            self.refreshed = -1
+
     def _advance(self) -> None:
-        block = self.canvas.block(self.block_index)
-        num_masked = len(self._masked_positions(block))
+        num_masked = len(self._masked_positions(self.canvas.block(self.block_index)))
         if num_masked == 0:
             self.block_index += 1
+            self._skip_blocks_without_masks()
             self.step = 0
             if self.cache_is_whole and not self.policy.keeps_cache(self.progress, self.settings):
                 self._give_pages_back()
             if self.finished:
                 return
-            block = self.canvas.block(self.block_index)
-            num_masked = block[1] - block[0]
+            num_masked = self._masked_of_block[self.block_index]
         else:
             self.step += 1
         if self._commits_first_position_only or self._scheduled_count(num_masked) > 0:
             return
         # A step that commits nothing and leaves the cache as it is changes nothing: pass over it.
         next_commit = self.traits.schedule.next_commit(
-            self.step, self.steps_of_block[self.block_index], num_masked, block[1] - block[0]
+            self.step,
+            self.steps_of_block[self.block_index],
+            num_masked,
+            self._masked_of_block[self.block_index],
         )
         next_change = self.policy.next_change(self.progress, self.settings)
         self.step = next_commit if next_change is None else min(next_commit, next_change)

@@ -218,15 +218,19 @@ class DiffusionModelRunner:
         if not request_ids:
             return output
         states = [self.requests[request_id] for request_id in request_ids]
+        # A canvas that was given without a mask is finished before its first step.
+        active = [index for index, state in enumerate(states) if not state.finished]
+        running = [states[index] for index in active]
         max_steps = getattr(scheduler_output, "max_steps", 1)
-        for number in range(1, max_steps + 1):
-            steps = [state.next_step() for state in states]
-            failed = self._commit(states, steps, self._forward(states, steps))
+        failed: list[int] = []
+        for number in range(1, max_steps + 1 if running else 1):
+            steps = [state.next_step() for state in running]
+            failed = self._commit(running, steps, self._forward(running, steps))
             output.num_steps = number
             if failed or not all(state.continues_alone for state in states):
                 break
         for index in failed:
-            output.failed[request_ids[index]] = "the model's logits are not finite"
+            output.failed[request_ids[active[index]]] = states[active[index]].failure
         self._report(states, output)
         return output
 
@@ -242,6 +246,8 @@ class DiffusionModelRunner:
             if page_ids is not None:
                 self.backend.clear(np.array(page_ids[0]))
                 self.requests[request_id].add_pages(page_ids[0])
+        for request_id, mask in getattr(scheduler_output, "allowed_tokens", {}).items():
+            self.requests[request_id].allowed_tokens = mask
 
     def _new_request(self, new: NewRequestData) -> RequestState:
         sampling = new.sampling_params
@@ -358,7 +364,10 @@ class DiffusionModelRunner:
 def _logprobs_lists(
     tokens: list[list[int]], entries: list[list[tuple[np.ndarray, np.ndarray, int]]]
 ) -> LogprobsLists:
-    """Lay log-probabilities out as vLLM has them: a row a token, all of one width."""
+    """Lay log-probabilities out as vLLM has them: a row a token, all of one width.
+
+    A short row is filled up with its own token, which vLLM's dictionaries hold once.
+    """
     width = max(len(entry[0]) for own in entries for entry in own)
     ends = np.cumsum([len(own) for own in tokens])
     token_ids = np.zeros((ends[-1], width), dtype=np.int32)
@@ -367,6 +376,7 @@ def _logprobs_lists(
     starts = [0, *ends.tolist()]
     for start, own in zip(starts, entries, strict=False):
         for row, (ids, logprobs, rank) in enumerate(own, start):
+            token_ids[row], values[row] = ids[0], logprobs[0]
             token_ids[row, : len(ids)] = ids
             values[row, : len(ids)] = logprobs
             ranks[row] = rank

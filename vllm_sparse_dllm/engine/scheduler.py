@@ -27,6 +27,7 @@ from vllm_sparse_dllm.cache.block_manager import SparseBlockManager
 from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind, step_tokens
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput
+from vllm_sparse_dllm.engine.structured_output import AllowedTokens
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import DecodingSettings, EngineSettings, request_settings
 
@@ -57,6 +58,11 @@ class Tracked:
     peak_pages: int
     progress: Progress = field(default_factory=Progress)
     last_served: int = -1
+
+    @property
+    def num_committed(self) -> int:
+        """Tokens on the canvas of a request that commits one a step, left to right."""
+        return self.progress.block * self.canvas.block_length + self.progress.step
 
     @property
     def cost(self) -> int:
@@ -91,6 +97,9 @@ class DiffusionScheduler(Scheduler):
         manager = self.kv_cache_manager.coordinator.single_type_managers[0]
         assert isinstance(manager, SparseBlockManager)
         self.block_manager = manager
+        self.allowed_tokens = AllowedTokens(
+            self.structured_output_manager, self.traits.mask_token_id
+        )
         self.tracked: dict[str, Tracked] = {}
         # Step since which the head of the waiting queue, whoever it is, is passed over.
         self._head_ticket: int | None = None
@@ -172,6 +181,11 @@ class DiffusionScheduler(Scheduler):
         for request_id in num_tokens:
             self.tracked[request_id].last_served = self.current_step
         self._scheduled_at = now
+        constrained = [
+            request
+            for request_id in num_tokens
+            if (request := self.requests[request_id]).use_structured_output
+        ]
         output = DiffusionSchedulerOutput(
             scheduled_new_reqs=admitted,
             scheduled_cached_reqs=CachedRequestData(
@@ -193,7 +207,11 @@ class DiffusionScheduler(Scheduler):
             finished_req_ids=self.finished_req_ids,
             free_encoder_mm_hashes=[],
             preempted_req_ids=self.reset_preempted_req_ids,
-            max_steps=self._burst(num_tokens),
+            # A grammar sees one token at a time.
+            max_steps=1 if constrained else self._burst(num_tokens),
+            allowed_tokens=self.allowed_tokens.next_masks(
+                constrained, {name: self.tracked[name].num_committed for name in num_tokens}
+            ),
         )
         self._update_after_schedule(output)
         return output
@@ -216,10 +234,23 @@ class DiffusionScheduler(Scheduler):
             return None
         if len(self.running) >= self.max_num_active_reqs:
             return None
-        return self.waiting.peek_request()
+        head = self.waiting.peek_request()
+        if self._is_ready(head):
+            return head
+        # What waits for its grammar is overtaken.
+        return next(filter(self._is_ready, self.waiting), None)
+
+    def _is_ready(self, request: Request) -> bool:
+        """Return whether a waiting request waits for nothing but its turn."""
+        if not self._is_blocked_waiting_status(request.status):
+            return True
+        if not self._handle_blocked_waiting_request(request):
+            return False
+        self.deferred_waiting.discard(request)
+        return True
 
     def _admit(self, request: Request, now: float) -> NewRequestData | None:
-        """Give the head of the waiting queue its pages, None if there are too few.
+        """Give a waiting request its pages, None if there are too few.
 
         Beyond what all requests always hold, the pool has room for the largest of the peaks
         between a refresh and an eviction: so whoever waits for such pages gets them once others
@@ -236,7 +267,10 @@ class DiffusionScheduler(Scheduler):
         pages = self.block_manager.reserve(request.request_id, num_pages)
         if pages is None:
             return None
-        self.waiting.pop_request()
+        if request is self.waiting.peek_request():
+            self.waiting.pop_request()
+        else:
+            self.waiting.remove_request(request)
         self._head_ticket = None
         if request.prefill_stats is not None:
             request.prefill_stats.set(request.num_prompt_tokens, 0, 0)

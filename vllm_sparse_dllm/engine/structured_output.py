@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Structured output: what a grammar allows next, for requests that write left to right.
+
+A grammar reads a text from its start, so a constrained request commits its first masked
+position in every step, and nothing else. vLLM's manager compiles the grammars and follows what
+was delivered; here is what it leaves to whoever samples.
+"""
+
+from __future__ import annotations
+
+import json
+import reprlib
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+import numpy as np
+from vllm.sampling_params import SamplingParams
+from vllm.v1.request import Request
+from vllm.v1.structured_output import StructuredOutputManager
+
+from vllm_sparse_dllm.settings import FIELDS, REQUEST_PREFIX
+
+#: The backend where the user names none. It refuses what it cannot enforce; vLLM's own
+#: default compiles every request with the backend that the first one happened to need.
+DEFAULT_BACKEND: Final = "guidance"
+
+#: What says how many positions a step commits, and which; and the value that asks for nothing.
+_ORDER_OF_COMMITS = {
+    "steps": None,
+    "remasking": None,
+    "threshold": None,
+    "factor": None,
+    "alg_temp": 0.0,
+}
+#: vLLM's parameters that would let the text go on behind its end, or end early.
+_END_OF_TEXT = {"ignore_eos": False, "min_tokens": 0}
+#: Fields of vLLM's `StructuredOutputsParams` that its engine reads from its own options only.
+_ENGINE_OPTIONS = {
+    "disable_any_whitespace": False,
+    "disable_additional_properties": False,
+    "whitespace_pattern": None,
+}
+
+#: Keywords of a JSON schema whose numbers llguidance holds as floats, and cuts to 64 bits.
+_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+_LARGEST_BOUND = 2**53
+#: Keywords of a JSON schema whose values are data, not schemas.
+_DATA = ("const", "default", "enum", "examples")
+
+
+def has_grammar(sampling: SamplingParams) -> bool:
+    """Return whether a request's text must follow a grammar."""
+    params = sampling.structured_outputs
+    return params is not None and not params.all_constraints_none()
+
+
+def check_structured_output(sampling: SamplingParams) -> None:
+    """Refuse what has no meaning beside a grammar.
+
+    Raises:
+        ValueError: Naming the parameter, its value and what is allowed.
+    """
+    if not has_grammar(sampling):
+        return
+    given = sampling.extra_args or {}
+    for name, neutral in _ORDER_OF_COMMITS.items():
+        key = REQUEST_PREFIX + name
+        if key in given and FIELDS[name].parse(key, given[key]) != neutral:
+            raise ValueError(
+                f"{key} must be {_in_json(neutral)} with structured_outputs, which commits one "
+                f"token a step from left to right, got {given[key]!r}"
+            )
+    canvas = given.get(f"{REQUEST_PREFIX}canvas")
+    if canvas is not None:
+        raise ValueError(
+            f"{REQUEST_PREFIX}canvas must not be set with structured_outputs, whose grammar "
+            f"cannot see what follows, got {reprlib.repr(canvas)}"
+        )
+    for name, neutral in _END_OF_TEXT.items():
+        value = getattr(sampling, name)
+        if value != neutral:
+            raise ValueError(
+                f"{name} must be {neutral} with structured_outputs, where the grammar says where "
+                f"the text may end, got {value!r}"
+            )
+    for name, default in _ENGINE_OPTIONS.items():
+        value = getattr(sampling.structured_outputs, name)
+        if value != default:
+            raise ValueError(
+                f"structured_outputs.{name} must be {default} in a request, got {value!r}; it is "
+                "an option of the engine (structured_outputs_config)"
+            )
+    schema = sampling.structured_outputs.json if sampling.structured_outputs else None
+    if schema is not None:
+        _check_bounds(json.loads(schema) if isinstance(schema, str) else schema)
+
+
+def _check_bounds(schema: Any) -> None:
+    """Refuse numbers that a backend would take for others."""
+    if isinstance(schema, list):
+        for part in schema:
+            _check_bounds(part)
+    elif isinstance(schema, dict):
+        for key, value in schema.items():
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if key in _BOUNDS and number and not abs(value) <= _LARGEST_BOUND:
+                raise ValueError(
+                    f"{key} in structured_outputs.json must be from -2**53 to 2**53, got {value}"
+                )
+            if key not in _DATA:
+                _check_bounds(value)
+
+
+def _in_json(value: Any) -> str:
+    return "null" if value is None else repr(value)
+
+
+class AllowedTokens:
+    """The tokens that constrained requests may commit next, as bit masks.
+
+    A mask is ``[ceil(vocab / 32)]`` int32, token i the bit i % 32 of word i // 32, as the grammar
+    backends have it. One without any bit means that nothing may follow: the request fails.
+
+    Args:
+        manager: vLLM's, which has the grammars.
+        mask_token_id: Never allowed.
+    """
+
+    def __init__(self, manager: StructuredOutputManager, mask_token_id: int) -> None:
+        self._manager = manager
+        self._mask_token_id = mask_token_id
+        self._special: np.ndarray | None = None
+
+    def next_masks(
+        self, requests: list[Request], num_committed: Mapping[str, int]
+    ) -> dict[str, np.ndarray]:
+        """Return the mask of each request's next token.
+
+        Args:
+            requests: Constrained requests whose grammars are compiled.
+            num_committed: By request id: tokens on its canvas. Fewer than were delivered while
+                a request is computed again after a preemption; it then repeats them.
+        """
+        if not requests:
+            return {}
+        ids = [request.request_id for request in requests]
+        rows = self._manager.grammar_bitmask({r.request_id: r for r in requests}, ids, {})
+        assert rows is not None
+        masks = {}
+        for request, row in zip(requests, rows, strict=True):
+            position = num_committed[request.request_id]
+            if position < request.num_output_tokens:
+                masks[request.request_id] = _bits([request.output_token_ids[position]], len(row))
+            else:
+                masks[request.request_id] = self._corrected(request, row.copy())
+        return masks
+
+    def _corrected(self, request: Request, row: np.ndarray) -> np.ndarray:
+        """Take out of a grammar's mask what must not be committed."""
+        sampling, structured = request.sampling_params, request.structured_output_request
+        assert sampling is not None and structured is not None
+        grammar: Any = structured.grammar
+        # Behind the end of the text and before the end of reasoning.
+        applies = bool((row != -1).any())
+        row &= ~_bits([self._mask_token_id], len(row))
+        stops = _bits(sampling.all_stop_token_ids, len(row))
+        if grammar.is_terminated():
+            return row & stops
+        if getattr(grammar, "printed_error", False):
+            # A grammar too complex to follow: its backend would end the text here.
+            return np.zeros_like(row)
+        if applies:
+            if sampling.skip_special_tokens:
+                # Its name may match a grammar, but would not be in the text.
+                row &= ~(self._special_tokens(len(row)) & ~stops)
+            if sampling.eos_token_id is None or not _has_bit(row, sampling.eos_token_id):
+                row &= ~stops
+        return row
+
+    def _special_tokens(self, num_words: int) -> np.ndarray:
+        if self._special is None:
+            tokenizer = self._manager.tokenizer
+            added = getattr(tokenizer, "added_tokens_decoder", {})
+            special = {token_id for token_id, token in added.items() if token.special}
+            self._special = _bits(special | set(tokenizer.all_special_ids), num_words)
+        return self._special
+
+
+def _bits(token_ids: Iterable[int], num_words: int) -> np.ndarray:
+    """Return ``[num_words]`` int32 with the bits of some tokens; ids beyond them have none."""
+    words = np.zeros(num_words, dtype=np.uint32)
+    for token_id in token_ids:
+        if token_id < 32 * num_words:
+            words[token_id // 32] |= np.uint32(1 << token_id % 32)
+    return words.view(np.int32)
+
+
+def _has_bit(row: np.ndarray, token_id: int) -> bool:
+    return bool(row.view(np.uint32)[token_id // 32] >> np.uint32(token_id % 32) & 1)
