@@ -122,6 +122,7 @@ FIELDS: dict[str, Field] = {
         float,
         scope="request",
     ),
+    "trace": Field("0, 1 or 2", lambda v: _is_int(v) and 0 <= v <= 2, scope="request"),
 }
 
 
@@ -142,6 +143,8 @@ class DecodingSettings:
         factor: Fast-dLLM's factor rule, or None.
         alg_temp: Noise on the order of commits, 0 for none (Dream's ``alg_temp``).
         cfg_scale: Classifier-free guidance weight, 0 for none (LLaDA).
+        trace: What is told of how the response came about: 0 nothing, 1 the step and the
+            confidence of each token, 2 also which positions each refresh kept.
     """
 
     cache_policy: str = "sparse"
@@ -156,6 +159,7 @@ class DecodingSettings:
     factor: float | None = None
     alg_temp: float = 0.0
     cfg_scale: float = 0.0
+    trace: int = 0
 
     @property
     def num_sequences(self) -> int:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -96,9 +97,13 @@ class BidirectionalAttention(nn.Module):
                     backend.write(self.layer_index, k[start:end], v[start:end], slots)
                 offset += end - start
             fill.num_kept[self.layer_index] = offset
+            if fill.kept is not None:
+                fill.kept.append(np.concatenate([np.arange(*span) for span in fill.candidates]))
             return
         if fill.keep == 0:
             fill.num_kept[self.layer_index] = 0
+            if fill.kept is not None:
+                fill.kept.append(np.zeros(0, dtype=np.int64))
             return
         block_start, block_end = fill.block
         block_queries = q[first + block_start : first + block_end]
@@ -114,3 +119,5 @@ class BidirectionalAttention(nn.Module):
             fill.slots[:num_kept],
         )
         fill.num_kept[self.layer_index] = num_kept
+        if fill.kept is not None:
+            fill.kept.append(kept.cpu().numpy())

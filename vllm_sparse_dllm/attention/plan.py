@@ -56,6 +56,7 @@ class CacheFill:
         kernel_size: Width of the max-pool over saliency.
         run_length: 1, or the positions selected together (granularity ``page``).
         num_kept: ``[layers]`` host array; each layer writes how many entries it kept.
+        kept: Each layer appends the positions it kept, as a host array; None if nobody asks.
     """
 
     first_token: int
@@ -67,6 +68,7 @@ class CacheFill:
     kernel_size: int
     run_length: int
     num_kept: np.ndarray
+    kept: list[np.ndarray] | None = None
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ class Candidates:
         alg_temp: Noise on the order of commits, 0 for none.
         generator: The request's own noise; needed wherever something is drawn.
         num_logprobs: Most probable alternatives to report a committed token, or None.
+        traced: Whether the confidences are reported.
     """
 
     num: int
@@ -53,6 +54,7 @@ class Candidates:
     alg_temp: float
     generator: torch.Generator
     num_logprobs: int | None
+    traced: bool = False
 
     @property
     def ranking(self) -> UnmaskingRule:
@@ -85,12 +87,16 @@ class Commits:
         committed: ``[rows]`` host array, True where it is committed.
         failed: ``[requests]`` host array, True where the logits were not finite.
         logprobs: For each request that asked for them, else None.
+        confidences: ``[rows]`` host array, the confidence by which each candidate was ranked,
+            before noise; its probability under a rule that draws the order. None if nobody
+            asked for them.
     """
 
     tokens: np.ndarray
     committed: np.ndarray
     failed: np.ndarray
     logprobs: list[Logprobs | None]
+    confidences: np.ndarray | None = None
 
 
 #: The logits of a host array of candidate rows, ``[n, vocab]`` in the model dtype.
@@ -138,6 +144,9 @@ def denoise(
         tokens[first:last] = distribution.tokens
         confidence[first:last] = _confidence(distribution, own_requests, own_spans)
         finite[first:last] = torch.isfinite(distribution.probability())
+    confidences = None
+    if any(request.traced for request in requests):
+        confidences = confidence.cpu().numpy().copy()  # `_add_draws` writes to its argument
     _add_draws(confidence, requests, spans)
 
     row_request = np.repeat(np.arange(len(requests)), sizes)
@@ -158,6 +167,7 @@ def denoise(
         committed=committed,
         failed=np.minimum.reduceat(result[2], ends - sizes) == 0,
         logprobs=_logprobs(logits_of, result[0], committed, requests, spans),
+        confidences=confidences,
     )
 
 
@@ -219,7 +229,11 @@ def _confidence(
     for numbers in by_rule.values():
         rule = requests[numbers[0]].ranking
         if rule.confidence is None:
-            continue
+            # Its order is drawn later; only a trace shows how sure the model is.
+            if not any(requests[number].traced for number in numbers):
+                continue
+            rule = PROBABILITY_RULE
+        assert rule.confidence is not None
         if len(by_rule) == 1:
             return rule.confidence(distribution)
         rows = torch.from_numpy(np.concatenate([np.arange(*spans[n]) for n in numbers]))

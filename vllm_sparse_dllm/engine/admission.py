@@ -19,8 +19,10 @@ from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
+from vllm_sparse_dllm import metrics
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine import answers
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import EngineSettings, request_settings
@@ -139,8 +141,23 @@ def install() -> None:
     if getattr(InputProcessor, "checks_diffusion_requests", False):
         return
     InputProcessor.checks_diffusion_requests = True  # type: ignore[attr-defined]
+    _wrap_init()
     _wrap_process_inputs()
     _wrap_beam_search()
+
+
+def _wrap_init() -> None:
+    # The first that exists of a front end: metrics and traces are for diffusion models only.
+    original = InputProcessor.__init__
+
+    @functools.wraps(original)
+    def init(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if isinstance(self.model_config, DiffusionModelConfig):
+            metrics.install()
+            answers.install()
+
+    InputProcessor.__init__ = init  # type: ignore[method-assign]
 
 
 def _wrap_process_inputs() -> None:
@@ -161,9 +178,10 @@ def _wrap_process_inputs() -> None:
             sampling.max_tokens = min(sampling.max_tokens, model_config.default_response_length)
         try:
             check_request(request, self.vllm_config)
-        except RequestError:
-            raise
         except ValueError as error:
+            metrics.record_refusal(self.vllm_config)
+            if isinstance(error, RequestError):
+                raise
             raise RequestError(str(error)) from error
         return request
 

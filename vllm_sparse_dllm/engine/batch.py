@@ -182,6 +182,14 @@ def _full_segment(
     )
 
 
+def _kept_of(request: RequestState, entry: _Entry) -> list[np.ndarray] | None:
+    """Return where the layers tell what they keep, if the request asks for it."""
+    trace = request.trace
+    if trace is None or not trace.with_kept or entry.sequence is not request.sequences[0]:
+        return None
+    return trace.start_refresh(entry.step.block)
+
+
 def _fill(
     request: RequestState,
     entry: _Entry,
@@ -206,4 +214,5 @@ def _fill(
         kernel_size=settings.kernel_size,
         run_length=request.page_size if settings.granularity == "page" else 1,
         num_kept=entry.sequence.num_kept,
+        kept=_kept_of(request, entry),
     )

@@ -4,9 +4,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
+
+from vllm_sparse_dllm.engine.figures import StepCounts
 
 
 @dataclass
@@ -29,8 +32,13 @@ class DiffusionRunnerOutput(ModelRunnerOutput):
         progress: For each request that ran: block and step within it that come next.
         num_steps: Denoising steps that were run.
         failed: Requests that cannot go on, with the reason.
+        counts: What was run.
+        traces: For each request that asked for it and has new final tokens: how they came
+            about (`CommitTrace.take`).
     """
 
     progress: dict[str, tuple[int, int]] = field(default_factory=dict)
     num_steps: int = 1
     failed: dict[str, str] = field(default_factory=dict)
+    counts: StepCounts = field(default_factory=StepCounts)
+    traces: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.step import Candidates, Logprobs
 from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions, share_steps
 from vllm_sparse_dllm.denoise.traits import ModelTraits
+from vllm_sparse_dllm.engine.trace import CommitTrace
 from vllm_sparse_dllm.settings import DecodingSettings
 
 
@@ -107,6 +108,10 @@ class RequestState:
         self.block_index = 0
         self.step = 0
         self.num_delivered = num_delivered
+        self.trace: CommitTrace | None = None
+        if settings.trace:
+            length, with_kept = self.canvas.response_length, settings.trace > 1
+            self.trace = CommitTrace(length, with_kept, num_delivered)
         self._stop_ids = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
         self._num_final = 0
         self._logprobs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
@@ -172,6 +177,7 @@ class RequestState:
             alg_temp=0.0 if special else settings.alg_temp,
             generator=self.generator,
             num_logprobs=sampling.logprobs,
+            traced=self.trace is not None,
         )
 
     def commit(self, positions: np.ndarray, tokens: np.ndarray, logprobs: Logprobs | None) -> None:

@@ -20,13 +20,16 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_sparse_dllm.cache.block_manager import SparseBlockManager
 from vllm_sparse_dllm.cache.policies import POLICIES, StepKind, step_tokens
 from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine.figures import FIGURES, EngineFigures
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput
+from vllm_sparse_dllm.engine.trace import TRACE
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import DecodingSettings, EngineSettings, request_settings
 
@@ -83,6 +86,7 @@ class DiffusionScheduler(Scheduler):
         assert isinstance(manager, SparseBlockManager)
         self.block_manager = manager
         self.progress: dict[str, Progress] = {}
+        self.figures = EngineFigures()
         # Step since which the head of the waiting queue, whoever it is, is passed over.
         self._head_ticket: int | None = None
         self._scheduled_at = 0.0
@@ -130,19 +134,24 @@ class DiffusionScheduler(Scheduler):
                     scheduled.append(request)
                 num_tokens[request.request_id] = cost
                 budget -= cost
+            waits_for = "max_num_seqs"
             while (head := self._waiting_head()) is not None:
                 progress = self.progress[head.request_id]
                 if progress.cost > budget:
                     if self._head_ticket is None:
                         self._head_ticket = self.current_step
+                    waits_for = "token_budget"
                     break
                 cost = progress.cost
                 new = self._admit(head, now)
                 if new is None:
+                    waits_for = "pages"
                     break
                 admitted.append(new)
                 num_tokens[head.request_id] = cost
                 budget -= cost
+            if num_tokens and self.waiting and self._pause_state == PauseState.UNPAUSED:
+                self.figures.queue(waits_for, len(self.waiting))
 
         for request_id in num_tokens:
             self.progress[request_id].last_served = self.current_step
@@ -224,8 +233,13 @@ class DiffusionScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         failed: dict[str, str] = {}
+        traces: dict[str, dict[str, Any]] = {}
         if isinstance(model_runner_output, DiffusionRunnerOutput):
             failed = model_runner_output.failed
+            traces = model_runner_output.traces
+            self.figures.steps.add(model_runner_output.counts)
+            if failed:
+                self.figures.fail("logits", sum(name in self.requests for name in failed))
             elapsed = time.monotonic() - self._scheduled_at
             self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
             for request_id, (block, step) in model_runner_output.progress.items():
@@ -233,6 +247,12 @@ class DiffusionScheduler(Scheduler):
                 if progress is not None:
                     progress.block, progress.step = block, step
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if traces:
+            for client_outputs in outputs.values():
+                for output in client_outputs.outputs:
+                    if output.request_id in traces:
+                        # The one field that vLLM carries to a request's output unread.
+                        output.kv_transfer_params = {TRACE: traces[output.request_id]}
         for request_id, reason in failed.items():
             logger.error("request %s failed: %s", request_id, reason)
         for request in self.finish_requests(failed, RequestStatus.FINISHED_ERROR):
@@ -247,6 +267,16 @@ class DiffusionScheduler(Scheduler):
                 )
             )
         return outputs
+
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            num_pages = self.block_manager.num_pages
+            held = num_pages - self.block_manager.block_pool.get_num_free_blocks()
+            # vLLM's dictionary for the statistics of out-of-tree parts.
+            stats.kv_connector_stats = {FIGURES: self.figures.message(held, num_pages)}
+            self.figures = EngineFigures()
+        return stats
 
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
