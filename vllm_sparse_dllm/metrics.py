@@ -23,7 +23,8 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig
 from vllm_sparse_dllm.engine.figures import FAILURE_CAUSES, FIGURES, QUEUE_CAUSES
 
-logger = init_logger(__name__)
+# Under vLLM's name, whose loggers print at the level that its users set.
+logger = init_logger("vllm." + __name__)
 
 
 @dataclass(frozen=True)
@@ -175,7 +176,12 @@ class DiffusionStatLogger(AggregateStatLoggerBase):
         self._add_by_cause("request_failures", min(self._intervals), {"refused": 1})
 
     def log_engine_initialized(self) -> None:
-        pass
+        blocks = self.vllm_config.cache_config.num_gpu_blocks
+        if blocks:
+            # One block of the pool is vLLM's own; replicas have a pool each.
+            pages = blocks // self.vllm_config.parallel_config.data_parallel_size - 1
+            for index in self._intervals:
+                self._series["vllm:diffusion_pages", index, ""].set(pages)
 
     def log(self) -> None:
         for index, interval in self._intervals.items():

@@ -6,7 +6,8 @@ from scheduler to front end unread. There they are put together on the `Completi
 attribute ``diffusion_trace``, and taken out again, so that nobody else sees them. vLLM's OpenAI
 answers have that field once for all choices, and not at all when streamed; so the four methods
 that make answers of outputs are wrapped, and add ``diffusion_trace`` to each choice, in a stream
-to the chunk that ends it. A request without ``diffusion_trace`` passes through untouched.
+to the chunk that ends it. Other endpoints refuse to trace. A request without
+``diffusion_trace`` passes through untouched.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.output_processor import RequestState
 
@@ -31,14 +33,21 @@ def install() -> None:
         return
     RequestState.attaches_diffusion_traces = True  # type: ignore[attr-defined]
     # Late: an engine core has no use for the server's modules.
+    from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
+    from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
     from vllm.entrypoints.openai.completion.serving import OpenAIServingCompletion
+    from vllm.entrypoints.openai.responses.serving import OpenAIServingResponses
 
     _wrap_request_output()
     _wrap_stream(OpenAIServingChat, "chat_completion_stream_generator")
     _wrap_stream(OpenAIServingCompletion, "completion_stream_generator")
     _wrap_chat(OpenAIServingChat)
     _wrap_completion(OpenAIServingCompletion)
+    # Their answers have no place for it.
+    _refuse(OpenAIServingChatBatch, "create_batch_chat_completion")
+    _refuse(OpenAIServingResponses, "create_responses")
+    _refuse(AnthropicServingMessages, "create_messages")
 
 
 def _wrap_request_output() -> None:
@@ -179,3 +188,20 @@ def _wrap_completion(serving: Any) -> None:
         return response
 
     serving.request_output_to_completion_response = response_of
+
+
+def _refuse(serving: type, name: str) -> None:
+    original = getattr(serving, name)
+
+    @functools.wraps(original)
+    async def refuse(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        if _asks(request):
+            raise VLLMValidationError(
+                f"{TRACE} must be 0 here, got {request.vllm_xargs[TRACE]!r}; /v1/completions and "
+                "/v1/chat/completions return traces",
+                parameter=TRACE,
+                value=request.vllm_xargs[TRACE],
+            )
+        return await original(self, request, *args, **kwargs)
+
+    setattr(serving, name, refuse)

@@ -10,7 +10,7 @@ import torch
 from vllm.sampling_params import SamplingParams
 
 from vllm_sparse_dllm.cache.policies import POLICIES, CachePolicy, Span, StepKind
-from vllm_sparse_dllm.denoise.rules import RULES
+from vllm_sparse_dllm.denoise.rules import PROBABILITY_RULE, RULES, UnmaskingRule
 from vllm_sparse_dllm.denoise.step import Candidates, Logprobs
 from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions, share_steps
 from vllm_sparse_dllm.denoise.traits import ModelTraits
@@ -156,6 +156,12 @@ class RequestState:
             self.step, self.steps_of_block[self.block_index], num_masked, end - start
         )
 
+    @property
+    def _ranking_of_one(self) -> UnmaskingRule:
+        """What a lone candidate is ranked by: nothing is drawn, and a trace shows it."""
+        parallel = self.settings.threshold is not None or self.settings.factor is not None
+        return PROBABILITY_RULE if parallel or self.rule.confidence is None else self.rule
+
     def candidates_of(self, step: NextStep) -> Candidates:
         """Return how the candidates of a step are to be committed; there must be some."""
         settings, sampling = self.settings, self.sampling
@@ -167,7 +173,7 @@ class RequestState:
         return Candidates(
             num=len(step.candidates),
             count=step.count,
-            rule=self.rule if not special else RULES[self.traits.default_remasking],
+            rule=self._ranking_of_one if special else self.rule,
             commit_probability=chance,
             threshold=None if special else settings.threshold,
             factor=None if special else settings.factor,
