@@ -100,8 +100,7 @@ def test_chat(server: Server) -> None:
     request = {
         "messages": [{"role": "user", "content": " file18 the42 name49 get name file"}],
         "max_tokens": 32,
-        "n": 2,
-        "return_token_ids": True,
+        "n": 2, "temperature": 1.0, "seed": 1, "return_token_ids": True,
     }
     plain = server.answer("chat/completions", **request)["choices"]
     request["vllm_xargs"] = {"diffusion_trace": 1}
@@ -121,6 +120,7 @@ def test_chat(server: Server) -> None:
 
 def test_several_prompts(server: Server) -> None:
     request = {"prompt": [PROMPT, PROMPT[:3]], "max_tokens": 8, "ignore_eos": True, "n": 2}
+    request |= {"temperature": 1e-3, "seed": 1}
     request["vllm_xargs"] = {"diffusion_trace": 1, "diffusion_steps": 4}
     choices = server.answer("completions", **request)["choices"]
     with server.streamed("completions", **request) as parts:

@@ -134,8 +134,8 @@ def test_other_models_are_left_alone() -> None:
 def table() -> list[tuple[str, str, str]]:
     """Return name, causes and meaning of the documentation's table."""
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    rows = re.findall(r"^\| `(vllm:\w+)` \| (.*?) \| (.*?) \|", text, flags=re.MULTILINE)
-    return [(name, causes.replace("`", ""), meaning) for name, causes, meaning in rows]
+    rows = re.findall(r"^\| `(vllm:\w+)` \|(.*)\|(.*)\|$", text, flags=re.MULTILINE)
+    return [(name, causes.strip().replace("`", ""), what.strip()) for name, causes, what in rows]
 
 
 def test_the_documentation_has_every_metric() -> None:

@@ -22,7 +22,7 @@ from vllm.exceptions import VLLMValidationError
 from vllm.outputs import RequestOutput
 from vllm.v1.engine.output_processor import RequestState
 
-from vllm_sparse_dllm.engine.trace import TRACE, merge, trim
+from vllm_sparse_dllm.engine.trace import TRACE, finish, merge
 
 _EVENT = "data: "
 
@@ -84,7 +84,7 @@ def _wrap_request_output() -> None:
         if trace:
             if finish_reason is not None and self.detokenizer is not None:
                 # The end of a stop string may lie inside a part.
-                trim(trace, self.detokenizer.num_output_tokens())
+                finish(trace, self.detokenizer.num_output_tokens())
             _attach(self, output, trace)
         return output
 

@@ -21,7 +21,7 @@ class CommitTrace:
     """What the runner records of a request that asks for a trace.
 
     Attributes:
-        nfe: Forward passes that were run.
+        num_passes: Forward passes that were run.
 
     Args:
         response_length: Tokens of the response.
@@ -30,7 +30,7 @@ class CommitTrace:
     """
 
     def __init__(self, response_length: int, with_kept: bool, num_delivered: int = 0) -> None:
-        self.nfe = 0
+        self.num_passes = 0
         self.with_kept = with_kept
         self._num_taken = num_delivered
         self._steps = np.zeros(response_length, dtype=np.int64)
@@ -40,7 +40,7 @@ class CommitTrace:
     def start_refresh(self, block: Span) -> list[np.ndarray]:
         """Return the list to which each layer appends the positions it keeps in the next pass."""
         kept: list[np.ndarray] = []
-        self._refreshes.append((self.nfe, block, kept))
+        self._refreshes.append((self.num_passes, block, kept))
         return kept
 
     def record_pass(self, offsets: np.ndarray, confidences: np.ndarray) -> None:
@@ -50,16 +50,15 @@ class CommitTrace:
             offsets: ``[n]`` offsets of the tokens in the response.
             confidences: ``[n]`` theirs.
         """
-        self._steps[offsets] = self.nfe
+        self._steps[offsets] = self.num_passes
         self._confidences[offsets] = confidences
-        self.nfe += 1
+        self.num_passes += 1
 
     def take(self, num_tokens: int) -> dict[str, Any]:
         """Return what is to be told with the next tokens of the response."""
         start, end = self._num_taken, self._num_taken + num_tokens
         self._num_taken = end
         part: dict[str, Any] = {
-            "nfe": self.nfe,
             "steps": self._steps[start:end].tolist(),
             "confidences": self._confidences[start:end].tolist(),
         }
@@ -74,17 +73,21 @@ class CommitTrace:
 
 def merge(trace: dict[str, Any], part: dict[str, Any]) -> None:
     """Append what came with the next tokens, in place."""
-    # After a preemption a request is run again, identically, and told again.
-    seen = trace["nfe"] if trace else 0
-    trace["nfe"] = max(seen, part["nfe"])
     trace.setdefault("steps", []).extend(part["steps"])
     trace.setdefault("confidences", []).extend(part["confidences"])
     if "refreshes" in part:
+        # After a preemption a request is run again, identically, and refreshes are told again.
         known = {refresh["step"] for refresh in trace.setdefault("refreshes", [])}
         trace["refreshes"] += [r for r in part["refreshes"] if r["step"] not in known]
 
 
-def trim(trace: dict[str, Any], num_tokens: int) -> None:
-    """Drop what belongs to tokens behind a stop condition, in place."""
+def finish(trace: dict[str, Any], num_tokens: int) -> None:
+    """Drop what lies behind the end of the response and add the number of passes, in place.
+
+    The engine may have run on until the front end found a stop string; how far is chance.
+    """
     del trace["steps"][num_tokens:]
     del trace["confidences"][num_tokens:]
+    trace["nfe"] = max(trace["steps"], default=-1) + 1
+    if "refreshes" in trace:
+        trace["refreshes"] = [r for r in trace["refreshes"] if r["step"] < trace["nfe"]]
