@@ -57,7 +57,6 @@ def main(given: Path, found: Path) -> None:
                     "text": o.text,
                     "finish_reason": o.finish_reason,
                     "stop_reason": o.stop_reason,
-                    "trace": getattr(o, "diffusion_trace", None),
                     "logprobs": None
                     if o.logprobs is None
                     else [{str(t): p.logprob for t, p in at.items()} for at in o.logprobs],

@@ -4,19 +4,21 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
-from tests.e2e.offline import answer_all, split
+from tests.e2e.offline import split
 from tests.e2e.server import ROOT, Server, poll, running_server, tiny_llada
 from vllm_sparse_dllm.metrics import METRICS
 
 Answer = dict[str, Any]
 PROMPT = [77, 311, 316, 900, 45, 1200, 678]
 PREFIX = "vllm:diffusion_"
+LAYERS = 4
 #: Options of a request, without the trace.
 REQUESTS: dict[str, dict[str, Any]] = {
     "fixed steps": {"max_tokens": 24, "ignore_eos": True, "diffusion_block_length": 8},
@@ -28,20 +30,7 @@ REQUESTS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
-    """What `LLM.generate` answers to each request with a trace."""
-    asked = [
-        {"prompt": PROMPT, "options": {**options, "diffusion_trace": 2}}
-        for options in REQUESTS.values()
-    ]
-    answers = answer_all(asked, tmp_path_factory.mktemp("offline"))
-    return dict(zip(REQUESTS, answers, strict=True))
-
-
-@pytest.fixture(scope="module")
-def server(
-    offline: dict[str, list[Answer]], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
     with running_server(log, tiny_llada(), "--api-server-count", "2") as started:
         yield started
@@ -75,32 +64,42 @@ def approx(trace: dict[str, Any]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", REQUESTS)
-def test_completions(server: Server, offline: dict[str, list[Answer]], name: str) -> None:
-    """Streamed and not, each choice has the trace that it has offline."""
-    answer = server.answer("completions", **body(name, 2))
+def test_completions(server: Server, name: str) -> None:
+    """Streamed and not, each choice has its trace. `test_trace` has what is in it."""
+    answer = server.answer("completions", **body(name, 2), logprobs=0)
     assert answer["kv_transfer_params"] is None
     with server.streamed("completions", **body(name, 2)) as parts:
         streamed = collected(parts)
     plain = server.answer("completions", **body(name))["choices"]
-    assert len(answer["choices"]) == len(offline[name]) == len(streamed)
-    for index, expected in enumerate(offline[name]):
-        choice = answer["choices"][index]
-        assert choice["token_ids"] == plain[index]["token_ids"] == expected["tokens"]
-        assert choice["diffusion_trace"] == approx(expected["trace"])
-        assert len(choice["diffusion_trace"]["steps"]) == len(expected["tokens"])
-        assert streamed[index] == {
-            "text": expected["text"],
-            "token_ids": expected["tokens"],
-            "diffusion_trace": approx(expected["trace"]),
-        }
+    assert len(answer["choices"]) == len(streamed) == len(plain) == REQUESTS[name].get("n", 1)
+    for index, choice in enumerate(answer["choices"]):
+        tokens, trace = choice["token_ids"], choice["diffusion_trace"]
+        assert tokens == plain[index]["token_ids"]
         assert "diffusion_trace" not in plain[index]
+        assert trace.keys() == {"nfe", "steps", "confidences", "refreshes"}
+        assert len(trace["steps"]) == len(tokens) > 0
+        assert trace["nfe"] == max(trace["steps"]) + 1
+        probabilities = [math.exp(value) for value in choice["logprobs"]["token_logprobs"]]
+        assert trace["confidences"] == pytest.approx(probabilities, rel=1e-3)
+        for refresh in trace["refreshes"]:
+            start, end = refresh["block"]
+            assert len(PROMPT) <= start < end and refresh["step"] < trace["nfe"]
+            assert len(refresh["kept"]) == LAYERS
+        assert streamed[index] == {
+            "text": choice["text"],
+            "token_ids": tokens,
+            "diffusion_trace": approx(trace),
+        }
 
 
 def test_chat(server: Server) -> None:
     request = {
         "messages": [{"role": "user", "content": " file18 the42 name49 get name file"}],
         "max_tokens": 32,
-        "n": 2, "temperature": 1.0, "seed": 1, "return_token_ids": True,
+        "n": 2,
+        "temperature": 1.0,
+        "seed": 1,
+        "return_token_ids": True,
     }
     plain = server.answer("chat/completions", **request)["choices"]
     request["vllm_xargs"] = {"diffusion_trace": 1}
@@ -155,6 +154,16 @@ def test_endpoints_that_cannot_tell_refuse_to(
     response = server.post(path, **content, **extra)
     assert response.status_code == 400, response.text
     assert "diffusion_trace must be 0 here, got 1" in response.text
+
+
+def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
+    request = {"prompt": PROMPT, "max_tokens": 1900, "ignore_eos": True}
+    extra = {"diffusion_trace": 2, "diffusion_block_length": 4}
+    with server.streamed("completions", **request, vllm_xargs=extra) as parts:
+        next(parts)
+    poll(lambda: server.gauges() == (0.0, 0.0, 0.0), "the pages to come back")
+    tokens = server.metric("vllm:generation_tokens_total")
+    assert server.metric("vllm:diffusion_num_committed_tokens_total") < tokens + 1900
 
 
 def published(server: Server) -> set[str]:

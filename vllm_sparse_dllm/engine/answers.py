@@ -15,7 +15,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from contextlib import aclosing
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -109,14 +110,15 @@ def _asks(request: Any) -> bool:
 
 
 async def _watched(
-    results: AsyncIterator[Any], num_choices: int, traces: dict[int, Any]
-) -> AsyncIterator[Any]:
+    results: AsyncGenerator[Any, None], num_choices: int, traces: dict[int, Any]
+) -> AsyncGenerator[Any, None]:
     """Pass outputs on and note the traces by the index of their choice."""
-    async for result in results:
-        number, output = result if isinstance(result, tuple) else (0, result)
-        for completion in output.outputs:
-            traces[completion.index + number * num_choices] = getattr(completion, TRACE, None)
-        yield result
+    async with aclosing(results):  # a client that leaves aborts its request at once
+        async for result in results:
+            number, output = result if isinstance(result, tuple) else (0, result)
+            for completion in output.outputs:
+                traces[completion.index + number * num_choices] = getattr(completion, TRACE, None)
+            yield result
 
 
 def _watch(
@@ -132,11 +134,11 @@ def _watch(
 
 
 def _wrap_stream(serving: type, name: str) -> None:
-    original: Callable[..., AsyncIterator[str]] = getattr(serving, name)
+    original: Callable[..., AsyncGenerator[str, None]] = getattr(serving, name)
     signature = inspect.signature(original)
 
     @functools.wraps(original)
-    def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncIterator[str]:
+    def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
         if not _asks(request):
             return original(self, request, *args, **kwargs)
         given, traces = _watch(signature, (self, request, *args), kwargs)
@@ -145,15 +147,18 @@ def _wrap_stream(serving: type, name: str) -> None:
     setattr(serving, name, stream)
 
 
-async def _with_traces(events: AsyncIterator[str], traces: dict[int, Any]) -> AsyncIterator[str]:
+async def _with_traces(
+    events: AsyncGenerator[str, None], traces: dict[int, Any]
+) -> AsyncGenerator[str, None]:
     """Add the trace of each choice to the event that ends it."""
-    async for event in events:
-        text = event.removeprefix(_EVENT).strip()
-        chunk = json.loads(text) if text.startswith("{") else {}
-        last = [c for c in chunk.get("choices", ()) if c.get("finish_reason") is not None]
-        for choice in last:
-            choice[TRACE] = traces.get(choice["index"])
-        yield f"{_EVENT}{json.dumps(chunk, ensure_ascii=False)}\n\n" if last else event
+    async with aclosing(events):
+        async for event in events:
+            text = event.removeprefix(_EVENT).strip()
+            chunk = json.loads(text) if text.startswith("{") else {}
+            last = [c for c in chunk.get("choices", ()) if c.get("finish_reason") is not None]
+            for choice in last:
+                choice[TRACE] = traces.get(choice["index"])
+            yield f"{_EVENT}{json.dumps(chunk, ensure_ascii=False)}\n\n" if last else event
 
 
 def _wrap_chat(serving: Any) -> None:
