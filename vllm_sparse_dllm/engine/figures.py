@@ -7,7 +7,7 @@ sends the sum with vLLM's own statistics of the step; `metrics.py` publishes it.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 #: Name of the figures in `SchedulerStats.kv_connector_stats`.
@@ -74,4 +74,10 @@ class EngineFigures:
 
     def message(self, pages_held: int, num_pages: int) -> dict[str, Any]:
         """Return everything as plain data, with the state of the page pool."""
-        return {**asdict(self), "pages_held": pages_held, "pages": num_pages}
+        return {
+            "steps": vars(self.steps),
+            "queued": self.queued,
+            "failures": self.failures,
+            "pages_held": pages_held,
+            "pages": num_pages,
+        }
