@@ -140,6 +140,7 @@ FIELDS: dict[str, Field] = {
         tuple,
         scope="request",
     ),
+    "trace": Field("0, 1 or 2", lambda v: _is_int(v) and 0 <= v <= 2, scope="request"),
 }
 
 
@@ -166,6 +167,8 @@ class DecodingSettings:
         cfg_scale: Classifier-free guidance weight, 0 for none (LLaDA).
         canvas: First ids of the response: the mask id where the model is to write, other ids
             are fixed. None for masks only.
+        trace: What is told of how the response came about: 0 nothing, 1 the step and the
+            confidence of each token, 2 also which positions each refresh kept.
     """
 
     cache_policy: str = "sparse"
@@ -184,6 +187,7 @@ class DecodingSettings:
     alg_temp: float = 0.0
     cfg_scale: float = 0.0
     canvas: tuple[int, ...] | None = None
+    trace: int = 0
 
     @property
     def num_sequences(self) -> int:

@@ -3,7 +3,7 @@
 
 A fenced ``bash`` or ``python`` block is run unless the line above it is
 ``<!-- not run: reason -->``. The block under ``<!-- server -->`` is started once, with a free
-port added; the ``curl`` blocks go to it, with that port in place of 8000.
+port added; the ``curl`` and ``vllm bench`` blocks go to it, with that port in place of 8000.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ SERVERS = [block for block in BLOCKS if block.comment == "server"]
 NOT_RUN = [block for block in BLOCKS if block.comment.startswith("not run: ")]
 _RUN = [block for block in BLOCKS if not block.comment]
 CURLS = [block for block in _RUN if block.text.startswith("curl ")]
-COMMANDS = [block for block in _RUN if block not in CURLS]
+BENCHMARKS = [block for block in _RUN if block.text.startswith("vllm bench ")]
+COMMANDS = [block for block in _RUN if block not in CURLS + BENCHMARKS]
 
 
 def environment() -> dict[str, str]:
@@ -75,6 +76,7 @@ def free_port() -> int:
 def test_every_block_has_its_place() -> None:
     assert len(SERVERS) == 1
     assert len(CURLS) >= 3
+    assert len(BENCHMARKS) == 1
     assert {block.language for block in COMMANDS} == {"bash", "python"}
     assert len(SERVERS) + len(NOT_RUN) + len(_RUN) == len(BLOCKS), titles(BLOCKS)
 
@@ -161,6 +163,32 @@ def test_curl(block: Block, port: int) -> None:
     )
     expected = "name49 file18" if "name49" in block.text else "file name object list"
     assert _answer(done.stdout) == expected, done.stdout
+
+
+@pytest.mark.parametrize("block", BENCHMARKS, ids=titles(BENCHMARKS))
+def test_benchmark(block: Block, port: int) -> None:
+    """8 responses of 2 blocks of 32 tokens, one token a step; one more step for each block."""
+    done = subprocess.run(
+        ["bash", "-euc", block.text.replace("localhost:8000", f"localhost:{port}")],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+    section = done.stdout.split("Diffusion Decoding")[1]
+    figures = dict(re.findall(r"^(.+?):\s+([\d.]+)\s*$", section, flags=re.MULTILINE))
+    assert float(figures.pop("Committed throughput (tok/s)")) > 0
+    assert figures == {
+        "Denoising steps per canvas": "32.00",
+        "Committed per denoising step": "1.00",
+        "Committed tokens": str(8 * 64),
+        "Denoising steps": str(8 * 64),
+        "Canvas positions evaluated": str(8 * (64 + 2) * 32),
+    }
 
 
 def _answer(reply: str) -> str:

@@ -80,6 +80,7 @@ class Stats:
     block_forwards: int = 0  # block steps, and the suffix steps of `prefix`
     query_tokens: int = 0
     commits: list[list[list[int]]] = field(default_factory=list)  # [block][step] -> positions
+    confidences: dict[int, float] = field(default_factory=dict)  # position -> as it was committed
     kept: list[list[Tensor]] = field(default_factory=list)  # [cache fill][layer] -> positions
 
     @property
@@ -135,12 +136,20 @@ def generate_with_stats(
                 )
             edited = constrain(edited, places, x, prompt, o, model)
             if special or o.allowed:
-                tokens, _ = draw(edited, model, o)
+                tokens, probs = draw(edited, model, o)
                 chosen = torch.tensor([0])
             else:
+                state = None if o.generator is None else o.generator.get_state()
                 tokens, chosen = choose(edited, model, o, i, steps, masks)
+                if len(chosen):  # its draws once more, for the distribution that it saw
+                    probs = distribution(edited, model, o, state)
                 chosen = without_bad_words(tokens, chosen, places, x[prompt:], o)
             positions = s + rows[chosen]
+            if len(chosen):
+                values = confidence(probs, tokens, o.remasking or DEFAULT_RULE[model.kind], o)
+                stats.confidences.update(
+                    zip(positions.tolist(), values[chosen].tolist(), strict=True)
+                )
             for stream in streams:
                 stream.x[positions] = tokens[chosen]
             stats.commits[-1].append(positions.tolist())
@@ -321,7 +330,7 @@ def choose(
     rule = o.remasking or DEFAULT_RULE[model.kind]
     if o.adaptive:
         tokens, probs = draw(logits, model, o)
-        conf, order = probability(probs, tokens).sort(descending=True, stable=True)
+        conf, order = confidence(probs, tokens, rule, o).sort(descending=True, stable=True)
         if o.threshold is not None:
             return tokens, order[: at_threshold(conf, o.threshold)]
         assert o.factor is not None
@@ -336,17 +345,33 @@ def choose(
     tokens, probs = draw(logits, model, o)
     if rule == "random":
         conf = torch.rand(m, generator=o.generator)
-    elif rule == "topk_margin":
-        first, second = probs.topk(2).values.unbind(-1)
-        conf = first - second
-    elif rule == "entropy":
-        conf = (probs * torch.log(probs + 1e-10)).sum(-1)
-    else:  # low_confidence, maskgit_plus
-        conf = probability(probs, tokens)
+    else:
+        conf = confidence(probs, tokens, rule, o)
     if o.alg_temp > 0:  # k positions without replacement, as an exponential race
         e = torch.empty(m, dtype=torch.float64).exponential_(generator=o.generator)
         conf = torch.softmax(conf.double() / o.alg_temp, dim=-1) / e
     return tokens, conf.sort(descending=True, stable=True).indices[:k]
+
+
+def confidence(probs: Tensor, tokens: Tensor, rule: str, o: Options) -> Tensor:
+    """A6: what a rule ranks by, and the probability for a rule that draws its order."""
+    if rule == "topk_margin" and not o.adaptive:
+        first, second = probs.topk(2).values.unbind(-1)
+        return first - second
+    if rule == "entropy" and not o.adaptive:
+        return (probs * torch.log(probs + 1e-10)).sum(-1)
+    return probability(probs, tokens)
+
+
+def distribution(logits: Tensor, model: Model, o: Options, state: Tensor | None) -> Tensor:
+    """The distribution that `draw` ranked by, with the generator as it was, and left as it is."""
+    if o.generator is None or state is None:
+        return draw(logits, model, o)[1]
+    now = o.generator.get_state()
+    o.generator.set_state(state)
+    probs = draw(logits, model, o)[1]
+    o.generator.set_state(now)
+    return probs
 
 
 def draw(logits: Tensor, model: Model, o: Options) -> tuple[Tensor, Tensor]:

@@ -131,7 +131,10 @@ def test_models() -> None:
     assert {code(row["architecture"]): code(row["own rule"]) for row in table("models")} == rules
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/parameters.md", "patches/README.md"])
+@pytest.mark.parametrize(
+    "page",
+    ["README.md", "patches/README.md", "docs/metrics.md", "docs/parameters.md", "docs/trace.md"],
+)
 def test_links_and_paths(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):

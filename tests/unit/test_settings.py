@@ -27,7 +27,14 @@ LLADA, DREAM = traits_of("llada"), traits_of("dream")
 BOTH = pytest.mark.parametrize("traits", [LLADA, DREAM], ids=["llada", "dream"])
 
 NAMES = ["cache_policy", "granularity", "remasking"]
-INTEGERS = ["kernel_size", "delay_steps", "block_length", "steps", "default_response_length"]
+INTEGERS = [
+    "kernel_size",
+    "delay_steps",
+    "block_length",
+    "steps",
+    "default_response_length",
+    "trace",
+]
 REALS = ["keep_ratio", "threshold", "factor", "alg_temp", "cfg_scale"]
 LISTS = ["canvas"]
 NULLABLE = ["steps", "remasking", "threshold", "factor"]
@@ -47,6 +54,7 @@ GOOD: dict[str, list[Any]] = {
     "alg_temp": [0, 0.0, 0.2, 3],
     "cfg_scale": [0, 0.0, 1, 1.5],
     "canvas": [(3,), (0, 5, 2**40, -1)],
+    "trace": [0, 1, 2],
 }
 
 #: Each must be refused. Nothing is converted: "3", 3.0 and True are not the integer 3.
@@ -67,6 +75,7 @@ BAD: dict[str, list[Any]] = {
     "alg_temp": [*NOT_A_REAL, -0.1],
     "cfg_scale": [*NOT_A_REAL, -1],
     "canvas": ["", "1 2", True, 3, 0.5, [], (), {}, [0.5], [3, True], [3, "4"], [None], [[3]]],
+    "trace": [*NOT_AN_INTEGER, -1, 3],
 }
 
 #: The sentence of each message that says what is allowed, as the README's table has it.
@@ -86,6 +95,7 @@ ALLOWED = {
     "alg_temp": "0, or a number from 1e-9 to 1e9",
     "cfg_scale": "a number with 0 <= w <= 1000",
     "canvas": "a list of token ids, not empty",
+    "trace": "0, 1 or 2",
 }
 
 
@@ -106,7 +116,7 @@ def in_scope(name: str, scope: str) -> bool:
 GOOD_PAIRS = [(n, v) for n, values in GOOD.items() for v in values]
 BAD_PAIRS = [(n, v) for n, values in BAD.items() for v in values]
 ENGINE_ONLY = ["default_response_length"]
-REQUEST_ONLY = ["alg_temp", "cfg_scale", "canvas"]
+REQUEST_ONLY = ["alg_temp", "cfg_scale", "canvas", "trace"]
 
 
 def test_the_tables_of_this_file_have_every_field() -> None:

@@ -77,6 +77,9 @@ WALLS: dict[str, tuple[str, ...]] = {
         *own("attention", "denoise.rules", "denoise.sampling", "denoise.step"),
         *own("engine.runner", "engine.batch", "engine.requests", "engine.worker"),
     ),
+    # Plain data, which every process reads.
+    "engine/figures.py": ("torch", "numpy", "vllm", *own("models", "attention", "cache")),
+    "engine/trace.py": ("torch", "vllm", *own("models", "attention", "cache", "denoise")),
     # Devices.
     "attention/interface.py": ("vllm", *own("cache", "engine", "models", "denoise")),
     "attention/plan.py": ("vllm", *own("cache", "engine", "models", "denoise")),

@@ -80,6 +80,10 @@ class CachePolicy(ABC):
     def _kind(self, step: int, settings: DecodingSettings) -> StepKind:
         """Return what step ``step`` (0-based) of a block with a cache of its own runs."""
 
+    def choice(self, settings: DecodingSettings) -> StepKind:
+        """Return the kind of step in which it is settled what is kept."""
+        return StepKind.REFRESH
+
     def next_change(self, progress: Progress, settings: DecodingSettings) -> int | None:
         """Return the first step from the next one on that changes the cache, if there is one."""
         steps = (0,) if self.keeps_cache(progress, settings) else self._changes(settings)
@@ -212,6 +216,9 @@ class SparseCache(DualCache):
     def _changes(self, settings: DecodingSettings) -> tuple[int, ...]:
         refresh = settings.delay_steps
         return refresh, refresh + settings.eviction_delay
+
+    def choice(self, settings: DecodingSettings) -> StepKind:
+        return StepKind.EVICT if settings.eviction_delay else StepKind.REFRESH
 
     def num_kept(self, num_candidates: int, settings: DecodingSettings, page_size: int) -> int:
         kept = int(num_candidates * settings.keep_ratio)

@@ -43,6 +43,7 @@ class Candidates:
         min_p: Least probability relative to the largest, 0 for none.
         edits: Changes of the logits, in order.
         check: Decides between the commits of this step, or None.
+        traced: Whether the confidences are reported.
     """
 
     num: int
@@ -60,6 +61,7 @@ class Candidates:
     min_p: float = 0.0
     edits: tuple[LogitsEdit, ...] = ()
     check: CommitCheck | None = None
+    traced: bool = False
 
     @property
     def ranking(self) -> UnmaskingRule:
@@ -92,12 +94,16 @@ class Commits:
         committed: ``[rows]`` host array, True where it is committed.
         failed: ``[requests]`` host array, True where the logits were not finite.
         logprobs: For each request that asked for them, else None.
+        confidences: ``[rows]`` host array, the confidence by which each candidate was ranked,
+            before noise; its probability under a rule that draws the order. None if nobody
+            asked for them.
     """
 
     tokens: np.ndarray
     committed: np.ndarray
     failed: np.ndarray
     logprobs: list[Logprobs | None]
+    confidences: np.ndarray | None = None
 
 
 #: The logits of a host array of candidate rows, ``[n, vocab]`` in the model dtype; a new
@@ -149,6 +155,9 @@ def denoise(
         tokens[first:last] = distribution.tokens
         confidence[first:last] = _confidence(distribution, own_requests, own_spans)
         finite[first:last] = torch.isfinite(distribution.probability())
+    confidences = None
+    if any(request.traced for request in requests):
+        confidences = confidence.cpu().numpy().copy()  # `_add_draws` writes to its argument
     _add_draws(confidence, requests, spans)
 
     row_request = np.repeat(np.arange(len(requests)), sizes)
@@ -174,6 +183,7 @@ def denoise(
         committed=committed,
         failed=np.minimum.reduceat(result[2], ends - sizes) == 0,
         logprobs=_logprobs(logits_of, result[0], committed, requests, spans),
+        confidences=confidences,
     )
 
 
@@ -236,7 +246,11 @@ def _confidence(
     for numbers in by_rule.values():
         rule = requests[numbers[0]].ranking
         if rule.confidence is None:
-            continue
+            # Its order is drawn later; only a trace shows how sure the model is.
+            if not any(requests[number].traced for number in numbers):
+                continue
+            rule = PROBABILITY_RULE
+        assert rule.confidence is not None
         if len(by_rule) == 1:
             return rule.confidence(distribution)
         rows = torch.from_numpy(np.concatenate([np.arange(*spans[n]) for n in numbers]))

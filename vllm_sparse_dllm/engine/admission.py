@@ -21,8 +21,10 @@ from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
+from vllm_sparse_dllm import metrics
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine import answers
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig
 from vllm_sparse_dllm.engine.constraints import check_constraints
 from vllm_sparse_dllm.engine.structured_output import check_structured_output
@@ -200,9 +202,25 @@ def install() -> None:
     if getattr(InputProcessor, "checks_diffusion_requests", False):
         return
     InputProcessor.checks_diffusion_requests = True  # type: ignore[attr-defined]
+    _wrap_init()
     _wrap_process_inputs()
     _wrap_beam_search()
-    _wrap_init()
+
+
+def _wrap_init() -> None:
+    # Of the processes that the plugin is loaded in, front ends make an `InputProcessor`, first
+    # of all: what follows is for those of diffusion models only.
+    original = InputProcessor.__init__
+
+    @functools.wraps(original)
+    def init(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        if isinstance(self.model_config, DiffusionModelConfig):
+            metrics.install()
+            answers.install()
+            _keep_unknown_fields()
+
+    InputProcessor.__init__ = init  # type: ignore[method-assign]
 
 
 def _wrap_process_inputs() -> None:
@@ -221,15 +239,16 @@ def _wrap_process_inputs() -> None:
             # vLLM fills up the context where nothing is named.
             assert sampling.max_tokens is not None
             sampling.max_tokens = min(sampling.max_tokens, model_config.default_response_length)
-        if isinstance(params, SamplingParams):
-            # As they were given: vLLM writes into its own copy that watermarking is off.
-            check_sampling(params)
-            _check_unknown_fields(getattr(params, _UNKNOWN_FIELDS, {}))
         try:
+            if isinstance(params, SamplingParams):
+                # As they were given: vLLM writes into its own copy that watermarking is off.
+                check_sampling(params)
+                _check_unknown_fields(getattr(params, _UNKNOWN_FIELDS, {}))
             check_request(request, self.vllm_config)
-        except RequestError:
-            raise
         except ValueError as error:
+            metrics.record_refusal(self.vllm_config)
+            if isinstance(error, RequestError):
+                raise
             raise RequestError(str(error)) from error
         return request
 
@@ -256,19 +275,6 @@ def _wrap_beam_search() -> None:
         return original(self, params)
 
     InputProcessor.resolve_watermarking = resolve_watermarking  # type: ignore[method-assign]
-
-
-def _wrap_init() -> None:
-    # Of the processes that the plugin is loaded in, front ends make an `InputProcessor`.
-    original = InputProcessor.__init__
-
-    @functools.wraps(original)
-    def init(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
-        original(self, *args, **kwargs)
-        if isinstance(self.model_config, DiffusionModelConfig):
-            _keep_unknown_fields()
-
-    InputProcessor.__init__ = init  # type: ignore[method-assign]
 
 
 def _keep_unknown_fields() -> None:

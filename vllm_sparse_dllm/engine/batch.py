@@ -231,7 +231,7 @@ def _fill(
     num_candidates = sum(end - start for start, end in spans)
     selection = None
     most = num_candidates
-    if policy.selects and not settings.eviction_delay:
+    if policy.selects and policy.choice(settings) is StepKind.REFRESH:
         selection = _selection(request, num_candidates)
         most = policy.num_kept(num_candidates, settings, request.page_size)
     return Fill(

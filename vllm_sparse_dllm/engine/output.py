@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
 from vllm_sparse_dllm.cache.policies import Progress
+from vllm_sparse_dllm.engine.figures import StepCounts
 
 
 @dataclass
@@ -35,8 +37,13 @@ class DiffusionRunnerOutput(ModelRunnerOutput):
         progress: For each request that ran: where it stands now.
         num_steps: Denoising steps that were run.
         failed: Requests that cannot go on, with the reason.
+        counts: What was run.
+        traces: For each request that asked for it and has new final tokens: how they came
+            about (`CommitTrace.take`).
     """
 
     progress: dict[str, Progress] = field(default_factory=dict)
     num_steps: int = 1
     failed: dict[str, str] = field(default_factory=dict)
+    counts: StepCounts = field(default_factory=StepCounts)
+    traces: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -18,12 +18,13 @@ from vllm_sparse_dllm.cache.policies import (
     positions_run,
 )
 from vllm_sparse_dllm.denoise.constraints import MASKED, AllowMask, LogitsEdit
-from vllm_sparse_dllm.denoise.rules import RULES
+from vllm_sparse_dllm.denoise.rules import PROBABILITY_RULE, RULES, UnmaskingRule
 from vllm_sparse_dllm.denoise.step import Candidates, Logprobs
 from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions, share_steps
 from vllm_sparse_dllm.denoise.traits import ModelTraits
 from vllm_sparse_dllm.engine.constraints import RequestConstraints
 from vllm_sparse_dllm.engine.structured_output import has_grammar
+from vllm_sparse_dllm.engine.trace import CommitTrace
 from vllm_sparse_dllm.settings import DecodingSettings
 
 
@@ -67,6 +68,12 @@ class Sequence:
         """Hold these pages; the first ones are those it has had."""
         self.page_ids = page_ids
         self.slots = (page_ids[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1)
+
+    @property
+    def kept_positions(self) -> list[np.ndarray]:
+        """Positions of the kept entries of each layer, in order; needs `positions`."""
+        assert self.positions is not None
+        return [np.sort(own[own >= 0]) for own in self.positions]
 
     def make_room(self, finished: Span, queries: Span) -> np.ndarray:
         """Let a finished block's keys join the kept ones, and the queries' own leave them.
@@ -169,7 +176,9 @@ class RequestState:
         pages = np.array(page_ids[: self.num_pages], dtype=np.int64)
         pages = pages.reshape(settings.num_sequences, -1)
         canvases = [conditional, unconditional][: settings.num_sequences]
-        tracks_positions = self.num_pages > 0 and settings.refresh_interval > 1
+        tracks_positions = self.num_pages > 0 and (
+            settings.refresh_interval > 1 or settings.trace > 1
+        )
         self.sequences = [
             Sequence(token_ids, own_pages, page_size, num_layers, tracks_positions)
             for token_ids, own_pages in zip(canvases, pages, strict=True)
@@ -191,6 +200,10 @@ class RequestState:
         self.cache_is_whole = False
         self._skip_blocks_without_masks()
         self.num_delivered = num_delivered
+        self.trace: CommitTrace | None = None
+        if settings.trace:
+            length, with_kept = self.canvas.response_length, settings.trace > 1
+            self.trace = CommitTrace(length, with_kept, num_delivered)
         self._stop_ids = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
         self._num_final = 0
         self._logprobs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
@@ -261,6 +274,12 @@ class RequestState:
             self.step, self.steps_of_block[block], num_masked, self._masked_of_block[block]
         )
 
+    @property
+    def _ranking_of_one(self) -> UnmaskingRule:
+        """What a lone candidate is ranked by: nothing is drawn, and a trace shows it."""
+        parallel = self.settings.threshold is not None or self.settings.factor is not None
+        return PROBABILITY_RULE if parallel or self.rule.confidence is None else self.rule
+
     def candidates_of(self, step: NextStep) -> Candidates:
         """Return how the candidates of a step are to be committed; there must be some."""
         settings, sampling = self.settings, self.sampling
@@ -281,7 +300,7 @@ class RequestState:
         return Candidates(
             num=len(step.candidates),
             count=step.count,
-            rule=self.rule if not special else RULES[self.traits.default_remasking],
+            rule=self._ranking_of_one if special else self.rule,
             commit_probability=chance,
             threshold=None if special else settings.threshold,
             factor=None if special else settings.factor,
@@ -294,6 +313,7 @@ class RequestState:
             min_p=sampling.min_p,
             edits=edits,
             check=check,
+            traced=self.trace is not None,
         )
 
     @property
@@ -310,7 +330,7 @@ class RequestState:
         kind = self.policy.kind(self.progress, self.settings)
         if kind is StepKind.REFRESH:
             self.refreshed = self.block_index
-            self.cache_is_whole = self.policy.selects and self.settings.eviction_delay > 0
+            self.cache_is_whole = self.policy.choice(self.settings) is StepKind.EVICT
         elif kind is StepKind.EVICT:
             self._give_pages_back()
         for sequence in self.sequences:

@@ -26,11 +26,12 @@ from vllm_sparse_dllm.attention.backends import make_backend
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.pages import allocate_pages
-from vllm_sparse_dllm.cache.policies import POLICIES
+from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.step import Candidates, Commits, denoise
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import StepBatch, build_batch
+from vllm_sparse_dllm.engine.figures import StepCounts
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState
 from vllm_sparse_dllm.models.configs import model_traits
@@ -225,7 +226,8 @@ class DiffusionModelRunner:
         failed: list[int] = []
         for number in range(1, max_steps + 1 if running else 1):
             steps = [state.next_step() for state in running]
-            failed = self._commit(running, steps, self._forward(running, steps))
+            commits = self._forward(running, steps)
+            failed = self._commit(running, steps, commits, output.counts)
             output.num_steps = number
             if failed or not all(state.continues_alone for state in states):
                 break
@@ -325,28 +327,49 @@ class DiffusionModelRunner:
         return logits
 
     def _commit(
-        self, states: list[RequestState], steps: list[NextStep], commits: Commits | None
+        self,
+        states: list[RequestState],
+        steps: list[NextStep],
+        commits: Commits | None,
+        counts: StepCounts,
     ) -> list[int]:
         """Write what a step decided to the canvases; return the requests that failed."""
         failed: list[int] = []
         nothing = np.zeros(0, dtype=np.int64)
         row = active = 0
         for index, (state, step) in enumerate(zip(states, steps, strict=True)):
-            num = len(step.candidates)
+            num, block_index = len(step.candidates), state.block_index
+            _count_step(state, step, counts)
+            caches = step.kind in (StepKind.REFRESH, StepKind.EVICT)
+            if state.trace is not None and state.trace.with_kept and caches:
+                state.trace.record_cache(step.block, state.sequences[0].kept_positions)
             if commits is None or num == 0:
+                if state.trace is not None:
+                    state.trace.record_pass(nothing, nothing)
                 state.commit(nothing, nothing, None)
-                continue
-            if commits.failed[active]:
-                failed.append(index)
             else:
-                committed = commits.committed[row : row + num]
-                state.commit(
-                    step.candidates[committed],
-                    commits.tokens[row : row + num][committed],
-                    commits.logprobs[active],
-                )
-            row += num
-            active += 1
+                if commits.failed[active]:
+                    failed.append(index)
+                else:
+                    committed = commits.committed[row : row + num]
+                    positions = step.candidates[committed]
+                    if state.trace is not None:
+                        assert commits.confidences is not None
+                        state.trace.record_pass(
+                            positions - state.canvas.prompt_length,
+                            commits.confidences[row : row + num][committed],
+                        )
+                    state.commit(
+                        positions,
+                        commits.tokens[row : row + num][committed],
+                        commits.logprobs[active],
+                    )
+                    counts.committed += len(positions)
+                row += num
+                active += 1
+            if state.block_index > block_index:
+                counts.blocks += 1
+                counts.finished_positions += step.block[1] - step.block[0]
         return failed
 
     @staticmethod
@@ -357,8 +380,26 @@ class DiffusionModelRunner:
             output.sampled_token_ids[index], own = state.take_final()
             logprobs.append(own)
             output.progress[request_id] = state.progress
+            if state.trace is not None and output.sampled_token_ids[index]:
+                num_new = len(output.sampled_token_ids[index])
+                output.traces[request_id] = state.trace.take(num_new)
         if any(logprobs):
             output.logprobs = _logprobs_lists(output.sampled_token_ids, logprobs)
+
+
+def _count_step(state: RequestState, step: NextStep, counts: StepCounts) -> None:
+    counts.full_passes += step.kind.runs_all
+    counts.refreshes += step.kind is StepKind.REFRESH
+    counts.block_steps += not step.kind.runs_all
+    counts.positions += step.block[1] - step.block[0]
+    if step.kind is state.policy.choice(state.settings):
+        spans = state.policy.candidates(state.canvas, step.block, state.settings)
+        num_candidates = sum(end - start for start, end in spans)
+        for sequence in state.sequences:
+            # With runs of positions a layer that takes the short last one keeps fewer.
+            num_kept = int(sequence.num_kept.max())
+            counts.kept += num_kept
+            counts.evicted += num_candidates - num_kept
 
 
 def _logprobs_lists(

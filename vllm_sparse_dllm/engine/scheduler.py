@@ -20,14 +20,17 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_sparse_dllm.cache.block_manager import SparseBlockManager
 from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind, step_tokens
 from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine.figures import FIGURES, EngineFigures
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput
 from vllm_sparse_dllm.engine.structured_output import AllowedTokens
+from vllm_sparse_dllm.engine.trace import TRACE
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import DecodingSettings, EngineSettings, request_settings
 
@@ -100,6 +103,7 @@ class DiffusionScheduler(Scheduler):
         self.allowed_tokens = AllowedTokens(
             self.structured_output_manager, self.traits.mask_token_id
         )
+        self.figures = EngineFigures()
         self.tracked: dict[str, Tracked] = {}
         # Step since which the head of the waiting queue, whoever it is, is passed over.
         self._head_ticket: int | None = None
@@ -118,8 +122,18 @@ class DiffusionScheduler(Scheduler):
             canvas,
             policy.num_pages(canvas, settings, page_size),
             policy.peak_pages(canvas, settings, page_size),
+            Progress(self._first_block(canvas, settings)),
         )
         super().add_request(request)
+
+    def _first_block(self, canvas: Canvas, settings: DecodingSettings) -> int:
+        """Return the first block that has masks; the last one if none has."""
+        given = settings.canvas or ()
+        num_fixed = next(
+            (i for i, token_id in enumerate(given) if token_id == self.traits.mask_token_id),
+            len(given),
+        )
+        return min(num_fixed // canvas.block_length, canvas.num_blocks - 1)
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.current_step += 1
@@ -165,18 +179,23 @@ class DiffusionScheduler(Scheduler):
                     scheduled.append(request)
                 num_tokens[request.request_id] = cost
                 budget -= cost
+            waits_for = "pages" if pages_are_spoken_for else "max_num_seqs"
             while not pages_are_spoken_for and (head := self._waiting_head()) is not None:
                 cost = self.tracked[head.request_id].cost
                 if cost > budget:
                     if self._head_ticket is None:
                         self._head_ticket = self.current_step
+                    waits_for = "token_budget"
                     break
                 new = self._admit(head, now)
                 if new is None:
+                    waits_for = "pages"
                     break
                 admitted.append(new)
                 num_tokens[head.request_id] = cost
                 budget -= cost
+            if num_tokens and self.waiting and self._pause_state == PauseState.UNPAUSED:
+                self.figures.queue(waits_for, len(self.waiting))
 
         for request_id in num_tokens:
             self.tracked[request_id].last_served = self.current_step
@@ -298,8 +317,13 @@ class DiffusionScheduler(Scheduler):
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
         failed: dict[str, str] = {}
+        traces: dict[str, dict[str, Any]] = {}
         if isinstance(model_runner_output, DiffusionRunnerOutput):
             failed = model_runner_output.failed
+            traces = model_runner_output.traces
+            self.figures.steps.add(model_runner_output.counts)
+            if failed:
+                self.figures.fail("logits", sum(name in self.requests for name in failed))
             elapsed = time.monotonic() - self._scheduled_at
             self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
             for request_id, progress in model_runner_output.progress.items():
@@ -309,6 +333,12 @@ class DiffusionScheduler(Scheduler):
                     if not progress.whole:
                         self.block_manager.shrink(request_id, tracked.num_pages)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
+        if traces:
+            for client_outputs in outputs.values():
+                for output in client_outputs.outputs:
+                    if output.request_id in traces:
+                        # The one field that vLLM carries to a request's output unread.
+                        output.kv_transfer_params = {TRACE: traces[output.request_id]}
         for request_id, reason in failed.items():
             logger.error("request %s failed: %s", request_id, reason)
         for request in self.finish_requests(failed, RequestStatus.FINISHED_ERROR):
@@ -324,12 +354,23 @@ class DiffusionScheduler(Scheduler):
             )
         return outputs
 
+    def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = super().make_stats(*args, **kwargs)
+        if stats is not None:
+            num_pages = self.block_manager.num_pages
+            held = num_pages - self.block_manager.num_free_pages
+            # vLLM's dictionary for the statistics of out-of-tree parts.
+            stats.kv_connector_stats = {FIGURES: self.figures.message(held, num_pages)}
+            self.figures = EngineFigures()
+        return stats
+
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
         # vLLM preempts only to reset its caches; the request starts anew.
         tracked = self.tracked[request.request_id]
-        tracked.progress, tracked.last_served = Progress(), -1
+        first = self._first_block(tracked.canvas, tracked.settings)
+        tracked.progress, tracked.last_served = Progress(first), -1
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_blocks(self, request: Request) -> None:

@@ -1,0 +1,166 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Metrics without a model: what waits for what, and figures of several engines."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prometheus_client import REGISTRY
+from vllm.v1.metrics.loggers import StatLoggerManager
+from vllm.v1.metrics.prometheus import unregister_vllm_metrics
+from vllm.v1.metrics.stats import SchedulerStats
+
+from tests.unit.test_scheduler import Spec, World, base_config
+from vllm_sparse_dllm.engine.figures import FIGURES, EngineFigures, StepCounts
+from vllm_sparse_dllm.metrics import METRICS, DiffusionStatLogger, install
+
+ROOT = Path(__file__).parents[2]
+
+
+def queued(world: World, num_steps: int) -> Counter[str]:
+    """Return what a world's requests waited for in some steps."""
+    make_stats, found = world.scheduler.make_stats, Counter[str]()
+
+    def noted(*args: Any, **kwargs: Any) -> SchedulerStats | None:
+        stats = make_stats(*args, **kwargs)
+        assert stats is not None and stats.kv_connector_stats is not None
+        found.update(stats.kv_connector_stats[FIGURES]["queued"])
+        found.update(stats.kv_connector_stats[FIGURES]["failures"])
+        return stats
+
+    world.scheduler.make_stats = noted  # type: ignore[method-assign]
+    for _ in range(num_steps):
+        world.step()
+    world.scheduler.make_stats = make_stats  # type: ignore[method-assign]
+    return found
+
+
+def test_waiting_for_a_seat() -> None:
+    world = World(max_num_seqs=3, budget=512)
+    for _ in range(5):
+        world.add(Spec())
+    assert queued(world, 4) == {"max_num_seqs": 4 * 2}
+
+
+def test_waiting_for_pages() -> None:
+    world = World(num_pages=10, budget=512)
+    for _ in range(3):
+        world.add(Spec(prompt=200, response=16, settings={"cache_policy": "dual"}))  # 7 pages
+    assert queued(world, 5) == {"pages": 5 * 2}
+
+
+def test_waiting_for_the_token_budget() -> None:
+    """Two of three fit while they run full passes, for two steps."""
+    world = World(budget=100)
+    for _ in range(3):
+        world.add(Spec(prompt=34, response=16))
+    assert queued(world, 5) == {"token_budget": 2}
+
+
+def test_nobody_waits_where_nobody_runs() -> None:
+    world = World()
+    assert queued(world, 3) == {}
+
+
+def test_failures() -> None:
+    world = World()
+    world.add(Spec(fails_at_run=2))
+    world.add(Spec(fails_at_run=2))
+    world.add(Spec())
+    assert queued(world, 2) == {"logits": 2}
+
+
+@pytest.fixture
+def registry() -> Iterator[None]:
+    """vLLM's metrics are global: leave none behind."""
+    unregister_vllm_metrics()
+    yield
+    unregister_vllm_metrics()
+
+
+def figures(**steps: int) -> SchedulerStats:
+    message = EngineFigures(StepCounts(**steps)).message(3, 10)
+    return SchedulerStats(kv_connector_stats={FIGURES: message})
+
+
+def value(name: str, engine: str) -> float | None:
+    model = base_config().model_config.served_model_name
+    labels = {"engine": engine, "model_name": model}
+    return REGISTRY.get_sample_value("vllm:diffusion_" + name, labels)
+
+
+@pytest.mark.usefixtures("registry")
+def test_engines_are_told_apart() -> None:
+    """As under data parallelism; and vLLM's own loggers never see the figures."""
+    install()
+    manager = StatLoggerManager(base_config(), engine_idxs=[0, 1])
+    for engine, committed in ((0, 5), (1, 7), (1, 9)):
+        stats = figures(full_passes=1, committed=committed)
+        manager.record(stats, None, engine_idx=engine)
+        assert stats.kv_connector_stats is None
+    assert value("num_committed_tokens_total", "0") == 5
+    assert value("num_committed_tokens_total", "1") == 16
+    assert value("pages_held", "1") == 3
+    manager.log()
+
+
+@pytest.mark.usefixtures("registry")
+def test_a_new_front_end_starts_anew() -> None:
+    """As when a process makes a second engine, or engines are added to a running server."""
+    install()
+    for _ in range(2):
+        manager = StatLoggerManager(base_config(), engine_idxs=[0])
+        manager.record(figures(block_steps=2), None, engine_idx=0)
+        assert value("block_steps_total", "0") == 2
+
+
+@pytest.mark.usefixtures("registry")
+def test_other_models_are_left_alone() -> None:
+    install()
+    config = copy.copy(base_config())
+    config.model_config = copy.copy(config.model_config)
+    config.model_config.__class__ = type(config.model_config).__mro__[1]
+    manager = StatLoggerManager(config, engine_idxs=[0])
+    assert not any(isinstance(own, DiffusionStatLogger) for own in manager.stat_loggers)
+
+
+def table() -> list[tuple[str, str, str]]:
+    """Return name, causes and meaning of the documentation's table."""
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `(vllm:\w+)` \|(.*)\|(.*)\|$", text, flags=re.MULTILINE)
+    return [(name, causes.strip().replace("`", ""), what.strip()) for name, causes, what in rows]
+
+
+def test_the_documentation_has_every_metric() -> None:
+    assert [(name, causes) for name, causes, _ in table()] == [
+        (metric.sample, ", ".join(metric.causes)) for metric in METRICS
+    ]
+
+
+def test_the_dashboard_is_a_dashboard() -> None:
+    """What Grafana asks for: panels with queries, each in its own place; `test_metrics_server`
+    looks the metrics up."""
+    path = ROOT / "examples" / "grafana" / "diffusion.json"
+    dashboard = json.loads(path.read_text(encoding="utf-8"))
+    assert dashboard["title"] and dashboard["uid"] and dashboard["schemaVersion"]
+    places = set()
+    for panel in dashboard["panels"]:
+        assert panel["title"] and panel["targets"]
+        place = panel["gridPos"]
+        places |= {
+            (x, y)
+            for x in range(place["x"], place["x"] + place["w"])
+            for y in range(place["y"], place["y"] + place["h"])
+        }
+        for target in panel["targets"]:
+            assert "vllm:" in target["expr"] and target["legendFormat"]
+    sizes = [panel["gridPos"]["w"] * panel["gridPos"]["h"] for panel in dashboard["panels"]]
+    assert len(places) == sum(sizes)
+    assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

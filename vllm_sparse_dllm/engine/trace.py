@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The trace of a response: which pass committed each token, with what confidence.
+
+The runner records it (`CommitTrace`), the engine's outputs carry it in parts, with the tokens
+they belong to, and the front end puts the parts together again (`merge`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+#: Name of the trace in the engine's outputs, on `CompletionOutput` and in an answer's choices.
+TRACE = "diffusion_trace"
+
+Span = tuple[int, int]
+
+
+class CommitTrace:
+    """What the runner records of a request that asks for a trace.
+
+    Attributes:
+        num_passes: Forward passes that were run.
+
+    Args:
+        response_length: Tokens of the response.
+        with_kept: Whether to record which positions each refresh kept.
+        num_delivered: Tokens that were told of before a preemption.
+    """
+
+    def __init__(self, response_length: int, with_kept: bool, num_delivered: int = 0) -> None:
+        self.num_passes = 0
+        self.with_kept = with_kept
+        self._num_taken = num_delivered
+        self._steps = np.zeros(response_length, dtype=np.int64)
+        self._confidences = np.zeros(response_length)
+        self._refreshes: list[tuple[int, Span, list[np.ndarray]]] = []
+
+    def record_cache(self, block: Span, kept: list[np.ndarray]) -> None:
+        """Record which positions each layer keeps after the pass that is recorded next."""
+        self._refreshes.append((self.num_passes, block, kept))
+
+    def record_pass(self, offsets: np.ndarray, confidences: np.ndarray) -> None:
+        """Record what a pass committed.
+
+        Args:
+            offsets: ``[n]`` offsets of the tokens in the response.
+            confidences: ``[n]`` theirs.
+        """
+        self._steps[offsets] = self.num_passes
+        self._confidences[offsets] = confidences
+        self.num_passes += 1
+
+    def take(self, num_tokens: int) -> dict[str, Any]:
+        """Return what is to be told with the next tokens of the response."""
+        start, end = self._num_taken, self._num_taken + num_tokens
+        self._num_taken = end
+        part: dict[str, Any] = {
+            "steps": self._steps[start:end].tolist(),
+            "confidences": self._confidences[start:end].tolist(),
+        }
+        if self.with_kept:
+            part["refreshes"] = [
+                {"step": step, "block": list(block), "kept": [own.tolist() for own in kept]}
+                for step, block, kept in self._refreshes
+            ]
+            self._refreshes = []
+        return part
+
+
+def merge(trace: dict[str, Any], part: dict[str, Any]) -> None:
+    """Append what came with the next tokens, in place."""
+    trace.setdefault("steps", []).extend(part["steps"])
+    trace.setdefault("confidences", []).extend(part["confidences"])
+    if "refreshes" in part:
+        # After a preemption a request is run again, identically, and refreshes are told again.
+        known = {refresh["step"] for refresh in trace.setdefault("refreshes", [])}
+        trace["refreshes"] += [r for r in part["refreshes"] if r["step"] not in known]
+
+
+def finish(trace: dict[str, Any], num_tokens: int) -> None:
+    """Drop what lies behind the end of the response and add the number of passes, in place.
+
+    The engine may have run on until the front end found a stop string; how far is chance.
+    """
+    del trace["steps"][num_tokens:]
+    del trace["confidences"][num_tokens:]
+    trace["nfe"] = max(trace["steps"], default=-1) + 1
+    if "refreshes" in trace:
+        trace["refreshes"] = [r for r in trace["refreshes"] if r["step"] < trace["nfe"]]
