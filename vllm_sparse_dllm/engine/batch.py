@@ -172,12 +172,14 @@ def _cached_segment(
 ) -> CachedSegment | None:
     if not entries:
         return None
+    own = [
+        _fresh_slots(requests[entry.request], entry, length)
+        for entry, length in zip(entries, lengths.tolist(), strict=True)
+    ]
+    # One row for all layers, unless some entry has one for each.
+    num_rows = max(len(slots) for slots in own)
     fresh = np.concatenate(
-        [
-            _fresh_slots(requests[entry.request], entry, length)
-            for entry, length in zip(entries, lengths.tolist(), strict=True)
-        ],
-        axis=1,
+        [np.broadcast_to(slots, (num_rows, slots.shape[1])) for slots in own], axis=1
     )
     width = max(len(e.sequence.page_ids) for e in entries)
     table = np.zeros((len(entries), width), dtype=np.int64)
