@@ -199,3 +199,53 @@ def constrained_cases(seed: int, vocab: int, mask: int, guided: bool) -> list[Ca
         prompt = random_prompt(rng, rng.choice((3, 40, 90)), vocab)
         cases.append(Case(prompt, max_tokens, options, seed=rng.randrange(2**31)))
     return cases
+
+
+def beyond_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
+    """Return cases of late eviction, refresh intervals and suffix windows, mostly together.
+
+    Blocks are many and short, so that each case has several refreshes or blocks without one; the
+    last one is often shorter. Some blocks end before their refresh or their eviction.
+    """
+    rng = random.Random(seed)
+    variants = [
+        {"suffix_window": 0},
+        {"suffix_window": 5},
+        {"suffix_window": 10_000},
+        {"refresh_interval": 2},
+        {"refresh_interval": 3},
+        {"refresh_interval": 99},
+        {"refresh_interval": 2, "suffix_window": 0},
+        {"refresh_interval": 2, "suffix_window": 3},
+        {"refresh_interval": 3, "suffix_window": 12},
+        {"refresh_interval": 99, "suffix_window": 20},
+    ]
+    late = [
+        {"eviction_delay": delay, **more}
+        for delay in (1, 2, 5, 50)
+        for more in ({}, *variants[3:10:3], variants[1], variants[8])
+    ]
+    cases = []
+    for policy in POLICIES:
+        for variant in variants + (late if policy == "sparse" else []):
+            max_tokens = rng.choice((17, 24, 40, 50))
+            options: dict[str, Any] = {
+                "cache_policy": policy,
+                "block_length": rng.choice((3, 7, 8, 12)),
+                "remasking": rng.choice(GREEDY_RULES),
+                **_count_options(rng, rng.choice(COUNTS), max_tokens),
+                **variant,
+            }
+            if policy == "sparse":
+                options |= _sparse_options(rng)
+                options["delay_steps"] = rng.choice((0, 0, 1, 1, 2, 3, 5))
+            if guided and rng.random() < 0.2:
+                options["cfg_scale"] = 1.5
+            prompt = random_prompt(rng, rng.choice((1, 20, 64, 130)), vocab)
+            drawn = rng.random() < 0.2
+            if drawn:
+                options |= {"temperature": 0.8}
+            cases.append(
+                Case(prompt, max_tokens, options, seed=rng.randrange(2**31) if drawn else None)
+            )
+    return cases

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.cases import Case, drawn_cases, greedy_cases
+from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases
 from tests.engines import generate, running_engine, scheduler_of
 from tests.reference import Model, load, write_checkpoint
 from vllm_sparse_dllm.assets import embedded_model
@@ -31,7 +31,12 @@ class Checkpoint:
 
 
 def _cases(seed: int, model: str) -> list[Case]:
-    return greedy_cases(seed, VOCAB) + drawn_cases(seed, VOCAB, guided=model == "llada")
+    guided = model == "llada"
+    return (
+        greedy_cases(seed, VOCAB)
+        + drawn_cases(seed, VOCAB, guided)
+        + beyond_cases(seed, VOCAB, guided)[:: 1 if seed in (1, 3) else 3]
+    )
 
 
 CHECKPOINTS = {
@@ -110,6 +115,7 @@ def test_embedded_model_equals_reference() -> None:
     path = embedded_model()
     vocab = 1400
     cases = greedy_cases(11, vocab)[::2] + drawn_cases(12, vocab, guided=True)[::3]
+    cases += beyond_cases(13, vocab, guided=True)[::4]
     with running_engine(path) as llm:
         outputs = generate(llm, [c.prompt for c in cases], [c.sampling() for c in cases])
     reference = load(path)

@@ -29,6 +29,9 @@ class Options:
     delay_steps: int = 1
     granularity: str = "token"
     page: int = 32
+    eviction_delay: int = 0  # block steps between filling the cache and choosing what stays
+    refresh_interval: int = 1  # blocks that one filling of the cache serves
+    suffix_window: int | None = None  # positions behind the block that exist; None: all
     block_length: int = 32
     steps: int | None = None  # None: one per token
     remasking: str | None = None  # None: the model's own
@@ -77,11 +80,12 @@ class Stats:
     """What a run cost and did. CFG's second sequence counts as forwards of its own."""
 
     full_forwards: int = 0
-    block_forwards: int = 0  # block steps, and the suffix steps of `prefix`
+    block_forwards: int = 0  # steps with a cache: of a block, or the suffix steps of `prefix`
     query_tokens: int = 0
     commits: list[list[list[int]]] = field(default_factory=list)  # [block][step] -> positions
     confidences: dict[int, float] = field(default_factory=dict)  # position -> as it was committed
-    kept: list[list[Tensor]] = field(default_factory=list)  # [cache fill][layer] -> positions
+    # [cache fill or late eviction][layer] -> positions
+    kept: list[list[Tensor]] = field(default_factory=list)
 
     @property
     def reveals(self) -> list[list[int]]:
@@ -114,12 +118,13 @@ def generate_with_stats(
 
     s = prompt
     to_write = (x[prompt:] == model.mask_id).tolist()
-    for size, masks, steps in blocks_with_masks(to_write, o.block_length, o.steps):
+    sized = blocks_with_masks(to_write, o.block_length, o.steps)
+    for number, (size, masks, steps) in enumerate(sized):
         e = s + size
         stats.commits.append([])
         i = 0
         while (x[s:e] == model.mask_id).any():  # A2: the block ends when it holds no mask
-            logits = [stream.logits(i, s, e).float() for stream in streams]  # A4
+            logits = [stream.logits(number, i, s, e).float() for stream in streams]  # A4
             guided = logits[0]
             if o.cfg_scale > 0:  # A10
                 guided = logits[1] + (o.cfg_scale + 1) * (logits[0] - logits[1])
@@ -191,23 +196,67 @@ def blocks(total: int, length: int, steps: int) -> Iterator[tuple[int, int]]:
 # ---------------------------------------------------------------- which keys a step sees (A8, A9)
 
 
+@dataclass
+class Kept:
+    """What one layer keeps: positions ``[n]`` in the order they are stored, keys and values."""
+
+    positions: Tensor
+    k: Tensor  # [kv heads, n, hd]
+    v: Tensor
+
+    def take(self, which: Tensor) -> "Kept":
+        return Kept(self.positions[which], self.k[:, which], self.v[:, which])
+
+    def join(self, other: "Kept") -> "Kept":
+        return Kept(
+            torch.cat([self.positions, other.positions]),
+            torch.cat([self.k, other.k], dim=1),
+            torch.cat([self.v, other.v], dim=1),
+        )
+
+
 class Stream:
-    """A canvas of L ids and the frozen keys and values of its current block, one pair a layer."""
+    """A canvas of L ids and what each layer keeps for the coming steps."""
 
     def __init__(self, model: Model, x: Tensor, o: Options, stats: Stats) -> None:
         self.model, self.x, self.o, self.stats = model, x, o, stats
-        self.cache: list[KeyValue] = []
+        self.cache: list[Kept] = []
+        self.filled = -1  # the block in which the cache was filled last
 
-    def logits(self, i: int, s: int, e: int) -> Tensor:
-        """Step i of block [s, e): one forward; the rows that predict positions s..e-1."""
-        fill = self.o.delay_steps if self.o.cache_policy == "sparse" else 0
-        if self.o.cache_policy == "none" or i <= fill:
-            out = self._run(0, len(self.x), None)
-            if self.o.cache_policy != "none" and i == fill:
-                self.cache = self._frozen(out, s, e)  # from before this step's commits
-            return self._predictions(out)[s:e]
-        end = len(self.x) if self.o.cache_policy == "prefix" else e
-        return self._predictions(self._run(s, end, self.cache))[: e - s]
+    def logits(self, number: int, i: int, s: int, e: int) -> Tensor:
+        """Step i of block ``number``, [s, e): one forward; the rows that predict s..e-1."""
+        policy = self.o.cache_policy
+        fill = self.o.delay_steps if policy == "sparse" else 0
+        # Beyond the window there is nothing.
+        far = len(self.x)
+        if self.o.suffix_window is not None:
+            far = min(far, e + self.o.suffix_window)
+        # The block goes on with the cache of a block before.
+        goes_on = self.filled >= 0 and self.filled < number < self.filled + self.o.refresh_interval
+        if policy == "none" or (i <= fill and not goes_on):
+            out = self._run(0, far, None)
+            if policy != "none" and i == fill:
+                self.cache = self._frozen(out, s, e, far)  # from before this step's commits
+                self.filled = number
+            return self._rows(out, 0, s, e)
+        start, end = s, far if policy == "prefix" else e
+        if goes_on and i == 0:
+            start = s - self.o.block_length  # only the last block may be shorter
+            self.cache = [
+                layer.take(((layer.positions < s) | (layer.positions >= end)).nonzero()[:, 0])
+                for layer in self.cache
+            ]
+        out = self._run(start, end, [(layer.k, layer.v) for layer in self.cache])
+        if goes_on and i == 0:
+            done = torch.arange(s - start)
+            self.cache = [
+                layer.join(Kept(done + start, k[:, done], v[:, done]))
+                for layer, k, v in zip(self.cache, out.k, out.v, strict=True)
+            ]
+        late = self.o.eviction_delay
+        if policy == "sparse" and late and not goes_on and i == fill + late:
+            self._evict(out)
+        return self._rows(out, start, s, e)
 
     def _run(self, start: int, end: int, cache: list[KeyValue] | None) -> Forward:
         self.stats.full_forwards += cache is None
@@ -215,25 +264,34 @@ class Stream:
         self.stats.query_tokens += end - start
         return self.model(self.x[start:end], range(start, end), cache)
 
-    def _predictions(self, out: Forward) -> Tensor:
-        """B6: Dream's row p-1 predicts position p, within the rows of this forward."""
-        if self.model.kind == "llada":
-            return out.logits
-        return torch.cat([out.logits[:1], out.logits[:-1]])
+    def _rows(self, out: Forward, start: int, s: int, e: int) -> Tensor:
+        """B6: Dream's row p-1 predicts position p, within the rows from ``start`` on."""
+        logits = out.logits
+        if self.model.kind == "dream":
+            logits = torch.cat([logits[:1], logits[:-1]])
+        return logits[s - start : e - start]
 
-    def _frozen(self, out: Forward, s: int, e: int) -> list[KeyValue]:
+    def _frozen(self, out: Forward, s: int, e: int, far: int) -> list[Kept]:
         """What of this full forward later steps see besides their own keys (B4, B5)."""
-        others = torch.cat([torch.arange(s), torch.arange(e, len(self.x))])
+        others = torch.cat([torch.arange(s), torch.arange(e, far)])
         kept = []
         for q, k in zip(out.q, out.k, strict=True):
             if self.o.cache_policy == "prefix":
                 kept.append(others[:s])
-            elif self.o.cache_policy == "dual":
+            elif self.o.cache_policy == "dual" or self.o.eviction_delay > 0:
                 kept.append(others)
             else:
                 kept.append(others[select(importance(q[:, s:e], k[:, others]), self.o)])
         self.stats.kept.append(kept)
-        return [(k[:, j], v[:, j]) for j, k, v in zip(kept, out.k, out.v, strict=True)]
+        return [Kept(j, k[:, j], v[:, j]) for j, k, v in zip(kept, out.k, out.v, strict=True)]
+
+    def _evict(self, out: Forward) -> None:
+        """Of all that was kept, what this step's queries find salient stays."""
+        self.cache = [
+            layer.take(select(importance(q, layer.k), self.o))
+            for q, layer in zip(out.q, self.cache, strict=True)
+        ]
+        self.stats.kept.append([layer.positions for layer in self.cache])
 
 
 def importance(q: Tensor, k: Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,14 +16,17 @@ from vllm.sampling_params import SamplingParams
 
 from tests.unit.helpers import traits_of
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
-from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
+from vllm_sparse_dllm.attention.plan import Fill
+from vllm_sparse_dllm.cache.policies import POLICIES, StepKind, visible_end
+from vllm_sparse_dllm.cache.saliency import Selection
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import StepBatch, build_batch
-from vllm_sparse_dllm.engine.requests import NextStep, RequestState
+from vllm_sparse_dllm.engine.requests import NextStep, RequestState, Sequence
 from vllm_sparse_dllm.settings import GRANULARITIES, DecodingSettings
 
 PAGE, LAYERS, MASK = 4, 3, 3
+FURTHER_PAGES = itertools.count(10_000)
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Recorder(AttentionBackend):
     def bind_pages(self, layers: list[torch.Tensor]) -> None: ...
     def clear(self, page_ids: np.ndarray) -> None: ...
     def write(self, *args: Any) -> None: ...
+    def read(self, *args: Any) -> Any: ...
     def attend_paged(self, *args: Any) -> None: ...
     def attend_full(self, *args: Any) -> None: ...
 
@@ -58,7 +63,7 @@ def make_state(
 ) -> RequestState:
     decoding = DecodingSettings(**{"block_length": 4, "remasking": "low_confidence", **settings})
     canvas = Canvas(prompt, response, decoding.block_length)
-    pages = POLICIES[decoding.cache_policy].num_pages(canvas, decoding, PAGE)
+    pages = POLICIES[decoding.cache_policy].peak_pages(canvas, decoding, PAGE)
     return RequestState(
         [10 + i for i in range(prompt)],
         decoding,
@@ -73,22 +78,49 @@ def make_state(
 
 def build(*states: RequestState) -> tuple[StepBatch, list[NextStep]]:
     steps = [state.next_step() for state in states]
+    for state, step in zip(states, steps, strict=True):
+        if step.kind is StepKind.REFRESH:  # as the scheduler has it
+            held = sum(len(sequence.page_ids) for sequence in state.sequences)
+            peak = state.policy.peak_pages(state.canvas, state.settings, PAGE)
+            state.add_pages([next(FURTHER_PAGES) for _ in range(peak - held)])
     return build_batch(states, steps, Recorder()), steps
 
 
 def advance(state: RequestState, num: int = 1) -> None:
     """Take ``num`` steps: each commits the first of its candidates it is allowed to."""
     for _ in range(num):
-        step = state.next_step()
+        _, (step,) = run(state)
         chosen = step.candidates[: step.count]
         state.commit(chosen, chosen + 100, None)
-        if step.kind is StepKind.REFRESH:
-            spans = state.policy.candidates(state.canvas, step.block)
-            kept = state.policy.num_kept(
-                sum(end - start for start, end in spans), state.settings, PAGE
-            )
-            for sequence in state.sequences:
-                sequence.num_kept[:] = kept
+
+
+def run(*states: RequestState) -> tuple[StepBatch, list[NextStep]]:
+    """Build a batch and do to the caches what the attention layers do, by chance."""
+    batch, steps = build(*states)
+    for number, task in enumerate([*batch.plan.fills, *batch.plan.evictions]):
+        for layer in range(LAYERS):
+            if isinstance(task, Fill):
+                there = np.concatenate([np.arange(*span) for span in task.candidates])
+            else:
+                there = np.arange(len(task.slots))
+            kept = choose(there, task.selection, number + layer)
+            task.num_kept[layer] = len(kept)
+            if task.positions is not None:
+                own = task.positions[layer]
+                own[: len(kept)] = kept if isinstance(task, Fill) else own[kept]
+                own[len(kept) :] = -1
+    return batch, steps
+
+
+def choose(entries: np.ndarray, selection: Selection | None, seed: int) -> np.ndarray:
+    """Return what a selection keeps of some entries, by chance."""
+    if selection is None:
+        return entries
+    length = selection.run_length
+    runs = [entries[first : first + length] for first in range(0, len(entries), length)]
+    order = np.random.default_rng(seed).permutation(len(runs))
+    kept = [runs[i] for i in order[: -(-selection.keep // length)]]
+    return np.concatenate([entries[:0], *kept])
 
 
 def test_a_full_forward_has_every_position_and_the_candidates_rows() -> None:
@@ -148,13 +180,13 @@ def test_a_refresh_fills_the_slots_behind_those_of_the_fresh_keys() -> None:
     assert fill.candidates == ((0, 5), (9, 13))
     # Pages 7, 8, ...: slots 28, 29, ...; four for the block, then the kept.
     assert fill.slots.tolist() == list(range(28 + 4, 28 + 4 + 9))
-    assert (fill.keep, fill.first_token, fill.length, fill.run_length) == (None, 0, 13, 1)
+    assert (fill.selection, fill.first_token, fill.length) == (None, 0, 13)
     advance(state)
     assert state.sequences[0].num_kept.tolist() == [9] * LAYERS
     batch, _ = build(state)
     assert batch.plan.full is None
     assert batch.plan.cached is not None
-    assert batch.plan.cached.fresh_slots.tolist() == [28, 29, 30, 31]
+    assert batch.plan.cached.fresh_slots[0].tolist() == [28, 29, 30, 31]
     assert batch.plan.cached.plans == (([4], [13], [[7, 8, 9, 10]]),)
     assert batch.plan.cached.last_plan == ([3], [13], [[7, 8, 9, 10]])
 
@@ -165,11 +197,11 @@ def test_sparse_keeps_by_saliency() -> None:
     assert batch.plan.fills == ()  # the delayed step keeps nothing
     advance(state)
     (fill,) = build(state)[0].plan.fills
-    assert (fill.keep, fill.kernel_size, fill.run_length) == (4, 5, 1)
+    assert fill.selection == Selection(keep=4, kernel_size=5, run_length=1)
     assert fill.slots.tolist() == list(range(4 + 4, 4 + 4 + 4))
     paged = make_state(cache_policy="sparse", granularity="page", delay_steps=0, keep_ratio=0.6)
     (fill,) = build(paged)[0].plan.fills
-    assert (fill.keep, fill.run_length) == (5, PAGE)
+    assert fill.selection == Selection(keep=5, kernel_size=3, run_length=PAGE)
     assert len(fill.slots) == 8  # two runs of which 5 are asked for
 
 
@@ -212,7 +244,7 @@ def test_prefix_runs_the_suffix_too() -> None:
     batch, _ = build(state)
     assert batch.positions.tolist() == list(range(5, 13))
     assert batch.plan.cached is not None
-    assert batch.plan.cached.fresh_slots.tolist() == list(range(8, 16))
+    assert batch.plan.cached.fresh_slots[0].tolist() == list(range(8, 16))
     assert batch.plan.last_rows.tolist() == [1, 2, 3]
 
 
@@ -290,9 +322,12 @@ def running(draw: st.DrawFn, kind: str) -> list[RequestState]:
             steps=draw(st.none() | st.integers(1, 12)),
             remasking=draw(st.sampled_from([*RULES])),
             cfg_scale=draw(st.sampled_from([0.0, 1.0])) if kind == "llada" else 0.0,
+            suffix_window=draw(st.sampled_from([None, None, 0, 3, 30])),
+            refresh_interval=draw(st.sampled_from([1, 2, 3, 50])),
+            eviction_delay=draw(st.sampled_from([0, 0, 1, 2, 9])),
         )
         first_page += sum(len(sequence.page_ids) for sequence in state.sequences)
-        for _ in range(draw(st.integers(0, 8))):
+        for _ in range(draw(st.integers(0, 12))):
             before = state.block_index, state.step
             advance(state)
             if state.finished:
@@ -301,6 +336,37 @@ def running(draw: st.DrawFn, kind: str) -> list[RequestState]:
         if not state.finished:
             states.append(state)
     return states
+
+
+def split(slots: list[int], steps: list[NextStep]) -> list[list[int]]:
+    """Cut a row of slots into those of each sequence."""
+    ends = itertools.accumulate(step.queries[1] - step.queries[0] for step in steps)
+    return [part.tolist() for part in np.split(np.array(slots), [*ends])[:-1]]
+
+
+def check_slots(
+    state: RequestState, sequence: Sequence, step: NextStep, fresh: list[int], layer: int
+) -> None:
+    """Own keys, then kept entries without a gap; each position once, the queries' own fresh."""
+    queries = state.policy.queries(state.canvas, step.block, state.settings)
+    num_fresh = queries[1] - queries[0]
+    num_keys = num_fresh + int(sequence.num_kept[layer])
+    assert num_keys <= len(sequence.slots)
+    assert fresh[-num_fresh:] == sequence.slots[:num_fresh].tolist()
+    visible = visible_end(state.canvas, step.block, state.settings)
+    if sequence.positions is None:
+        assert step.kind is not StepKind.APPEND
+        assert len(fresh) == num_fresh
+        return
+    positions = sequence.positions[layer]
+    assert (positions[:num_fresh] == -1).all() and (positions[num_keys:] == -1).all()
+    kept = positions[num_fresh:num_keys].tolist()
+    assert len(set(kept)) == len(kept)
+    assert all(0 <= p < visible and not queries[0] <= p < queries[1] for p in kept)
+    if step.kind is StepKind.APPEND:
+        # The block before is where its keys are written in this very pass.
+        places = [sequence.slots.tolist().index(slot) for slot in fresh[:-num_fresh]]
+        assert positions[places].tolist() == list(range(step.queries[0], queries[0]))
 
 
 @given(st.sampled_from(["llada", "dream"]).flatmap(lambda k: st.tuples(st.just(k), running(k))))
@@ -313,14 +379,14 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
     cached = [
         (state, sequence, step)
         for state, step in zip(states, steps, strict=True)
-        if step.kind is StepKind.CACHED
+        if not step.kind.runs_all
         for sequence in state.sequences
     ]
     # Every token is its canvas' at its position: cached sequences first, then whole ones.
     whole = [
         (state, sequence, step)
         for state, step in zip(states, steps, strict=True)
-        if step.kind is not StepKind.CACHED
+        if step.kind.runs_all
         for sequence in state.sequences
     ]
     positions = np.concatenate([np.arange(*step.queries) for _, _, step in cached + whole])
@@ -330,23 +396,38 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
     # Fresh keys and kept entries have different slots, all of them the sequence's own.
     if cached:
         assert plan.cached is not None
-        fresh = plan.cached.fresh_slots.tolist()
-        assert len(set(fresh)) == len(fresh) == plan.cached.num_tokens
-        offset = 0
-        for _, sequence, step in cached:
-            num = step.queries[1] - step.queries[0]
-            assert fresh[offset : offset + num] == sequence.slots[:num].tolist()
-            assert num + sequence.num_kept.max() <= len(sequence.slots)
-            offset += num
+        for layer in range(LAYERS):
+            fresh = plan.cached.fresh_slots_of(layer).tolist()
+            assert len(set(fresh)) == len(fresh) == plan.cached.num_tokens
+            for own, (state, sequence, step) in zip(
+                split(fresh, [step for _, _, step in cached]), cached, strict=True
+            ):
+                check_slots(state, sequence, step, own, layer)
+        num_keys = [int(q.num_fresh + q.num_kept[-1]) for _, q, _ in cached]
+        assert plan.cached.last_plan[1] == num_keys
     else:
         assert plan.cached is None
     refreshed = [entry for entry in whole if entry[2].kind is StepKind.REFRESH]
     assert len(plan.fills) == len(refreshed)
-    for fill, (state, sequence, _step) in zip(plan.fills, refreshed, strict=True):
+    for fill, (state, sequence, step) in zip(plan.fills, refreshed, strict=True):
         assert set(fill.slots.tolist()) <= set(sequence.slots.tolist())
         assert batch.positions[fill.first_token] == 0
-        assert batch.positions[fill.first_token + fill.length - 1] == state.canvas.length - 1
+        last = visible_end(state.canvas, step.block, state.settings) - 1
+        assert batch.positions[fill.first_token + fill.length - 1] == last
         assert fill.num_kept is sequence.num_kept
+        late = state.policy.selects and state.settings.eviction_delay > 0
+        assert (fill.selection is not None) == (state.policy.selects and not late)
+    evicted = [entry for entry in cached if entry[2].kind is StepKind.EVICT]
+    assert len(plan.evictions) == len(evicted)
+    for eviction, (state, sequence, step) in zip(plan.evictions, evicted, strict=True):
+        rows = slice(eviction.first_token, eviction.first_token + eviction.num_tokens)
+        assert batch.positions[rows].tolist() == list(range(*step.block))
+        others = sum(hi - lo for lo, hi in state.policy.candidates(
+            state.canvas, step.block, state.settings
+        ))
+        first = sequence.num_fresh
+        assert eviction.slots.tolist() == sequence.slots[first : first + others].tolist()
+        assert eviction.selection.keep == int(others * state.settings.keep_ratio)
     # Logits: the candidates of the requests in order, shifted models one row before.
     rows = plan.last_rows[batch.logits_rows]
     asked = [step.candidates for step in steps]
@@ -360,6 +441,128 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
     assert plan.num_last_cached == int(
         (plan.last_rows < sum(step.queries[1] - step.queries[0] for _, _, step in cached)).sum()
     )
+
+
+def test_a_step_that_appends_beside_a_block_step() -> None:
+    """One row of slots for each layer; the block before goes where there is room."""
+    plain = make_state(prompt=2, cache_policy="dual", first_page=30)
+    advance(plain)
+    state = make_state(
+        prompt=3, response=10, cache_policy="dual", refresh_interval=3, threshold=0.5, first_page=1
+    )
+    advance(state)
+    step = state.next_step()
+    assert (step.kind, step.block, step.queries) == (StepKind.APPEND, (7, 11), (3, 11))
+    cached = build(plain, state)[0].plan.cached
+    assert cached is not None
+    # Kept were 0, 1, 2 and 7 to 12, in slots 8 to 16; 7 to 10 are stale, 3 to 6 take their slots.
+    for layer in range(LAYERS):
+        assert cached.fresh_slots_of(layer).tolist() == [
+            *(120, 121, 122, 123),
+            *(11, 12, 13, 14),
+            *(4, 5, 6, 7),
+        ]
+    assert cached.plans == (([4, 8], [10, 13], [[30, 31, 32, 0], [1, 2, 3, 4]]),)
+    state.commit(np.arange(7, 11), np.arange(4), None)
+    # The last block is shorter: two slots behind its fresh keys and its two stale keys' are free.
+    cached = build(state)[0].plan.cached
+    assert cached is not None
+    assert cached.fresh_slots_of(0).tolist() == [6, 7, 15, 16, 4, 5]
+    assert cached.plans == (([6], [13], [[1, 2, 3, 4]]),)
+
+
+def test_late_eviction_holds_everything_for_a_while() -> None:
+    state = make_state(
+        prompt=9, cache_policy="sparse", delay_steps=0, eviction_delay=2, keep_ratio=0.5
+    )
+    sequence = state.sequences[0]
+    assert len(sequence.page_ids) == 5 and state.num_pages == 3
+    batch, _ = build(state)
+    assert batch.plan.fills[0].selection is None
+    advance(state)
+    assert state.progress.whole
+    batch, (step,) = build(state)
+    assert step.kind is StepKind.CACHED and batch.plan.evictions == ()
+    advance(state)
+    batch, (step,) = build(state)
+    (eviction,) = batch.plan.evictions
+    assert step.kind is StepKind.EVICT
+    # The step itself attends to everything.
+    assert batch.plan.cached is not None
+    assert batch.plan.cached.plans == (([4], [17], [sequence.page_ids.tolist()]),)
+    assert (eviction.first_token, eviction.num_tokens) == (0, 4)
+    assert eviction.selection == Selection(keep=6, kernel_size=3, run_length=1)
+    assert eviction.slots.tolist() == list(range(8, 21))
+    advance(state)
+    assert not state.progress.whole
+    assert sequence.page_ids.tolist() == [1, 2, 3]
+    assert sequence.num_kept.tolist() == [6] * LAYERS
+
+
+def test_a_block_that_ends_before_its_eviction_gives_the_pages_back() -> None:
+    for interval in (1, 2):
+        state = make_state(
+            prompt=9,
+            cache_policy="sparse",
+            delay_steps=0,
+            eviction_delay=9,
+            refresh_interval=interval,
+            threshold=0.5,
+        )
+        advance(state)  # all of the first block at once
+        assert state.block_index == 1
+        goes_on = interval == 2
+        assert state.progress.whole == goes_on
+        assert len(state.sequences[0].page_ids) == (5 if goes_on else state.num_pages)
+        kind = StepKind.APPEND if goes_on else StepKind.REFRESH
+        assert state.next_step().kind is kind
+
+
+@given(st.data())
+def test_make_room(data: st.DataObject) -> None:
+    """Whatever was kept: no gap, each position once, the finished block's among them."""
+    draw = data.draw
+    num_before = draw(st.integers(0, 10))
+    size, window = draw(st.integers(1, 6)), draw(st.integers(0, 12))
+    prefix = draw(st.booleans())
+    length = num_before + draw(st.integers(size + 1, 40))
+    sizes = [size]
+    while num_before + sum(sizes) < length:
+        sizes.append(min(size, length - num_before - sum(sizes)))
+
+    def queries_of(start: int, end: int) -> tuple[int, int]:
+        return start, min(length, end + window) if prefix else end
+
+    start, end = num_before, num_before + size
+    first = queries_of(start, end)
+    others = [*range(start)]
+    if not prefix:
+        others += range(end, min(length, end + window))
+    pages = np.arange(-(-length // PAGE))
+    sequence = Sequence(np.zeros(length, dtype=np.int64), pages, PAGE, LAYERS, True)
+    assert sequence.positions is not None
+    sequence.num_fresh = first[1] - first[0]
+    most = draw(st.integers(0, len(others)))
+    expected = []
+    for own in sequence.positions:
+        kept = draw(st.permutations(others))[: draw(st.integers(0, most))]
+        own[sequence.num_fresh : sequence.num_fresh + len(kept)] = kept
+        expected.append(set(kept))
+    for following in sizes[1:]:
+        finished, queries = (start, end), queries_of(end, end + following)
+        targets = sequence.make_room(finished, queries)
+        assert targets.shape == (LAYERS, size)
+        assert sequence.num_fresh == queries[1] - queries[0]
+        for layer, own in enumerate(sequence.positions):
+            expected[layer] -= set(range(*queries))
+            expected[layer] |= set(range(*finished))
+            num = int(sequence.num_kept[layer])
+            kept = own[sequence.num_fresh : sequence.num_fresh + num].tolist()
+            assert num == len(expected[layer]) and set(kept) == expected[layer]
+            assert (own[: sequence.num_fresh] == -1).all()
+            assert (own[sequence.num_fresh + num :] == -1).all()
+            assert own[targets[layer]].tolist() == list(range(*finished))
+        start, end = end, end + following
 
 
 @pytest.mark.parametrize("kind", ["llada", "dream"])

@@ -83,6 +83,27 @@ class Pages(RuleBasedStateMachine):
         else:
             self.held[request_id] = self.manager.reserve(request_id, num_pages) or []
 
+    @rule(request_id=holders, num_pages=st.integers(0, 30))
+    def grow(self, request_id: str, num_pages: int) -> None:
+        """Further pages come behind those held, all of them or none."""
+        before = self.free_pages
+        pages = self.manager.grow(request_id, num_pages)
+        if num_pages > before:
+            assert pages is None
+        else:
+            assert pages is not None and len(pages) == num_pages
+            self.held[request_id] += pages
+        assert self.free_pages == before - len(pages or [])
+
+    @rule(request_id=holders, num_pages=st.integers(0, 45))
+    def shrink(self, request_id: str, num_pages: int) -> None:
+        """The first pages stay, in their order; who holds fewer keeps them all."""
+        before = self.free_pages
+        self.manager.shrink(request_id, num_pages)
+        given_back = self.held[request_id][num_pages:]
+        del self.held[request_id][num_pages:]
+        assert self.free_pages == before + len(given_back)
+
     @rule(request_id=consumes(holders))
     def free(self, request_id: str) -> None:
         self.manager.free(request_id)
@@ -106,6 +127,8 @@ class Pages(RuleBasedStateMachine):
         assert self.free_pages + num_held == self.total
         for request_id, pages in self.held.items():
             assert self.manager.held_pages(request_id) == len(pages)
+            own = self.manager.req_to_blocks.get(request_id, [])
+            assert [page.block_id for page in own] == pages
         usage = self.manager.block_pool.get_usage()
         assert usage == pytest.approx(num_held / self.total if self.total else 0)
 
@@ -143,6 +166,22 @@ def test_a_failed_reservation_leaves_nothing_behind() -> None:
     assert manager.held_pages("a") == 0
     assert manager.reserve("a", 3) is not None
     assert manager.reserve("b", 1) is None
+
+
+def test_a_failed_growth_changes_nothing() -> None:
+    manager = make_manager(6)
+    first = manager.reserve("a", 2)
+    assert manager.grow("a", 4) is None
+    assert manager.held_pages("a") == 2
+    more = manager.grow("a", 3)
+    assert first is not None and more is not None
+    assert len({*first, *more}) == 5
+    manager.shrink("a", 7)
+    assert manager.held_pages("a") == 5
+    manager.shrink("a", 2)
+    assert [page.block_id for page in manager.req_to_blocks["a"]] == first
+    manager.shrink("a", 0)
+    assert manager.reserve("a", 5) is not None  # who holds none may come again
 
 
 def test_no_prefix_is_ever_shared() -> None:

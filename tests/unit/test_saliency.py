@@ -12,7 +12,7 @@ from tests.reference.decode import Options
 from tests.reference.decode import importance as naive_importance
 from tests.reference.decode import select as naive_select
 from vllm_sparse_dllm.cache import saliency
-from vllm_sparse_dllm.cache.saliency import importance, select_entries
+from vllm_sparse_dllm.cache.saliency import Selection, importance, select_entries
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -133,7 +133,7 @@ def test_the_very_entries_of_the_reference(scores: torch.Tensor, ratio: float, k
     if keep == 0:  # the attention layer does not ask for nothing
         return
     expected = naive_select(scores, Options(keep_ratio=ratio, kernel_size=kernel))
-    got = select_entries(scores, keep, kernel, 1)
+    got = select_entries(scores, Selection(keep, kernel, 1))
     assert got.tolist() == expected.tolist()  # order included
     assert len(set(got.tolist())) == keep
 
@@ -152,7 +152,7 @@ def test_the_very_runs_of_the_reference(
         return
     options = Options(keep_ratio=ratio, kernel_size=kernel, granularity="page", page=page)
     expected = naive_select(scores, options)
-    got = select_entries(scores, keep, kernel, page)
+    got = select_entries(scores, Selection(keep, kernel, page))
     assert got.tolist() == expected.tolist()
     assert -(-keep // page) * page >= len(got)
     whole = {i // page for i in got.tolist()}
@@ -169,7 +169,7 @@ def test_every_keep_of_one_vector(kernel: int) -> None:
             if int(n * ratio) != keep:
                 ratio = (keep + 0.5) / n
             expected = naive_select(scores, Options(keep_ratio=ratio, kernel_size=kernel))
-            assert select_entries(scores, keep, kernel, 1).tolist() == expected.tolist()
+            assert select_entries(scores, Selection(keep, kernel, 1)).tolist() == expected.tolist()
 
 
 def test_the_window_crosses_the_seam_between_prefix_and_suffix() -> None:
@@ -179,18 +179,18 @@ def test_the_window_crosses_the_seam_between_prefix_and_suffix() -> None:
     k = torch.tensor([0.0, 1.0, 9.0, 0.0, 0.0, 2.0, 3.0, 4.0]).view(8, 1, 1)
     scores = importance(q[3:5], k, ((0, 3), (5, 8)), 1)
     assert scores.tolist() == [0, 1, 9, 2, 3, 4]
-    kept = select_entries(scores, 3, 3, 1)
+    kept = select_entries(scores, Selection(3, 3, 1))
     assert sorted(kept.tolist()) == [1, 2, 3]  # entry 3 is position 5, behind the block
 
 
 def test_a_short_last_run_is_kept_whole_and_nothing_behind_it() -> None:
     scores = torch.tensor([0.0] * 8 + [5.0, 4.0])
-    assert select_entries(scores, 3, 1, 8).tolist() == [8, 9]
-    assert select_entries(scores, 9, 1, 8).tolist() == [8, 9, 0, 1, 2, 3, 4, 5, 6, 7]
-    assert select_entries(torch.tensor([1.0, 2.0]), 1, 3, 32).tolist() == [0, 1]
+    assert select_entries(scores, Selection(3, 1, 8)).tolist() == [8, 9]
+    assert select_entries(scores, Selection(9, 1, 8)).tolist() == [8, 9, 0, 1, 2, 3, 4, 5, 6, 7]
+    assert select_entries(torch.tensor([1.0, 2.0]), Selection(1, 3, 32)).tolist() == [0, 1]
 
 
 def test_a_window_wider_than_all_entries_costs_no_more() -> None:
     saliency = torch.tensor([0.5, 2.0, -1.0, 0.0, 1.0])
-    widest = select_entries(saliency, 3, 9, 1).tolist()
-    assert select_entries(saliency, 3, 2**61 + 1, 1).tolist() == widest
+    widest = select_entries(saliency, Selection(3, 9, 1)).tolist()
+    assert select_entries(saliency, Selection(3, 2**61 + 1, 1)).tolist() == widest

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,7 +27,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_sparse_dllm
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
-from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
+from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
 from vllm_sparse_dllm.engine.requests import RequestState
@@ -107,6 +108,20 @@ class Spec:
         return POLICIES[decoding.cache_policy].num_pages(self.canvas, decoding, PAGE)
 
     @property
+    def peak_pages(self) -> int:
+        decoding = self.decoding
+        return POLICIES[decoding.cache_policy].peak_pages(self.canvas, decoding, PAGE)
+
+    @property
+    def peak_runs(self) -> int:
+        """Steps it takes at the most from a refresh until its cache is evicted, both included."""
+        decoding, canvas = self.decoding, self.canvas
+        # Every step commits something or changes the cache.
+        if decoding.refresh_interval > 1:
+            return canvas.response_length + 3 * canvas.num_blocks
+        return min(decoding.eviction_delay, canvas.longest_block) + 2
+
+    @property
     def largest_step(self) -> int:
         return self.canvas.length * self.decoding.num_sequences
 
@@ -134,6 +149,10 @@ class FakeRunner:
         for new in output.scheduled_new_reqs:
             assert new.req_id not in self.states
             self.states[new.req_id] = self._new_state(new)
+        running = output.scheduled_cached_reqs
+        for request_id, pages in zip(running.req_ids, running.new_block_ids, strict=True):
+            if pages is not None:
+                self.states[request_id].add_pages(pages[0])
         known = {new.req_id for new in output.scheduled_new_reqs}
         assert known | set(output.scheduled_cached_reqs.req_ids) == set(output.num_scheduled_tokens)
         request_ids = list(output.num_scheduled_tokens)
@@ -146,6 +165,10 @@ class FakeRunner:
         for index, request_id in enumerate(request_ids):
             state = self.states[request_id]
             step = state.next_step()
+            # The pages that the scheduler gives are those that the runner holds.
+            blocks = self.scheduler.block_manager.req_to_blocks.get(request_id, [])
+            own = [page for sequence in state.sequences for page in sequence.page_ids.tolist()]
+            assert sorted(page.block_id for page in blocks) == sorted(own)
             # The scheduler's idea of what runs is the runner's.
             tokens = (step.queries[1] - step.queries[0]) * len(state.sequences)
             assert output.num_scheduled_tokens[request_id] == tokens
@@ -163,7 +186,7 @@ class FakeRunner:
                 chosen = np.sort(chosen)
                 state.commit(chosen, chosen - state.canvas.prompt_length + FIRST_TOKEN, None)
             result.sampled_token_ids[index], _ = state.take_final()
-            result.progress[request_id] = (state.block_index, state.step)
+            result.progress[request_id] = state.progress
         return result
 
     def _new_state(self, new: Any) -> RequestState:
@@ -197,6 +220,7 @@ class World:
         self.bounds: dict[str, int] = {}
         self.head_waits: tuple[str | None, int, int] = (None, 0, 0)
         self.longest_wait = 0
+        self.longest_wait_for_pages = 0
 
     def add(self, spec: Spec, name: str | None = None) -> str:
         request_id = name or f"r{len(self.specs)}"
@@ -250,8 +274,12 @@ class World:
         scheduler = self.scheduler
         before, head = self.running, next(iter(self.waiting), None)
         queue = self._admission_order()
-        free = scheduler.block_manager.block_pool.get_num_free_blocks()
-        fits = head is not None and self.specs[head].num_pages <= free
+        # Whoever has a peak now, and whoever comes to one before the head is admitted.
+        peaks = sum(self.specs[request_id].peak_pages for request_id in before)
+        fits = (
+            head is not None
+            and peaks + self.specs[head].peak_pages <= scheduler.block_manager.num_pages
+        )
         seats = len(before) < scheduler.max_num_running_reqs
 
         output = scheduler.schedule()
@@ -272,7 +300,7 @@ class World:
                 self._count_head_waits(head, head in new, fits and seats, len(before))
         if scheduler.pause_state is not PauseState.UNPAUSED:
             assert not new
-        self._check_pages()
+        self._check_pages(scheduled, new)
 
         result = self.runner.run(output)
         outputs = scheduler.update_from_output(output, result)
@@ -300,6 +328,14 @@ class World:
                 continue
             self.passed_over[request_id] += 1
             wait = self.passed_over[request_id]
+            if self.scheduler.tracked[request_id].missing_pages:
+                # In one turn of everybody each peak comes a step nearer to its end; who is
+                # ahead may have a peak first.
+                seats = self.scheduler.max_num_running_reqs + 1
+                longest = max(spec.peak_runs for spec in self.specs.values())
+                self.longest_wait_for_pages = max(self.longest_wait_for_pages, wait)
+                assert wait <= seats * (1 + longest * (seats + 1))
+                continue
             if wait == 1:  # the other running requests, and the waiting head
                 self.bounds[request_id] = len(before) - 1 + 1
             self.longest_wait = max(self.longest_wait, wait)
@@ -318,7 +354,7 @@ class World:
         self.head_waits = (head, waits + 1, bound)
         assert waits + 1 <= bound
 
-    def _check_pages(self) -> None:
+    def _check_pages(self, scheduled: Container[str] = (), new: Container[str] = ()) -> None:
         scheduler, manager = self.scheduler, self.scheduler.block_manager
         owners: Counter[int] = Counter()
         for request_id, pages in manager.req_to_blocks.items():
@@ -328,7 +364,15 @@ class World:
         assert all(count == 1 for count in owners.values())
         assert manager.block_pool.null_block.block_id not in owners
         for request_id in self.running:
-            assert manager.held_pages(request_id) == self.specs[request_id].num_pages
+            spec = self.specs[request_id]
+            progress = Progress()
+            if request_id not in new:
+                progress = self.runner.states[request_id].progress
+            kind = POLICIES[spec.decoding.cache_policy].kind(progress, spec.decoding)
+            refreshes = request_id in scheduled and kind is StepKind.REFRESH
+            at_peak = progress.whole or refreshes
+            expected = spec.peak_pages if at_peak else spec.num_pages
+            assert manager.held_pages(request_id) == expected
         assert self.num_held == sum(owners.values())
         usage = self.num_held / manager.num_pages
         assert scheduler.kv_cache_manager.usage == pytest.approx(usage)
@@ -339,7 +383,7 @@ class World:
             len(self.running),
             len(self.waiting),
         )
-        assert scheduler.progress.keys() == scheduler.requests.keys()
+        assert scheduler.tracked.keys() == scheduler.requests.keys()
 
     def drain(self, limit: int = 5000) -> int:
         """Run until everybody is done; return the number of steps."""
@@ -354,7 +398,7 @@ class World:
         """Nothing of any request is left, in the scheduler or in the runner."""
         scheduler = self.scheduler
         self.runner.run(scheduler.schedule())
-        assert not scheduler.progress and not scheduler.requests
+        assert not scheduler.tracked and not scheduler.requests
         assert not scheduler.running and not scheduler.waiting
         assert not scheduler.finished_req_ids
         assert not self.runner.states
@@ -387,6 +431,9 @@ def specs(draw: st.DrawFn) -> Spec:
         own["delay_steps"] = draw(st.integers(0, 2))
         own["keep_ratio"] = draw(st.sampled_from([0.1, 0.5, 1.0]))
         own["granularity"] = draw(st.sampled_from(["token", "page"]))
+        own["eviction_delay"] = draw(st.sampled_from([0, 1, 3, 30]))
+    own["refresh_interval"] = draw(st.sampled_from([1, 1, 2, 4]))
+    own["suffix_window"] = draw(st.sampled_from([None, None, 0, 10]))
     how = draw(st.sampled_from(["one", "steps", "threshold"]))
     response = draw(st.integers(1, 24))
     if how == "steps":
@@ -436,9 +483,7 @@ def stories(draw: st.DrawFn, calm: bool = False) -> Story:
 def play(story: Story) -> World:
     """Admission makes sure that each request alone fits the budget and the pool."""
     world = World(
-        num_pages=max(1, *(spec.num_pages for _, spec in story.requests)) + story.spare_pages
-        if len(story.requests) > 1
-        else max(1, story.requests[0][1].num_pages) + story.spare_pages,
+        num_pages=max([1, *(spec.peak_pages for _, spec in story.requests)]) + story.spare_pages,
         budget=max(spec.largest_step for _, spec in story.requests) + story.spare_budget,
         max_num_seqs=story.max_num_seqs,
         policy=story.policy,
@@ -604,6 +649,88 @@ def test_the_pool_of_exactly_one_request() -> None:
     assert world.admitted == ["r0", "r1", "r2"]
 
 
+def late(**more: Any) -> dict[str, Any]:
+    return {"eviction_delay": 2, "block_length": 8, "keep_ratio": 0.2, **more}
+
+
+@pytest.mark.parametrize("own", [{}, {"delay_steps": 0}, {"refresh_interval": 2}])
+def test_peaks_do_not_coincide_where_there_is_no_room_for_it(own: dict[str, Any]) -> None:
+    """A pool for three requests and one peak: all run together, and take turns at the peak."""
+    spec = Spec(prompt=176, response=16, settings=late(**own))
+    assert (spec.num_pages, spec.peak_pages) == (2, 6)
+    world = World(num_pages=3 * 2 + 4, budget=600)
+    names = [world.add(spec) for _ in range(4)]
+    together, at_peak = 0, Counter[str]()
+    while world.scheduler.has_unfinished_requests():
+        world.step()
+        together = max(together, len(world.running))
+        peaks = [name for name in world.running if world.runner.states[name].cache_is_whole]
+        assert len(peaks) <= 1
+        at_peak.update(peaks)
+    world.check_empty()
+    assert together == 3
+    assert sorted(at_peak) == names
+    assert world.longest_wait_for_pages > 0
+    assert world.admitted == names
+
+
+def test_nobody_takes_pages_before_one_that_waits_for_its_peak() -> None:
+    world = World(num_pages=10, budget=600)
+    first = world.add(Spec(prompt=176, response=16, settings=late(eviction_delay=5)))
+    while not world.step().scheduled_cached_reqs.req_ids or not world.runner.states[
+        first
+    ].cache_is_whole:
+        pass
+    second = world.add(Spec(prompt=176, response=16, settings=late()))
+    world.step()
+    small = world.add(Spec(prompt=10, response=8, settings={"cache_policy": "dual"}))
+    world.step()
+    assert world.running == [first, second]  # 6 + 2 pages: one would do
+    while small not in world.running:
+        world.step()
+        assert small in world.running or not world.runner.states[second].cache_is_whole
+    world.drain()
+
+
+def test_the_pool_of_exactly_one_peak() -> None:
+    spec = Spec(prompt=200, response=32, settings=late())
+    world = World(num_pages=spec.peak_pages, budget=spec.largest_step)
+    for _ in range(3):
+        world.add(spec)
+    usage = set()
+    while world.scheduler.has_unfinished_requests():
+        world.step()
+        usage.add(world.num_held)
+    assert max(usage) == spec.peak_pages > spec.num_pages
+    world.check_empty()
+
+
+@pytest.mark.parametrize("after", range(1, 12))
+def test_an_abort_at_the_peak_lets_the_next_one_have_it(after: int) -> None:
+    spec = Spec(prompt=176, response=16, settings=late(eviction_delay=30, refresh_interval=9))
+    world = World(num_pages=8, budget=600)
+    first, second = world.add(spec), world.add(spec)
+    for _ in range(after):
+        world.step()
+    world.abort(first)
+    for _ in range(3):
+        world.step()
+    assert world.runner.states[second].cache_is_whole
+    world.drain()
+
+
+@pytest.mark.parametrize("after", range(1, 12, 2))
+def test_a_reset_at_the_peak(after: int) -> None:
+    world = World(num_pages=10, budget=600)
+    for _ in range(3):
+        world.add(Spec(prompt=176, response=16, settings=late()))
+    for _ in range(after):
+        world.step()
+    world.reset()
+    assert world.num_held == 0
+    world.drain()
+
+
 def test_none_holds_no_page() -> None:
     world = World(num_pages=1, budget=512)
     for _ in range(4):
@@ -732,4 +859,4 @@ def test_a_request_with_bad_parameters_leaves_nothing_behind() -> None:
     world = World()
     with pytest.raises(ValueError, match="diffusion_keep_ratio must be"):
         world.add(Spec(settings={"keep_ratio": 2.0}))
-    assert not world.scheduler.requests and not world.scheduler.progress
+    assert not world.scheduler.requests and not world.scheduler.tracked
