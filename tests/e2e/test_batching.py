@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from vllm import LLM
 
-from tests.e2e.cases import Case, drawn_cases, greedy_cases
+from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases
 from tests.engines import count_forwards, generate, running_engine, sampling, scheduler_of
 from tests.reference import write_checkpoint
 
@@ -34,8 +34,12 @@ def llada(checkpoints: dict[str, str]) -> Iterator[LLM]:
 
 
 def _mixed_cases(model: str) -> list[Case]:
-    cases = greedy_cases(21, VOCAB) + drawn_cases(22, VOCAB, guided=model == "llada")
-    return random.Random(5).sample(cases, 16)
+    guided = model == "llada"
+    rng = random.Random(5)
+    cases = rng.sample(greedy_cases(21, VOCAB) + drawn_cases(22, VOCAB, guided), 10)
+    cases += rng.sample(beyond_cases(23, VOCAB, guided), 6)
+    rng.shuffle(cases)
+    return cases
 
 
 def _pool_is_whole(llm: LLM) -> bool:
@@ -44,7 +48,7 @@ def _pool_is_whole(llm: LLM) -> bool:
     return (
         manager.block_pool.get_num_free_blocks() == manager.num_pages
         and not manager.req_to_blocks
-        and not scheduler.progress
+        and not scheduler.tracked
         and not scheduler.requests
         and scheduler.get_kv_cache_usage() == 0.0
     )
@@ -114,6 +118,23 @@ def test_pages_of_a_sparse_request(llada: LLM) -> None:
             engine.step()
         assert seen == {expected}
         assert _pool_is_whole(llada)
+
+
+def test_pages_of_a_late_eviction(llada: LLM) -> None:
+    """All of them from the refresh until it has evicted, in every block; else the usual ones."""
+    engine, scheduler = llada.llm_engine, scheduler_of(llada)
+    params = sampling(
+        48, diffusion_block_length=24, diffusion_eviction_delay=4, diffusion_keep_ratio=0.25
+    )
+    engine.add_request("r", {"prompt_token_ids": [3] * 150}, params)
+    held = []
+    while engine.has_unfinished_requests():
+        engine.step()
+        held += [scheduler.block_manager.held_pages(name) for name in scheduler.requests]
+    few, all_pages = math.ceil((int(174 * 0.25) + 24) / 32), math.ceil(198 / 32)
+    changes = [a for a, b in zip(held, [*held[1:], None], strict=True) if a != b]
+    assert changes == [few, all_pages, few, all_pages, few]
+    assert _pool_is_whole(llada)
 
 
 def test_policy_none_holds_no_page(llada: LLM) -> None:
@@ -245,6 +266,9 @@ def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
         Case([5 + i] * 200, 32, {"cache_policy": policy})
         for i, policy in enumerate(("sparse", "dual", "sparse", "prefix", "none", "dual"))
     ]
+    # Two pages each and, one after the other, eight.
+    late = {"cache_policy": "sparse", "eviction_delay": 3, "keep_ratio": 0.1, "block_length": 16}
+    cases += [Case([15 + i] * 200, 32, {**late, "refresh_interval": 1 + i % 2}) for i in range(4)]
     prompts, params = [c.prompt for c in cases], [c.sampling() for c in cases]
     with running_engine(checkpoints["llada"]) as llm:
         expected = generate(llm, prompts, params)
@@ -256,9 +280,10 @@ def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
         assert scheduler_of(llm).block_manager.num_pages == 10
         assert generate(llm, prompts, params) == expected
         assert _pool_is_whole(llm)
-        with pytest.raises(ValueError, match=r"needs 16 cache pages .* the pool has 10"):
-            generate(
-                llm,
-                [[7] * 200],
-                [sampling(32, diffusion_cache_policy="dual", diffusion_cfg_scale=1.0)],
-            )
+        for own in (
+            {"diffusion_cache_policy": "dual"},
+            {"diffusion_eviction_delay": 1, "diffusion_keep_ratio": 0.1},
+        ):
+            with pytest.raises(ValueError, match=r"needs 16 cache pages .* the pool has 10"):
+                generate(llm, [[7] * 200], [sampling(32, diffusion_cfg_scale=1.0, **own)])
+        assert _pool_is_whole(llm)

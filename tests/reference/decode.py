@@ -159,6 +159,9 @@ def generate_with_stats(
                 stream.x[positions] = tokens[chosen]
             stats.commits[-1].append(positions.tolist())
             i += 1
+        if i == 0:  # nothing to write: the next block has a filling of its own
+            for stream in streams:
+                stream.filled = -1
         s = e
 
     response = x[prompt:].tolist()

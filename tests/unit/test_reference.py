@@ -272,6 +272,62 @@ def test_what_is_frozen(models: dict[str, Model], policy: str) -> None:
         assert [positions.tolist() for positions in layers] == [[*range(s), *after]] * 3
 
 
+def test_late_eviction_keeps_a_part_of_what_was_kept(models: dict[str, Model]) -> None:
+    """First everything but the block; then, d block steps later, int(n * ratio) of it."""
+    _, stats = generate_with_stats(
+        models["llada"], prompt(20), 40, block_length=16, delay_steps=0, eviction_delay=3
+    )
+    assert (stats.full_forwards, len(stats.kept)) == (3, 6)
+    for (s, e), first, then in zip(
+        [(20, 36), (36, 52), (52, 60)], stats.kept[::2], stats.kept[1::2], strict=True
+    ):
+        everything = [*range(s), *range(e, 60)]
+        for before, after in zip(first, then, strict=True):
+            assert before.tolist() == everything
+            assert len(set(after.tolist())) == len(after) == len(everything) // 2
+            assert set(after.tolist()) <= set(everything)
+
+
+@BOTH
+def test_late_eviction_at_its_limits(models: dict[str, Model], kind: str) -> None:
+    """Too late for every block, or with nothing to evict: the tokens of `dual`."""
+    dual = generate(models[kind], prompt(20), 40, block_length=16, cache_policy="dual")
+    for own in ({"eviction_delay": 99}, {"eviction_delay": 2, "keep_ratio": 1.0}):
+        late = generate(models[kind], prompt(20), 40, block_length=16, delay_steps=0, **own)
+        assert late == dual
+
+
+@pytest.mark.parametrize("policy", ["prefix", "dual", "sparse"])
+def test_forwards_between_refreshes(models: dict[str, Model], policy: str) -> None:
+    """Blocks 1, 2 and 4 run no full forward; their first steps run the block before as well."""
+    options = {"block_length": 8, "cache_policy": policy, "delay_steps": 0}
+    run = {
+        k: generate_with_stats(models["llada"], prompt(20), 40, refresh_interval=k, **options)[1]
+        for k in (1, 3, 99)
+    }
+    assert [run[k].full_forwards for k in run] == [5, 2, 1]
+    assert [run[k].block_forwards for k in run] == [35, 38, 39]
+    ends = {"prefix": [60] * 5}.get(policy, [28, 36, 44, 52, 60])
+    steps = [ends[b] - (20 + 8 * b) for b in range(5)]
+    appends = sum(8 + steps[b] for b in (1, 2, 4))
+    assert run[3].query_tokens == 2 * 60 + appends + 7 * sum(steps)
+    assert len(run[3].kept) == 2
+
+
+@BOTH
+@pytest.mark.parametrize("policy", ["none", "prefix", "dual", "sparse"])
+def test_windows(models: dict[str, Model], kind: str, policy: str) -> None:
+    """A wide one changes nothing; under 0 a block knows nothing of those behind it."""
+    options = {"block_length": 16, "cache_policy": policy}
+    whole = generate(models[kind], prompt(20), 48, **options)
+    assert generate(models[kind], prompt(20), 48, suffix_window=48, **options) == whole
+    alone = generate(models[kind], prompt(20), 32, suffix_window=0, **options)
+    assert generate(models[kind], prompt(20), 48, suffix_window=0, **options)[:32] == alone
+    # One block of window: as if the response ended there.
+    near = generate(models[kind], prompt(20), 48, suffix_window=16, **options)
+    assert near[:16] == generate(models[kind], prompt(20), 32, **options)[:16]
+
+
 # ----------------------------------------------------------------------------------------- B1, A10
 
 

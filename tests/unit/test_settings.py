@@ -28,16 +28,12 @@ BOTH = pytest.mark.parametrize("traits", [LLADA, DREAM], ids=["llada", "dream"])
 
 NAMES = ["cache_policy", "granularity", "remasking"]
 INTEGERS = [
-    "kernel_size",
-    "delay_steps",
-    "block_length",
-    "steps",
-    "default_response_length",
-    "trace",
+    *("kernel_size", "delay_steps", "eviction_delay", "refresh_interval", "suffix_window"),
+    *("block_length", "steps", "default_response_length", "trace"),
 ]
 REALS = ["keep_ratio", "threshold", "factor", "alg_temp", "cfg_scale"]
 LISTS = ["canvas"]
-NULLABLE = ["steps", "remasking", "threshold", "factor"]
+NULLABLE = ["suffix_window", "steps", "remasking", "threshold", "factor"]
 
 GOOD: dict[str, list[Any]] = {
     "cache_policy": list(CACHE_POLICIES),
@@ -45,6 +41,9 @@ GOOD: dict[str, list[Any]] = {
     "kernel_size": [1, 3, 99],
     "delay_steps": [0, 1, 7],
     "granularity": list(GRANULARITIES),
+    "eviction_delay": [0, 1, 7, 65536],
+    "refresh_interval": [1, 2, 65536],
+    "suffix_window": [0, 1, 4096, 16777216],
     "block_length": [1, 32, 4096],
     "steps": [1, 64],
     "remasking": list(REMASKING_RULES),
@@ -66,6 +65,9 @@ BAD: dict[str, list[Any]] = {
     "kernel_size": [*NOT_AN_INTEGER, 0, -1, -3, 2, 4],
     "delay_steps": [*NOT_AN_INTEGER, -1],
     "granularity": ["", "tokens", "none", 1, True, ["page"]],
+    "eviction_delay": [*NOT_AN_INTEGER, -1, 65537],
+    "refresh_interval": [*NOT_AN_INTEGER, 0, -1, 65537],
+    "suffix_window": [*NOT_AN_INTEGER, -1, 16777217],
     "block_length": [*NOT_AN_INTEGER, 0, -32],
     "steps": [*NOT_AN_INTEGER, 0, -1],
     "remasking": ["", "confidence", "Entropy", 0, True, ["entropy"]],
@@ -85,6 +87,9 @@ ALLOWED = {
     "kernel_size": "an odd integer from 1 to 65535",
     "delay_steps": "an integer from 0 to 65536",
     "granularity": "one of token, page",
+    "eviction_delay": "an integer from 0 to 65536",
+    "refresh_interval": "an integer from 1 to 65536",
+    "suffix_window": "an integer from 0 to 16777216, or null",
     "block_length": "an integer from 1 to 16777216",
     "steps": "an integer from 1 to 65536, or null",
     "remasking": "one of low_confidence, random, maskgit_plus, topk_margin, entropy, origin, "
@@ -136,6 +141,9 @@ def test_defaults_are_those_of_the_public_interface() -> None:
         kernel_size=3,
         delay_steps=1,
         granularity="token",
+        eviction_delay=0,
+        refresh_interval=1,
+        suffix_window=None,
         block_length=32,
         steps=None,
         remasking=None,
@@ -192,7 +200,13 @@ def test_integers_beyond_floats_are_refused_by_name(name: str) -> None:
 @pytest.mark.parametrize("null", [None, "none"])
 @pytest.mark.parametrize("name", NULLABLE)
 def test_null_of_a_request_undoes_the_engine(name: str, null: Any) -> None:
-    other = {"steps": 16, "remasking": "random", "threshold": 0.5, "factor": 2.0}[name]
+    other = {
+        "suffix_window": 8,
+        "steps": 16,
+        "remasking": "random",
+        "threshold": 0.5,
+        "factor": 2.0,
+    }[name]
     settings = request({name: other}, **{name: null})
     assert getattr(settings, name) == (LLADA.default_remasking if name == "remasking" else None)
     assert getattr(request({name: other}), name) == other

@@ -82,7 +82,13 @@ WALLS: dict[str, tuple[str, ...]] = {
     "engine/trace.py": ("torch", "vllm", *own("models", "attention", "cache", "denoise")),
     # Devices.
     "attention/interface.py": ("vllm", *own("cache", "engine", "models", "denoise")),
-    "attention/plan.py": ("vllm", *own("cache", "engine", "models", "denoise")),
+    # How a layer chooses (`Selection`) is part of the plan, which entries is not.
+    "attention/plan.py": (
+        "vllm",
+        *own("cache.policies", "cache.block_manager", "cache.pages"),
+        *own("cache.saliency.importance", "cache.saliency.select_entries"),
+        *own("engine", "models", "denoise"),
+    ),
     "attention/cpu.py": own("cache", "engine", "models", "denoise"),
     "attention/portable.py": ("vllm", *own("cache", "engine", "models", "denoise")),
     # Everybody reads the settings; at run time they read nobody.
