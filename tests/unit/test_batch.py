@@ -422,9 +422,9 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
     for eviction, (state, sequence, step) in zip(plan.evictions, evicted, strict=True):
         rows = slice(eviction.first_token, eviction.first_token + eviction.num_tokens)
         assert batch.positions[rows].tolist() == list(range(*step.block))
-        others = sum(hi - lo for lo, hi in state.policy.candidates(
-            state.canvas, step.block, state.settings
-        ))
+        others = sum(
+            hi - lo for lo, hi in state.policy.candidates(state.canvas, step.block, state.settings)
+        )
         first = sequence.num_fresh
         assert eviction.slots.tolist() == sequence.slots[first : first + others].tolist()
         assert eviction.selection.keep == int(others * state.settings.keep_ratio)

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from vllm_sparse_dllm.cache.policies import (
     POLICIES,
-    CachePolicy,
     Progress,
     StepKind,
     positions_run,
@@ -221,9 +220,7 @@ def test_kinds_of_steps_between_refreshes() -> None:
 
 
 @given(canvases(), settings_of(), st.integers(0, 12), st.integers(-1, 3))
-def test_next_change(
-    canvas: Canvas, settings: DecodingSettings, step: int, refreshed: int
-) -> None:
+def test_next_change(canvas: Canvas, settings: DecodingSettings, step: int, refreshed: int) -> None:
     """It is the first step from here on that changes the cache; `none` has no such step."""
     policy = POLICIES[settings.cache_policy]
     if settings.cache_policy == "none":
@@ -240,9 +237,7 @@ def test_next_change(
 
 
 @given(canvases(), settings_of(), st.integers(0, 8), st.integers(-1, 4))
-def test_step_tokens(
-    canvas: Canvas, settings: DecodingSettings, step: int, refreshed: int
-) -> None:
+def test_step_tokens(canvas: Canvas, settings: DecodingSettings, step: int, refreshed: int) -> None:
     policy = POLICIES[settings.cache_policy]
     if settings.cache_policy == "none":
         refreshed = -1

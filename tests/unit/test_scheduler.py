@@ -677,9 +677,10 @@ def test_peaks_do_not_coincide_where_there_is_no_room_for_it(own: dict[str, Any]
 def test_nobody_takes_pages_before_one_that_waits_for_its_peak() -> None:
     world = World(num_pages=10, budget=600)
     first = world.add(Spec(prompt=176, response=16, settings=late(eviction_delay=5)))
-    while not world.step().scheduled_cached_reqs.req_ids or not world.runner.states[
-        first
-    ].cache_is_whole:
+    while (
+        not world.step().scheduled_cached_reqs.req_ids
+        or not world.runner.states[first].cache_is_whole
+    ):
         pass
     second = world.add(Spec(prompt=176, response=16, settings=late()))
     world.step()
