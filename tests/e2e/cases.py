@@ -201,11 +201,12 @@ def constrained_cases(seed: int, vocab: int, mask: int, guided: bool) -> list[Ca
     return cases
 
 
-def beyond_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
+def beyond_cases(seed: int, vocab: int, guided: bool, mask: int | None = None) -> list[Case]:
     """Return cases of late eviction, refresh intervals and suffix windows, mostly together.
 
     Blocks are many and short, so that each case has several refreshes or blocks without one; the
-    last one is often shorter. Some blocks end before their refresh or their eviction.
+    last one is often shorter. Some blocks end before their refresh or their eviction. With
+    ``mask`` every response is an infilling, some of its blocks having nothing to write.
     """
     rng = random.Random(seed)
     variants = [
@@ -241,6 +242,8 @@ def beyond_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
                 options["delay_steps"] = rng.choice((0, 0, 1, 1, 2, 3, 5))
             if guided and rng.random() < 0.2:
                 options["cfg_scale"] = 1.5
+            if mask is not None:
+                options |= _canvas(rng, vocab, mask, max_tokens)
             prompt = random_prompt(rng, rng.choice((1, 20, 64, 130)), vocab)
             drawn = rng.random() < 0.2
             if drawn:

@@ -16,9 +16,11 @@ import pytest
 from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases
 from tests.engines import generate, running_engine, scheduler_of
 from tests.reference import Model, load, write_checkpoint
+from tests.reference.checkpoints import special_ids
 from vllm_sparse_dllm.assets import embedded_model
 
 VOCAB = 320
+MASK = special_ids(VOCAB)["mask"]
 
 
 @dataclass(frozen=True)
@@ -32,10 +34,12 @@ class Checkpoint:
 
 def _cases(seed: int, model: str) -> list[Case]:
     guided = model == "llada"
+    every = 1 if seed in (1, 3) else 3
     return (
         greedy_cases(seed, VOCAB)
         + drawn_cases(seed, VOCAB, guided)
-        + beyond_cases(seed, VOCAB, guided)[:: 1 if seed in (1, 3) else 3]
+        + beyond_cases(seed, VOCAB, guided)[::every]
+        + beyond_cases(seed + 40, VOCAB, guided, MASK)[:: 4 * every]
     )
 
 
