@@ -256,6 +256,9 @@ def model(checkpoint: str) -> Model:
 
 def test_tokens_are_those_of_the_reference(llm: LLM, model: Model, family: str) -> None:
     requests = fixed_requests(family)
+    if family == "llada":
+        # The embedded model is slow without tricks; the random one has all cases.
+        requests = requests[1::3]
     outputs = answer(llm, prompts_for(requests), [request.sampling() for request in requests])
     for request, prompt, output in zip(requests, prompts_for(requests), outputs, strict=True):
         options = dict(request.options)
@@ -296,7 +299,7 @@ def step_until_idle(llm: LLM) -> dict[str, RequestOutput]:
     return finished
 
 
-@pytest.mark.parametrize("after", [1, 4, 13])
+@pytest.mark.parametrize("after", [1, 6])
 def test_a_preempted_request_repeats_its_tokens(llm: LLM, family: str, after: int) -> None:
     requests = fixed_requests(family)[:6]
     prompts = prompts_for(requests)

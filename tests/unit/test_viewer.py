@@ -46,7 +46,7 @@ def test_its_script_knows_its_elements(attributes: list[tuple[str, str | None]])
 
 def test_it_reads_the_fields_of_a_trace() -> None:
     record = CommitTrace(response_length=1, with_kept=True)
-    record.start_refresh((0, 1))
+    record.record_cache((0, 1), [])
     trace: dict[str, object] = {}
     merge(trace, record.take(1))
     finish(trace, 1)
