@@ -15,6 +15,10 @@ from session import Measurement
 from targets import Target
 
 MIB = 2**20
+#: Settings that `sparse` as published does not have.
+SCHEDULE = ("delay_steps", "eviction_delay", "refresh_interval", "suffix_window")
+#: Settings under which a response takes the same steps.
+SAME_WORK = ("block_length", "steps", "threshold", "factor")
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -37,6 +41,25 @@ def _find(
     return None
 
 
+def _published(group: list[Measurement], like: Measurement) -> Measurement | None:
+    """Return the engine's ``sparse`` as published that otherwise did the same."""
+    if like.program != "engine":
+        return None
+    for other in group:
+        if (
+            other.program == "engine"
+            and other.settings["cache_policy"] == "sparse"
+            and not any(name in other.settings for name in SCHEDULE)
+            and other.concurrency == like.concurrency
+            and all(other.settings.get(n) == like.settings.get(n) for n in SAME_WORK)
+            # A policy that keeps all keys has no ratio.
+            and like.settings.get("keep_ratio", other.settings["keep_ratio"])
+            == other.settings["keep_ratio"]
+        ):
+            return other
+    return None
+
+
 def _times(one: Measurement, other: Measurement | None) -> str:
     return f"{one.speed_up(other):.2f}" if other is not None and other is not one else ""
 
@@ -50,11 +73,7 @@ def sweep_table(measurements: list[Measurement]) -> str:
     """Return the table of one sweep."""
     rows = []
     for one in measurements:
-        group = [
-            other
-            for other in measurements
-            if (other.prompt, other.concurrency) == (one.prompt, one.concurrency)
-        ]
+        group = [other for other in measurements if other.turn == one.turn]
         policy = one.settings["cache_policy"]
         same = _find(group, one, "baseline", policy, same=True) if one.program == "engine" else None
         scaled = f" (× {one.scale:g})" if one.scale > 1 else ""
@@ -69,6 +88,7 @@ def sweep_table(measurements: list[Measurement]) -> str:
                 _times(one, same),
                 _times(one, _find(group, one, "baseline", "none", same=False)),
                 _times(one, _find(group, one, "engine", "none", same=False)),
+                _times(one, _published(group, one)),
                 f"{one.peak_memory / MIB:,.0f}",
                 "" if one.accuracy is None else f"{one.accuracy:.0%}",
                 {None: "", True: "yes", False: "no"}[one.same_tokens],
@@ -76,7 +96,7 @@ def sweep_table(measurements: list[Measurement]) -> str:
         )
     head = (
         "prompt|at once|contender|settings|tokens/s|spread|× baseline, same policy|"
-        "× baseline none|× engine none|peak MiB|right|baseline's tokens"
+        "× baseline none|× engine none|× engine sparse|peak MiB|right|baseline's tokens"
     )
     return table(head.split("|"), rows)
 
