@@ -253,6 +253,7 @@ def _plots(folder: Path, measurements: list[Measurement], breakdowns: list[Job])
         return []
     matplotlib.use("Agg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    ticker: Any = importlib.import_module("matplotlib.ticker")
 
     files: list[Path] = []
 
@@ -273,14 +274,25 @@ def _plots(folder: Path, measurements: list[Measurement], breakdowns: list[Job])
         if not lines:
             continue
         figure, axes = pyplot.subplots(figsize=(6, 4))
+        # A colour a policy, dashed for the baseline.
+        policies = list(dict.fromkeys(name.partition(" ")[2] for name in lines))
         for name, points in lines.items():
             style = "--" if name.startswith("baseline") else "-"
-            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", label=name)
+            colour = f"C{policies.index(name.partition(' ')[2])}"
+            axes.plot(
+                *zip(*sorted(points), strict=True), style, marker="o", color=colour, label=name
+            )
         axes.set(xlabel=label, ylabel="tokens/s", xscale="log", yscale="log")
+        values = sorted({x for points in lines.values() for x, _ in points})
+        axes.minorticks_off()
+        axes.set_xticks(values, labels=[f"{value:,}" for value in values])
+        axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}")
         axes.legend()
         save(figure, sweep)
     bars = [
-        (f"{one['policy']} {kind}\n{step['num_requests']} requests", step["parts"])
+        (f"{one['policy']} {kind}\n{step['num_requests']} at once", step["parts"])
         for one in breakdowns
         for kind, step in one["kinds"].items()
     ]

@@ -42,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> dict[str, Any]:
-    return run_quick(folder)
+    return run_quick(folder, "--repeats", "1")
 
 
 def test_every_policy_is_compared(result: dict[str, Any]) -> None:
