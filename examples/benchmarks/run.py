@@ -13,6 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import report
+import schedules
 from breakdown import as_json
 from ceilings import floor_of, step_cost
 from checkpoints import FAMILIES, SIZES, checkpoint
@@ -23,6 +24,7 @@ from targets import (
     Scale,
     Target,
     baseline_contender,
+    beyond_contenders,
     block_step_cost,
     check_targets,
     engine_contender,
@@ -41,10 +43,13 @@ SWEEPS = (
     "keep",
     "block",
     "threshold",
+    "beyond",
     "breakdown",
     "memory",
     "ceilings",
 )
+#: Sweeps that run the embedded model.
+EMBEDDED_SWEEPS = ("threshold", "beyond")
 BASELINE_POLICIES = ("none", "dual", "sparse")
 
 
@@ -79,7 +84,7 @@ class Benchmark:
         """Return the programs to load, so that none loads while another is measured."""
         sweeps = set(self.arguments.sweeps)
         wanted = {
-            "engine": {"context", "concurrency", "keep", "block", "breakdown"},
+            "engine": {"context", "concurrency", "keep", "block", "beyond", "breakdown"},
             "baseline": {"context", "concurrency", "keep", "block"},
             "engine-in-process": {"breakdown", "memory"},
             "ceilings": {"ceilings"},
@@ -89,8 +94,7 @@ class Benchmark:
 
     @property
     def has_baseline(self) -> bool:
-        config = json.loads((self.session.model / "config.json").read_text(encoding="utf-8"))
-        return config["model_type"] == "llada" and not self.arguments.no_baseline
+        return not self.arguments.no_baseline
 
     def contenders(self, policies: list[str], **changes: object) -> list[Contender]:
         """Return the engine's policies and variants, and the baseline's."""
@@ -153,6 +157,40 @@ class Benchmark:
                 arguments.task_prompt,
                 contenders,
             )
+
+    def sweep_beyond(self) -> None:
+        """Schedules and windows beyond the published: speed, and right answers beside it."""
+        arguments, session = self.arguments, self.session
+        # A window that reaches the end of the response from its first block leaves nothing out.
+        behind = arguments.response - arguments.block_length
+        windows = schedules.windows([size for size in arguments.windows if size < behind])
+        tried = schedules.within_block() | schedules.intervals() | windows | arguments.variants
+        for length in arguments.prompts:
+            contenders = [engine_contender(session, policy) for policy in ("sparse", "dual")]
+            contenders += beyond_contenders(session, tried)
+            session.measure("beyond", contenders, session.prompts(length, 1))
+        # Of one block, where nothing lies behind it; and of four.
+        whole, quarter = RESPONSE, RESPONSE // 4
+        for kind in KINDS:
+            for block_length, tried in (
+                (whole, schedules.within_block() | arguments.variants),
+                (quarter, schedules.intervals() | schedules.windows([quarter])),
+            ):
+                for threshold, label in ((None, "one a step"), (0.9, "threshold 0.9")):
+                    changes = {"block_length": block_length, "threshold": threshold}
+                    contenders = [
+                        engine_contender(self.embedded, policy, **changes)
+                        for policy in ("none", "sparse", "dual")
+                    ]
+                    contenders += beyond_contenders(self.embedded, tried, **changes)
+                    measure_tasks(
+                        self.embedded,
+                        f"beyond, blocks of {block_length}, {label}",
+                        kind,
+                        arguments.tasks,
+                        arguments.task_prompt,
+                        contenders,
+                    )
 
     def sweep_breakdown(self) -> None:
         """What the engine's steps spend their time on."""
@@ -249,7 +287,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--targets", action="store_true", help="measure only the figures that must hold")
-    add("--sweeps", help=f"of {','.join(SWEEPS)} (default: all; quick: all but threshold)")
+    add(
+        "--sweeps",
+        help=f"of {','.join(SWEEPS)} (default: all; quick: those without the embedded model)",
+    )
     add("--quick", action="store_true", help="a tiny model and short runs: does it work?")
     add("--model", type=Path, help="a checkpoint; default: a random one")
     add("--family", choices=FAMILIES, default="llada", help="of the random one")
@@ -265,6 +306,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--sweep-prompt", type=int, help="sweeps keep and block (default: 1024)")
     add("--keep-ratios", type=_ratios, help="sweeps keep and threshold (0.1,0.3,0.5,0.7,1.0)")
     add("--block-lengths", type=_numbers, help="sweep block (default: 8,16,32,64)")
+    add("--windows", type=_numbers, help="suffix windows of sweep beyond (default: 64,256)")
     add("--thresholds", type=_ratios, default=[0.5, 0.7, 0.9])
     add("--tasks", type=int, help="tasks of a kind (default: 100)")
     add("--task-prompt", type=int, default=512)
@@ -289,6 +331,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         ("sweep_prompt", 64, 1024),
         ("block_lengths", [8], [8, 16, 32, 64]),
         ("keep_ratios", [0.5], [0.1, 0.3, 0.5, 0.7, 1.0]),
+        ("windows", [4], [64, 256]),
         ("tasks", 4, 100),
         ("response", 32, 128),
         ("block_length", 16, 32),
@@ -299,7 +342,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.breakdown_requests is None:
         arguments.breakdown_requests = sorted({1, max(arguments.concurrency)})
     arguments.variants = dict(arguments.variant)
-    default_sweeps = [name for name in SWEEPS if not (quick and name == "threshold")]
+    default_sweeps = [name for name in SWEEPS if not (quick and name in EMBEDDED_SWEEPS)]
     arguments.sweeps = arguments.sweeps.split(",") if arguments.sweeps else default_sweeps
     for name in arguments.sweeps:
         if name not in SWEEPS:
@@ -352,7 +395,7 @@ def main() -> None:
         if arguments.targets:
             session.prepare("engine", "baseline", "engine-in-process", "ceilings")
             embedded.prepare("engine")
-        elif "threshold" in arguments.sweeps:
+        elif set(EMBEDDED_SWEEPS) & set(arguments.sweeps):
             embedded.prepare("engine")
         benchmark = Benchmark(arguments, session, embedded)
         try:

@@ -20,11 +20,19 @@ BASELINE_SETTINGS = ("cache_policy", "block_length", "steps", "keep_ratio", "thr
 
 @dataclass(frozen=True)
 class Contender:
-    """A program and the settings of its requests, under a name."""
+    """A program and the settings of its requests, under a name.
+
+    Attributes:
+        name: In the report.
+        program: ``engine`` or ``baseline``.
+        settings: Of its requests.
+        num_requests: Prompts that it takes, the first ones; None for all.
+    """
 
     name: str
     program: str
     settings: Settings
+    num_requests: int | None = None
 
     @property
     def policy(self) -> str:
@@ -64,6 +72,7 @@ class Measurement:
 
     Attributes:
         sweep: What it was run for.
+        turn: Those of one sweep and one turn ran in turn on the same requests.
         contender: Its name.
         program: ``engine`` or ``baseline``.
         settings: Of its requests.
@@ -81,6 +90,7 @@ class Measurement:
     """
 
     sweep: str
+    turn: int
     contender: str
     program: str
     settings: Settings
@@ -116,7 +126,7 @@ class Measurement:
 
     def as_json(self) -> Job:
         names = (
-            "sweep contender program settings prompt response concurrency num_requests scale "
+            "sweep turn contender program settings prompt response concurrency num_requests scale "
             "seconds peak_memory cache_bytes accuracy same_tokens"
         )
         return {name: getattr(self, name) for name in names.split()} | {
@@ -142,6 +152,7 @@ class Session:
         self.max_num_seqs = max_num_seqs
         self.measurements: list[Measurement] = []
         self._logs = logs
+        self._turns = 0
         self._programs: dict[str, Program] = {}
 
     def __enter__(self) -> Session:
@@ -206,15 +217,17 @@ class Session:
         response = response or self.options.response
         self.prepare(*(contender.program for contender in contenders))
         jobs = [self._job(contender, prompts, response) for contender in contenders]
+        self._turns += 1
         results = [
             Measurement(
                 sweep,
+                self._turns,
                 contender.name,
                 contender.program,
                 contender.settings,
                 max(map(len, prompts)),
                 response,
-                len(prompts),
+                contender.num_requests or len(prompts),
                 len(job["prompts"]),
                 scale,
             )
@@ -247,6 +260,7 @@ class Session:
     ) -> tuple[Job, float]:
         options = self.options
         settings = dict(contender.settings)
+        prompts = prompts[: contender.num_requests]
         scale = 1.0
         if options.vanilla_steps and contender.policy == "none" and not settings.get("threshold"):
             num_blocks = -(-response // settings["block_length"])

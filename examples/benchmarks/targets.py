@@ -11,6 +11,7 @@ from typing import Any
 from breakdown import Breakdown, break_down, cache_bytes
 from ceilings import StepCost, floor_of, step_cost
 from programs import Job
+from schedules import EAGER, LATE_DELAY, late
 from session import Contender, Measurement, Session, Settings
 from tasks import KINDS, RESPONSE, Tasks
 
@@ -23,12 +24,15 @@ class Scale:
     medium: int = 1024
     long: int = 2048
     longest: int = 4096
+    several: int = 8
     requests: int = 16
     tasks: int = 100
     ceiling_seconds: float = 0.5
 
 
-QUICK = Scale(short=48, medium=64, long=96, longest=128, requests=4, tasks=4, ceiling_seconds=0.02)
+QUICK = Scale(
+    short=48, medium=64, long=96, longest=128, several=2, requests=4, tasks=4, ceiling_seconds=0.02
+)
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,9 @@ def check_targets(
     none = engine_contender(session, "none")
     figure = f"one request, prompt {scale.longest:,}"
     yield _speed_up(session, figure, scale.longest, 1, sparse, none, 15.0)
+    yield _at_once(session, scale.medium, scale.several)
+    for length in (scale.short, scale.medium, scale.long):
+        yield from _late(session, length)
     yield from _threshold(embedded, scale, variants)
     yield from _step(session, scale)
     yield _cache_bytes(session, scale.long)
@@ -124,6 +131,41 @@ def _speed_up(
     return Target(
         f"{figure}: {one.name} over {other.name}", bound, mine.speed_up(theirs), note=note
     )
+
+
+def _at_once(session: Session, length: int, num: int) -> Target:
+    """Return the throughput of several requests at once over that of one."""
+    settings = session.settings("sparse")
+    contenders = [
+        Contender(f"engine sparse, {count} at once", "engine", settings, count)
+        for count in (num, 1)
+    ]
+    several, one = session.measure("targets", contenders, session.prompts(length, num))
+    return Target(
+        f"{num} requests at once over one, prompt {length:,}, sparse: total throughput",
+        1.8,
+        several.speed_up(one),
+        note=f"{several.rate:.2f} and {one.rate:.2f} tokens/s",
+    )
+
+
+def _late(session: Session, length: int) -> Iterator[Target]:
+    """Yield late eviction over the published schedule and over ``dual``, measured together."""
+    name = f"late {LATE_DELAY}"
+    contenders = [
+        Contender(f"engine {name}", "engine", session.settings("sparse", **late(), keep_ratio=0.5)),
+        engine_contender(session, "sparse", keep_ratio=0.5),
+        engine_contender(session, "dual"),
+    ]
+    mine, *others = session.measure("targets", contenders, session.prompts(length, 1))
+    for other, bound in zip(others, (1.25, 1.0), strict=True):
+        yield Target(
+            f"one request, prompt {length:,}, keep 0.5: late eviction over {other.contender}",
+            bound,
+            mine.speed_up(other),
+            note=f"{mine.rate:.2f} and {other.rate:.2f} tokens/s; late: "
+            f"delay_steps 0, eviction_delay {LATE_DELAY}",
+        )
 
 
 def threshold_contenders(
@@ -152,6 +194,16 @@ def threshold_contenders(
     return contenders
 
 
+def beyond_contenders(
+    session: Session, tried: dict[str, Settings], **changes: Any
+) -> list[Contender]:
+    """Return ``sparse`` with settings on top, each under its name."""
+    return [
+        Contender(f"engine {name}", "engine", session.settings("sparse", **changes) | own)
+        for name, own in tried.items()
+    ]
+
+
 def measure_tasks(
     session: Session, sweep: str, kind: str, num: int, length: int, contenders: list[Contender]
 ) -> list[Measurement]:
@@ -166,8 +218,25 @@ def measure_tasks(
 
 
 def _threshold(session: Session, scale: Scale, variants: dict[str, Settings]) -> Iterator[Target]:
-    """Yield, for each kind of task, the best speed-up that costs at most one point."""
-    contenders = threshold_contenders(session, [0.9], [0.5, 0.7, 0.9, 1.0], variants)
+    """Yield, for each kind of task, figures on ``sparse`` with a threshold.
+
+    The best speed-up over ``none`` that costs at most one point, by any schedule and part kept;
+    and what late eviction gains at the same part kept.
+    """
+    keep_ratios = [0.5, 0.7, 0.9, 1.0]
+    # A response is one block, else, and a refresh has no other to serve.
+    halves = {"block_length": RESPONSE // 2}
+    schedules = {
+        "eager": EAGER,
+        f"late {LATE_DELAY}": late(),
+        f"late {LATE_DELAY}, interval 2, block {RESPONSE // 2}": late(refresh_interval=2) | halves,
+    }
+    tried = {
+        f"{name} {ratio:g}": settings | {"keep_ratio": ratio}
+        for name, settings in schedules.items()
+        for ratio in keep_ratios
+    }
+    contenders = threshold_contenders(session, [0.9], keep_ratios, tried | variants)
     for kind in KINDS:
         none, *others = measure_tasks(
             session, "targets", kind, scale.tasks, scale.short, contenders
@@ -183,7 +252,20 @@ def _threshold(session: Session, scale: Scale, variants: dict[str, Settings]) ->
             f"{m.contender.removeprefix('engine ')}: {m.speed_up(none):.1f} ×, {m.accuracy:.0%}"
             for m in sparse
         )
+        if best is not None:
+            note = f"best: {best.contender.removeprefix('engine ')}; {note}"
         yield Target(figure, 20.0, best.speed_up(none) if best else None, note=note)
+        by_name = {m.contender: m for m in sparse}
+        mine = by_name[f"engine late {LATE_DELAY} 0.5 t=0.9"]
+        other = by_name["engine sparse 0.5 t=0.9"]
+        yield Target(
+            f"embedded model, {kind}, prompt {scale.short:,}, threshold 0.9, keep 0.5: "
+            "late eviction over sparse",
+            1.6,
+            mine.speed_up(other),
+            note=f"{mine.rate:.1f} and {other.rate:.1f} tokens/s; right in {mine.accuracy:.0%} "
+            f"and {other.accuracy:.0%}",
+        )
 
 
 def block_step_cost(session: Session, settings: Settings, prompt: int, requests: int) -> StepCost:

@@ -17,12 +17,10 @@ from tests.e2e.server import ROOT, clean_environment
 SCRIPT = ROOT / "examples" / "benchmarks" / "run.py"
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run the quick mode and return where its report is."""
-    path = tmp_path_factory.mktemp("benchmark")
-    command = [sys.executable, str(SCRIPT), "--quick", "--output", str(path)]
-    command += ["--checkpoints", str(path / "checkpoints")]
+def run_quick(folder: Path, *options: str) -> dict[str, Any]:
+    """Run the quick mode and return its report, which is in the folder too."""
+    command = [sys.executable, str(SCRIPT), "--quick", "--output", str(folder), *options]
+    command += ["--checkpoints", str(folder / "checkpoints")]
     done = subprocess.run(
         command,
         cwd=ROOT,
@@ -34,12 +32,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-6000:]
-    return path
+    return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("benchmark")
 
 
 @pytest.fixture(scope="module")
 def result(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
+    return run_quick(folder, "--repeats", "1")
 
 
 def test_every_policy_is_compared(result: dict[str, Any]) -> None:
@@ -55,6 +58,18 @@ def test_both_give_the_same_tokens(result: dict[str, Any]) -> None:
     """In float32; so what is compared is the same work."""
     compared = [m for m in result["measurements"] if m["program"] == "engine"]
     assert compared and all(m["same_tokens"] is True for m in compared)
+
+
+def test_both_give_the_same_tokens_for_dream(tmp_path: Path) -> None:
+    result = run_quick(
+        tmp_path, "--family", "dream", "--sweeps", "context", "--prompts", "48", "--repeats", "1"
+    )
+    compared = {
+        m["settings"]["cache_policy"]: m["same_tokens"]
+        for m in result["measurements"]
+        if m["program"] == "engine"
+    }
+    assert compared == {"none": True, "dual": True, "sparse": True}
 
 
 def test_steps_are_broken_down(result: dict[str, Any]) -> None:
@@ -80,7 +95,7 @@ def test_memory_and_ceilings(result: dict[str, Any]) -> None:
     assert all(0 < one["floor"] < math.inf for one in result["floors"])
 
 
-def test_report(folder: Path) -> None:
+def test_report(folder: Path, result: dict[str, Any]) -> None:
     text = (folder / "benchmark.md").read_text(encoding="utf-8")
     for title in ("Context", "Concurrency", "Engine steps, ms", "KV memory", "Floors, ms"):
         assert f"## {title}" in text
