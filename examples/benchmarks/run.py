@@ -20,6 +20,8 @@ from checkpoints import FAMILIES, SIZES, checkpoint
 from programs import Job, num_cores
 from session import Contender, Options, Session, Settings
 from targets import (
+    GROUPS,
+    PROGRAMS,
     QUICK,
     Scale,
     Target,
@@ -71,7 +73,8 @@ class Benchmark:
         if self.arguments.targets:
             scale = QUICK if self.arguments.quick else Scale()
             variants = self.arguments.variants
-            for target in check_targets(self.session, self.embedded, scale, variants):
+            groups = self.arguments.only
+            for target in check_targets(self.session, self.embedded, scale, variants, groups):
                 self.targets.append(target)
                 print(f"  {target.figure}: {target.value} ({target.target})", flush=True)
             return
@@ -342,6 +345,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.breakdown_requests is None:
         arguments.breakdown_requests = sorted({1, max(arguments.concurrency)})
     arguments.variants = dict(arguments.variant)
+    arguments.only = arguments.only.split(",") if arguments.only else list(GROUPS)
+    for name in arguments.only:
+        if name not in GROUPS:
+            parser.error(f"--only must be of {', '.join(GROUPS)}, got {name}")
     default_sweeps = [name for name in SWEEPS if not (quick and name in EMBEDDED_SWEEPS)]
     arguments.sweeps = arguments.sweeps.split(",") if arguments.sweeps else default_sweeps
     for name in arguments.sweeps:
@@ -393,8 +400,10 @@ def main() -> None:
             )
         )
         if arguments.targets:
-            session.prepare("engine", "baseline", "engine-in-process", "ceilings")
-            embedded.prepare("engine")
+            needed = {name for group in arguments.only for name in PROGRAMS[group]}
+            session.prepare(*sorted(needed))
+            if "threshold" in arguments.only:
+                embedded.prepare("engine")
         elif set(EMBEDDED_SWEEPS) & set(arguments.sweeps):
             embedded.prepare("engine")
         benchmark = Benchmark(arguments, session, embedded)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,42 +75,80 @@ def baseline_contender(session: Session, policy: str, **changes: Any) -> Contend
     return Contender(f"baseline {policy}", "baseline", session.settings(policy, **changes))
 
 
+#: Groups of the targets, in the order in which they are measured.
+GROUPS = ("baseline", "batch", "none", "at-once", "late", "threshold", "step", "cache")
+#: The programs that each needs; `threshold` runs on the embedded model.
+PROGRAMS = {
+    "baseline": ("engine", "baseline"),
+    "batch": ("engine", "baseline"),
+    "none": ("engine",),
+    "at-once": ("engine",),
+    "late": ("engine",),
+    "threshold": (),
+    "step": ("engine-in-process", "ceilings"),
+    "cache": ("engine-in-process",),
+}
+
+
 def check_targets(
-    session: Session, embedded: Session, scale: Scale, variants: dict[str, Settings]
+    session: Session,
+    embedded: Session,
+    scale: Scale,
+    variants: dict[str, Settings],
+    groups: Collection[str] = GROUPS,
 ) -> Iterator[Target]:
-    """Measure all targets.
+    """Measure targets.
 
     Args:
         session: On the 200M checkpoint.
         embedded: On the embedded model.
         scale: Sizes of the workloads.
         variants: Further settings to try where a target is free in them.
+        groups: Which of `GROUPS`.
     """
+    figures: dict[str, Callable[[], Iterable[Target]]] = {
+        "baseline": lambda: _over_baseline(session, scale),
+        "batch": lambda: _batch_over_baseline(session, scale),
+        "none": lambda: _over_none(session, scale),
+        "at-once": lambda: [_at_once(session, scale.medium, scale.several)],
+        "late": lambda: _late_everywhere(session, scale),
+        "threshold": lambda: _threshold(embedded, scale, variants),
+        "step": lambda: _step(session, scale),
+        "cache": lambda: [_cache_bytes(session, scale.long)],
+    }
+    for group in GROUPS:
+        if group in groups:
+            yield from figures[group]()
+
+
+def _over_baseline(session: Session, scale: Scale) -> Iterator[Target]:
     sparse = engine_contender(session, "sparse")
-    slow_sparse = baseline_contender(session, "sparse")
-    for length, other, bound in (
-        (scale.medium, slow_sparse, 1.5),
-        (scale.long, baseline_contender(session, "none"), 20.0),
-    ):
+    for length, policy, bound in ((scale.medium, "sparse", 1.5), (scale.long, "none", 20.0)):
+        other = baseline_contender(session, policy)
         yield _speed_up(session, f"one request, prompt {length:,}", length, 1, sparse, other, bound)
+
+
+def _batch_over_baseline(session: Session, scale: Scale) -> Iterator[Target]:
     yield _speed_up(
         session,
         f"{scale.requests} requests, prompt {scale.short:,}, total throughput",
         scale.short,
         scale.requests,
-        sparse,
-        slow_sparse,
+        engine_contender(session, "sparse"),
+        baseline_contender(session, "sparse"),
         3.5,
     )
-    none = engine_contender(session, "none")
+
+
+def _over_none(session: Session, scale: Scale) -> Iterator[Target]:
+    sparse, none = engine_contender(session, "sparse"), engine_contender(session, "none")
     figure = f"one request, prompt {scale.longest:,}"
     yield _speed_up(session, figure, scale.longest, 1, sparse, none, 15.0)
-    yield _at_once(session, scale.medium, scale.several)
+
+
+def _late_everywhere(session: Session, scale: Scale) -> Iterator[Target]:
     for length in (scale.short, scale.medium, scale.long):
         yield from _late(session, length)
-    yield from _threshold(embedded, scale, variants)
-    yield from _step(session, scale)
-    yield _cache_bytes(session, scale.long)
 
 
 def _speed_up(
