@@ -290,6 +290,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--targets", action="store_true", help="measure only the figures that must hold")
+    add("--only", help=f"of those figures, some groups, of {','.join(GROUPS)} (default: all)")
     add(
         "--sweeps",
         help=f"of {','.join(SWEEPS)} (default: all; quick: those without the embedded model)",
