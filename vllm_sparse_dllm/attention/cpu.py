@@ -21,6 +21,20 @@ from vllm_sparse_dllm.attention.cpu_rows import RowAttention, RowPlan
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 
 
+class _Cells:
+    """Where the numbers of a head's part of a page lie.
+
+    Args:
+        numbers: ``[page_size, head_size]`` cell of each number.
+    """
+
+    def __init__(self, numbers: torch.Tensor) -> None:
+        self.numbers = numbers
+        plain = torch.arange(numbers.numel())
+        self.plain = torch.equal(numbers.flatten(), plain)
+        self.transposed = torch.equal(numbers.T.flatten(), plain)
+
+
 @dataclass(frozen=True)
 class _PagedPlan:
     query_start: torch.Tensor
@@ -102,14 +116,14 @@ class CPUBackend(AttentionBackend):
     ) -> None:
         self._write(self._pages[layer], keys, values, slots)
 
-    def _find_cells(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _find_cells(self) -> tuple[_Cells, _Cells]:
         """Find out where the kernel lays keys and values down within a head's part of a page.
 
         Its layout is its own affair and differs between instruction sets, so numbers are
         written and looked for.
 
         Returns:
-            ``[page_size, head_size]`` cells of keys, and of values.
+            Cells of keys, and of values.
         """
         page, size = self.page_size, self.shape.head_size
         numbers = torch.arange(page * size).view(page, 1, size)
@@ -122,18 +136,28 @@ class CPUBackend(AttentionBackend):
             for number, cells in enumerate(self._scratch):
                 found[number] += cells[0, 0].reshape(-1).long() * place
         self._scratch_pool.zero_()
-        keys, values = (torch.argsort(numbers).view(page, size) for numbers in found)
+        keys, values = (_Cells(torch.argsort(numbers).view(page, size)) for numbers in found)
         return keys, values
 
-    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        pages, offsets = slots // self.page_size, slots % self.page_size
-        keys, values = (
-            part.flatten(2)[pages.unsqueeze(-1), :, cells[offsets]].transpose(1, 2).contiguous()
-            for part, cells in zip(
-                self._pages[layer], (self._key_cells, self._value_cells), strict=True
-            )
-        )
-        return keys, values
+    def read_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        return self._read(self._pages[layer][0], self._key_cells, slots)
+
+    def read_values(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        return self._read(self._pages[layer][1], self._value_cells, slots)
+
+    def _read(self, part: torch.Tensor, cells: _Cells, slots: torch.Tensor) -> torch.Tensor:
+        page, size = self.page_size, self.shape.head_size
+        pages, offsets = slots // page, slots % page
+        # A gather of single numbers takes several times as long as these two.
+        if cells.plain:
+            return part[pages, :, offsets]
+        if cells.transposed:
+            pages, rows = torch.unique(pages, return_inverse=True)
+            whole = part.index_select(0, pages).view(len(pages), -1, size, page)
+            whole = whole.permute(0, 3, 1, 2).reshape(len(pages) * page, -1, size)
+            return whole.index_select(0, rows * page + offsets)
+        numbers = part.flatten(2)[pages.unsqueeze(-1), :, cells.numbers[offsets]]
+        return numbers.transpose(1, 2).contiguous()
 
     def plan_paged(
         self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray

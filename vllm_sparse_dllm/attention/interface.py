@@ -60,8 +60,12 @@ class AttentionBackend(ABC):
         """Write rotated keys and values ``[n, kv_heads, head_size]`` to slots ``[n]``."""
 
     @abstractmethod
-    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the keys and values ``[n, kv_heads, head_size]`` in slots ``[n]``."""
+    def read_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        """Return the keys ``[n, kv_heads, head_size]`` in slots ``[n]``."""
+
+    @abstractmethod
+    def read_values(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        """Return the values ``[n, kv_heads, head_size]`` in slots ``[n]``."""
 
     @abstractmethod
     def plan_paged(

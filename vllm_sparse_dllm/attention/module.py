@@ -128,7 +128,7 @@ class BidirectionalAttention(nn.Module):
         num_kept = 0
         kept = eviction.slots[:0]
         if eviction.selection.keep:
-            keys, values = backend.read(layer, eviction.slots)
+            keys = backend.read_keys(layer, eviction.slots)
             block_queries = q[first : first + eviction.num_tokens]
             everything = ((0, keys.shape[0]),)
             saliency = importance(block_queries, keys, everything, self.total_heads)
@@ -137,7 +137,7 @@ class BidirectionalAttention(nn.Module):
             backend.write(
                 layer,
                 keys.index_select(0, kept),
-                values.index_select(0, kept),
+                backend.read_values(layer, eviction.slots.index_select(0, kept)),
                 eviction.slots[:num_kept],
             )
         eviction.num_kept[layer] = num_kept

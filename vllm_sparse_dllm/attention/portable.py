@@ -45,9 +45,11 @@ class PortableBackend(AttentionBackend):
         self._slots[layer][0].index_copy_(0, slots, keys)
         self._slots[layer][1].index_copy_(0, slots, values)
 
-    def read(self, layer: int, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        keys, values = self._slots[layer]
-        return keys.index_select(0, slots), values.index_select(0, slots)
+    def read_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        return self._slots[layer][0].index_select(0, slots)
+
+    def read_values(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        return self._slots[layer][1].index_select(0, slots)
 
     def plan_paged(
         self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
