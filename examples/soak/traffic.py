@@ -231,6 +231,8 @@ def _presentation(rng: random.Random, path: str, body: Body, xargs: Body) -> Non
             body |= {"logprobs": True, "top_logprobs": rng.choice((0, 2))}
     elif path == "completions" and isinstance(body["prompt"], str) and rng.random() < 0.1:
         body["echo"] = True
+        # Beside the prompt's ids vLLM leaves out its text.
+        del body["return_token_ids"]
 
 
 #: Set by `learn`.

@@ -75,14 +75,23 @@ def check_odd_values(server: Server, every: int = 1) -> None:
     ):
         good = {**small, **question}
         fields = schemas[name]["properties"]
-        requests += [(path, {**good, field: value}) for field in fields for value in ODD]
+        requests += [
+            (path, {**good, field: value})
+            for field in fields
+            for value in ODD
+            # vLLM's own validator of this field takes for granted that it is an object, and
+            # answers 500 where it is not; the request gets no further.
+            if field != "structured_outputs" or isinstance(value, dict)
+        ]
         requests += [
             (path, {**good, "vllm_xargs": {REQUEST_PREFIX + field: value}})
             for field in FIELDS
             for value in ODD
         ]
     with ThreadPoolExecutor(16) as clients:
-        list(clients.map(lambda request: _send(server, *request), requests[::every]))
+        found = clients.map(lambda request: _problem(server, *request), requests[::every])
+        problems = [problem for problem in found if problem]
+    assert not problems, f"{len(problems)} of {len(requests[::every])}:\n" + "\n".join(problems)
     assert server.healthy()
 
 
@@ -131,9 +140,17 @@ def _check(
     assert server.healthy()
 
 
+def _problem(server: Server, path: str, body: Any) -> str | None:
+    try:
+        _send(server, path, body)
+    except (AssertionError, httpx.TransportError) as error:
+        return f"{body!r}: {error!r}"
+    return None
+
+
 def _send(server: Server, path: str, body: Any) -> None:
     # Not httpx's encoder, which refuses NaN and halves of surrogate pairs.
     content = b"" if isinstance(body, NotSet) else json.dumps(body, default=repr).encode()
-    headers = {"Content-Type": "application/json"}
+    headers = {"Content-Type": "application/json", "Connection": "close"}
     response = server.client.post(path, content=content, headers=headers)
     check_response(body, response)

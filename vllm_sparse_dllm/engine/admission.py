@@ -73,19 +73,20 @@ def check_sampling(sampling: SamplingParams) -> None:
             )
 
 
-def _check_transport(sampling: SamplingParams) -> None:
+def _check_transport(request: EngineCoreRequest, sampling: SamplingParams) -> None:
     """Refuse what vLLM's messages between its processes cannot hold.
 
     vLLM finds out when it sends a request to the engine: that is HTTP 500, and the front end
     keeps the request for ever.
 
     Raises:
-        RequestError: Naming the parameter, its value and what is allowed.
+        RequestError: Naming the field, its value and what is allowed.
     """
-    if _fits_message(sampling):
+    texts = {"request_id": request.request_id, "session_id": request.session_id}
+    if _fits_message([*texts.values(), sampling]):
         return
-    for name in SamplingParams.__struct_fields__:
-        value = getattr(sampling, name)
+    fields = {name: getattr(sampling, name) for name in SamplingParams.__struct_fields__}
+    for name, value in (texts | fields).items():
         if not _fits_message(value):
             raise RequestError(
                 f"{name} must hold integers from -2**63 to 2**64 - 1 and valid Unicode only, "
@@ -117,7 +118,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         raise RequestError("prompt_embeds is not supported by diffusion models")
     if request.resumable:
         raise RequestError("streaming input is not supported by diffusion models")
-    _check_transport(sampling)
+    _check_transport(request, sampling)
     vocab_size = vllm_config.model_config.get_vocab_size()
     for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
         if not 0 <= token_id < vocab_size:
