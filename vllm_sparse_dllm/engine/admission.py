@@ -15,6 +15,7 @@ import reprlib
 from collections.abc import Mapping
 from typing import Any
 
+import msgspec
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams, SamplingParams
@@ -72,6 +73,38 @@ def check_sampling(sampling: SamplingParams) -> None:
             )
 
 
+def _check_transport(request: EngineCoreRequest, sampling: SamplingParams) -> None:
+    """Refuse what vLLM's messages between its processes cannot hold.
+
+    vLLM finds out when it sends a request to the engine: that is HTTP 500, and the front end
+    keeps the request for ever.
+
+    Raises:
+        RequestError: Naming the field, its value and what is allowed.
+    """
+    texts = {"request_id": request.request_id, "session_id": request.session_id}
+    if _fits_message([*texts.values(), sampling]):
+        return
+    fields = {name: getattr(sampling, name) for name in SamplingParams.__struct_fields__}
+    for name, value in (texts | fields).items():
+        if not _fits_message(value):
+            raise RequestError(
+                f"{name} must hold integers from -2**63 to 2**64 - 1 and valid Unicode only, "
+                f"got {reprlib.repr(value)}",
+                parameter=name,
+                value=reprlib.repr(value),
+            )
+
+
+def _fits_message(value: Any) -> bool:
+    try:
+        # Types are vLLM's concern; what is unknown here becomes null.
+        msgspec.msgpack.encode(value, enc_hook=lambda _: None)
+    except (OverflowError, UnicodeEncodeError):
+        return False
+    return True
+
+
 def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
     """Refuse a request that cannot run.
 
@@ -85,6 +118,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         raise RequestError("prompt_embeds is not supported by diffusion models")
     if request.resumable:
         raise RequestError("streaming input is not supported by diffusion models")
+    _check_transport(request, sampling)
     vocab_size = vllm_config.model_config.get_vocab_size()
     for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
         if not 0 <= token_id < vocab_size:
