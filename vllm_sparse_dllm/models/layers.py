@@ -110,7 +110,11 @@ class Rotary(nn.Module):
         if self.full_precision and qk.dtype != torch.float32:
             # Copied as one, there and back.
             wide = qk.float()
-            self.rope(positions, *wide.split(sizes, dim=-1))
+            q, k = wide.split(sizes, dim=-1)
+            rotated = self.rope(positions, q, k)
+            if rotated[0] is not q:
+                # Some of vLLM's implementations (`custom_ops`) do not rotate in place.
+                wide = torch.cat(rotated, dim=-1)
             q, k = wide.to(qk.dtype).split(sizes, dim=-1)
             return q, k
         q, k = self.rope(positions, *qk.split(sizes, dim=-1))
