@@ -153,8 +153,8 @@ class CPUBackend(AttentionBackend):
             return part[pages, :, offsets]
         if cells.transposed:
             pages, rows = torch.unique(pages, return_inverse=True)
-            whole = part.index_select(0, pages).view(len(pages), -1, size, page)
-            whole = whole.permute(0, 3, 1, 2).reshape(len(pages) * page, -1, size)
+            whole = part.index_select(0, pages).view(len(pages), part.shape[1], size, page)
+            whole = whole.permute(0, 3, 1, 2).reshape(len(pages) * page, part.shape[1], size)
             return whole.index_select(0, rows * page + offsets)
         numbers = part.flatten(2)[pages.unsqueeze(-1), :, cells.numbers[offsets]]
         return numbers.transpose(1, 2).contiguous()
