@@ -161,6 +161,10 @@ def test_curl(block: Block, port: int) -> None:
         timeout=120,
         check=True,
     )
+    regex = re.search(r'"regex": "(.*)"', block.text)
+    if regex is not None:
+        assert re.fullmatch(regex[1], _answer(done.stdout)), done.stdout
+        return
     expected = "name49 file18" if "name49" in block.text else "file name object list"
     assert _answer(done.stdout) == expected, done.stdout
 

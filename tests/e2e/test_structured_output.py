@@ -365,9 +365,14 @@ def test_a_stop_string_cuts_where_it_says(llm: LLM) -> None:
         ({"json": {"type": "array", "uniqueItems": True}}, {}, "uniqueItems"),
         ({"json": "{"}, {}, "(?i)invalid"),
         (
-            {"json": {"type": "integer", "minimum": 10**40, "maximum": 10**41}},
+            {"json": json.dumps({"type": "integer", "minimum": 10**40, "maximum": 10**41})},
             {},
             "minimum in .* got 1000",
+        ),
+        (
+            {"json": {"type": "integer", "minimum": 10**40, "maximum": 10**41}},
+            {},
+            r"structured_outputs must hold integers from -2\*\*63",
         ),
         ({"json": '{"items": {"type": "integer", "maximum": 1e30}}'}, {}, r"maximum .* got 1e\+30"),
         ({"choice": []}, {}, "empty list"),
