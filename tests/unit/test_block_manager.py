@@ -59,31 +59,14 @@ class Pages(RuleBasedStateMachine):
     def free_pages(self) -> int:
         return self.manager.block_pool.get_num_free_blocks()
 
-    @rule(target=holders, num_pages=st.integers(0, 45))
-    def reserve(self, num_pages: int) -> str:
+    @rule(target=holders)
+    def arrive(self) -> str:
         request_id = f"r{self.next_id}"
         self.next_id += 1
-        before = self.free_pages
-        pages = self.manager.reserve(request_id, num_pages)
-        if num_pages > before:
-            assert pages is None
-            assert self.free_pages == before
-        else:
-            assert pages is not None and len(pages) == num_pages
-            assert self.free_pages == before - num_pages
-        self.held[request_id] = pages or []
+        self.held[request_id] = []
         return request_id
 
     @rule(request_id=holders, num_pages=st.integers(0, 45))
-    def reserve_again(self, request_id: str, num_pages: int) -> None:
-        """Who holds pages gets no second share; who holds none may try again."""
-        if self.held[request_id]:
-            with pytest.raises(ValueError, match=f"request {request_id} holds pages already"):
-                self.manager.reserve(request_id, num_pages)
-        else:
-            self.held[request_id] = self.manager.reserve(request_id, num_pages) or []
-
-    @rule(request_id=holders, num_pages=st.integers(0, 30))
     def grow(self, request_id: str, num_pages: int) -> None:
         """Further pages come behind those held, all of them or none."""
         before = self.free_pages
@@ -141,7 +124,7 @@ class Pages(RuleBasedStateMachine):
         assert not any(self.manager.req_to_blocks.values())
         assert all(block.ref_cnt == 0 for block in self.manager.block_pool.blocks[1:])
         # Nothing is lost: one request can have the whole pool.
-        pages = self.manager.reserve("all", self.total)
+        pages = self.manager.grow("all", self.total)
         assert sorted(pages or []) == [
             block.block_id for block in self.manager.block_pool.blocks if not block.is_null
         ]
@@ -154,23 +137,23 @@ TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=
 def test_a_request_without_pages_is_no_holder() -> None:
     """Policy ``none`` keeps nothing, and may be admitted again after a preemption."""
     manager = make_manager(4)
-    assert manager.reserve("a", 0) == []
+    assert manager.grow("a", 0) == []
     assert manager.held_pages("a") == 0
     manager.free("a")
-    assert manager.reserve("a", 3) is not None
+    assert manager.grow("a", 3) is not None
 
 
-def test_a_failed_reservation_leaves_nothing_behind() -> None:
+def test_a_first_share_that_fails_leaves_nothing_behind() -> None:
     manager = make_manager(4)
-    assert manager.reserve("a", 4) is None
+    assert manager.grow("a", 4) is None
     assert manager.held_pages("a") == 0
-    assert manager.reserve("a", 3) is not None
-    assert manager.reserve("b", 1) is None
+    assert manager.grow("a", 3) is not None
+    assert manager.grow("b", 1) is None
 
 
 def test_a_failed_growth_changes_nothing() -> None:
     manager = make_manager(6)
-    first = manager.reserve("a", 2)
+    first = manager.grow("a", 2)
     assert manager.grow("a", 4) is None
     assert manager.held_pages("a") == 2
     more = manager.grow("a", 3)
@@ -181,7 +164,7 @@ def test_a_failed_growth_changes_nothing() -> None:
     manager.shrink("a", 2)
     assert [page.block_id for page in manager.req_to_blocks["a"]] == first
     manager.shrink("a", 0)
-    assert manager.reserve("a", 5) is not None  # who holds none may come again
+    assert manager.grow("a", 5) is not None  # who holds none may come again
 
 
 def test_no_prefix_is_ever_shared() -> None:
@@ -192,7 +175,7 @@ def test_no_prefix_is_ever_shared() -> None:
     assert (hits, length) == (([],), 0)
     assert manager.get_num_common_prefix_blocks("a") == 0
     assert manager.get_num_skipped_tokens(100) == 0
-    assert manager.reserve("a", 1) is not None
+    assert manager.grow("a", 1) is not None
 
 
 def test_spec_asks_for_the_slots_of_one_request_and_at_least_one_page() -> None:

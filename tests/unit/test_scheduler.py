@@ -275,11 +275,12 @@ class World:
         before, head = self.running, next(iter(self.waiting), None)
         queue = self._admission_order()
         # Whoever has a peak now, and whoever comes to one before the head is admitted.
-        peaks = sum(self.specs[request_id].peak_pages for request_id in before)
-        fits = (
-            head is not None
-            and peaks + self.specs[head].peak_pages <= scheduler.block_manager.num_pages
-        )
+        company = [self.specs[request_id] for request_id in [*before, *([head] if head else [])]]
+        peaks = sum(spec.peak_pages for spec in company)
+        # The least that there must be room for: one peak at a time.
+        extra = max((spec.peak_pages - spec.num_pages for spec in company), default=0)
+        least = sum(spec.num_pages for spec in company) + extra
+        num_pages = scheduler.block_manager.num_pages
         seats = len(before) < scheduler.max_num_running_reqs
 
         output = scheduler.schedule()
@@ -297,7 +298,8 @@ class World:
             assert bool(scheduled) == bool(self.running)  # no step is wasted
             self._count_waits(before, scheduled)
             if scheduler.pause_state is PauseState.UNPAUSED:
-                self._count_head_waits(head, head in new, fits and seats, len(before))
+                bound = len(before) + 1 if peaks <= num_pages else self._turns_at_the_peak
+                self._count_head_waits(head, head in new, least <= num_pages and seats, bound)
         if scheduler.pause_state is not PauseState.UNPAUSED:
             assert not new
         self._check_pages(scheduled, new)
@@ -329,28 +331,35 @@ class World:
             self.passed_over[request_id] += 1
             wait = self.passed_over[request_id]
             if self.scheduler.tracked[request_id].missing_pages:
-                # In one turn of everybody each peak comes a step nearer to its end; who is
-                # ahead may have a peak first.
-                seats = self.scheduler.max_num_running_reqs + 1
-                longest = max(spec.peak_runs for spec in self.specs.values())
                 self.longest_wait_for_pages = max(self.longest_wait_for_pages, wait)
-                assert wait <= seats * (1 + longest * (seats + 1))
+                assert wait <= self._turns_at_the_peak
                 continue
             if wait == 1:  # the other running requests, and the waiting head
                 self.bounds[request_id] = len(before) - 1 + 1
             self.longest_wait = max(self.longest_wait, wait)
             assert wait <= self.bounds[request_id]
 
+    @property
+    def _turns_at_the_peak(self) -> int:
+        """The longest wait for pages that others need for a time only, in steps.
+
+        In one turn of everybody each peak comes a step nearer to its end; who is ahead may have
+        a peak first.
+        """
+        seats = self.scheduler.max_num_running_reqs + 1
+        longest = max(spec.peak_runs for spec in self.specs.values())
+        return seats * (1 + longest * (seats + 1))
+
     def _count_head_waits(
-        self, head: str | None, admitted: bool, admissible: bool, num_running: int
+        self, head: str | None, admitted: bool, admissible: bool, longest: int
     ) -> None:
-        """A head with pages and a seat waits one step to be seen, and one for each running."""
+        """Where there is room for all peaks, one step to be seen and one for each running."""
         last, waits, bound = self.head_waits
         if head is None or admitted or not admissible:
             self.head_waits = (None, 0, 0)
             return
         if head != last:
-            waits, bound = 0, num_running + 1
+            waits, bound = 0, longest
         self.head_waits = (head, waits + 1, bound)
         assert waits + 1 <= bound
 
@@ -690,6 +699,38 @@ def test_nobody_takes_pages_before_one_that_waits_for_its_peak() -> None:
     while small not in world.running:
         world.step()
         assert small in world.running or not world.runner.states[second].cache_is_whole
+    world.drain()
+
+
+def test_who_needs_no_pages_does_not_wait_for_them() -> None:
+    world = World(num_pages=10, budget=600)
+    first = world.add(Spec(prompt=176, response=16, settings=late(eviction_delay=5)))
+    while first not in world.runner.states or not world.runner.states[first].cache_is_whole:
+        world.step()
+    second = world.add(Spec(prompt=176, response=16, settings=late(delay_steps=0)))
+    world.step()
+    assert world.waiting == [second]  # 6 pages are taken, 6 more are needed
+    world.abort(second)
+    third = world.add(Spec(prompt=176, response=16, settings=late()))
+    world.step()
+    free = world.add(Spec(prompt=10, response=8, settings={"cache_policy": "none"}))
+    world.step()
+    assert world.running == [first, third, free]
+    world.drain()
+
+
+def test_the_head_has_pages_before_those_who_came_to_their_peak_later() -> None:
+    """Each block is at the peak from its first to its last step; all take turns."""
+    own = late(delay_steps=0, eviction_delay=7)
+    spec = Spec(prompt=176, response=64, settings=own)
+    assert (spec.num_pages, spec.peak_pages) == (2, 8)
+    world = World(num_pages=2 + 2 + 2 + 6, budget=600)
+    names = [world.add(spec) for _ in range(3)]
+    # The first one waited longer for its second block than the last one for its first.
+    for _ in range(4 * 8):
+        world.step()
+    assert world.running == names
+    assert [world.runner.states[name].progress.block for name in names] == [2, 1, 1]
     world.drain()
 
 

@@ -51,27 +51,8 @@ class SparseBlockManager(SingleTypeKVCacheManager):
     depends on all of its request.
     """
 
-    def reserve(self, request_id: str, num_pages: int) -> list[int] | None:
-        """Give a request its pages.
-
-        Args:
-            request_id: A request that holds none.
-            num_pages: Pages for its whole life.
-
-        Returns:
-            Page ids, or None if the pool has too few free pages now.
-        """
-        if self.req_to_blocks.get(request_id):
-            raise ValueError(f"request {request_id} holds pages already")
-        if num_pages > self.num_free_pages:
-            return None
-        pages = self.block_pool.get_new_blocks(num_pages)
-        if pages:
-            self.req_to_blocks[request_id] = pages
-        return [page.block_id for page in pages]
-
     def grow(self, request_id: str, num_pages: int) -> list[int] | None:
-        """Give a request further pages.
+        """Give a request pages beyond those it holds.
 
         Returns:
             Ids of the new pages, or None if the pool has too few free pages now.

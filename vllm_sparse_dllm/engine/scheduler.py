@@ -7,6 +7,9 @@ ahead in the next; at the head it has the whole budget, which admission made sur
 So no request waits more steps than there are requests ahead of it, whatever they run. The head
 of the waiting queue takes part in the same order, from the step on in which it was first passed
 over, so that running requests cannot keep it out, nor newcomers starve the running.
+
+Pages that a request needs for a time only (late eviction) are given out in the same order: who
+lacks pages has the next ones that come free, and until then only those run that need none.
 """
 
 from __future__ import annotations
@@ -84,7 +87,7 @@ class Tracked:
 
     @property
     def missing_pages(self) -> int:
-        """Pages that it lacks for its next step."""
+        """Pages that it lacks for its next step, beyond those it always holds."""
         return self.extra_pages if self.kind is StepKind.REFRESH else 0
 
 
@@ -107,6 +110,8 @@ class DiffusionScheduler(Scheduler):
         self.tracked: dict[str, Tracked] = {}
         # Step since which the head of the waiting queue, whoever it is, is passed over.
         self._head_ticket: int | None = None
+        # Whether somebody lacked pages in this step.
+        self._pages_are_spoken_for = False
         self._scheduled_at = 0.0
         # Of the last step; until one was measured, steps are run one at a time.
         self._step_seconds = _BURST_SECONDS
@@ -145,8 +150,7 @@ class DiffusionScheduler(Scheduler):
         admitted: list[NewRequestData] = []
         num_tokens: dict[str, int] = {}
         new_pages: dict[str, list[int]] = {}
-        # Who lacks pages for a refresh is next to get some: until then nobody else takes any.
-        pages_are_spoken_for = False
+        self._pages_are_spoken_for = False
         if self._pause_state != PauseState.PAUSED_ALL:
             # Python's sort is stable: among equals, the order of admission.
             queue = sorted(self.running, key=lambda r: self.tracked[r.request_id].last_served)
@@ -161,35 +165,27 @@ class DiffusionScheduler(Scheduler):
                 if cost > budget:
                     continue
                 if request is head:
-                    new = None if pages_are_spoken_for else self._admit(request, now)
+                    new = self._admit(request, now)
                     if new is None:
                         continue
                     admitted.append(new)
                 else:
-                    if tracked.missing_pages:
-                        pages = None
-                        if not pages_are_spoken_for:
-                            pages = self.block_manager.grow(
-                                request.request_id, tracked.missing_pages
-                            )
-                        if pages is None:
-                            pages_are_spoken_for = True
-                            continue
+                    pages = self._take_pages(request, tracked.missing_pages)
+                    if pages is None:
+                        continue
+                    if pages:
                         new_pages[request.request_id] = pages
                     scheduled.append(request)
                 num_tokens[request.request_id] = cost
                 budget -= cost
-            waits_for = "pages" if pages_are_spoken_for else "max_num_seqs"
-            while not pages_are_spoken_for and (head := self._waiting_head()) is not None:
+            waits_for = "max_num_seqs"
+            while (head := self._waiting_head()) is not None:
                 cost = self.tracked[head.request_id].cost
-                if cost > budget:
+                new = None if cost > budget else self._admit(head, now)
+                if new is None:
                     if self._head_ticket is None:
                         self._head_ticket = self.current_step
-                    waits_for = "token_budget"
-                    break
-                new = self._admit(head, now)
-                if new is None:
-                    waits_for = "pages"
+                    waits_for = "token_budget" if cost > budget else "pages"
                     break
                 admitted.append(new)
                 num_tokens[head.request_id] = cost
@@ -268,6 +264,19 @@ class DiffusionScheduler(Scheduler):
         self.deferred_waiting.discard(request)
         return True
 
+    def _take_pages(self, request: Request, num_pages: int) -> list[int] | None:
+        """Give a request further pages, None if there are too few or others have a right to them.
+
+        Who gets none is next: whoever is asked for later in this step takes none either.
+        """
+        if not num_pages:
+            return []
+        if self._pages_are_spoken_for:
+            return None
+        pages = self.block_manager.grow(request.request_id, num_pages)
+        self._pages_are_spoken_for = pages is None
+        return pages
+
     def _admit(self, request: Request, now: float) -> NewRequestData | None:
         """Give a waiting request its pages, None if there are too few.
 
@@ -282,8 +291,7 @@ class DiffusionScheduler(Scheduler):
         needed = held + tracked.num_pages + max(peak, tracked.extra_pages)
         if needed > self.block_manager.num_pages:
             return None
-        num_pages = tracked.num_pages + tracked.missing_pages
-        pages = self.block_manager.reserve(request.request_id, num_pages)
+        pages = self._take_pages(request, tracked.num_pages + tracked.missing_pages)
         if pages is None:
             return None
         if request is self.waiting.peek_request():
