@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 
-from tests.engines import sampling
+from tests.engines import sampling, scheduler_of
 from tests.reference import Model, generate
 
 POLICIES = ("none", "prefix", "dual", "sparse")
@@ -54,6 +54,38 @@ class Case:
         return generate(
             model, self.prompt, self.max_tokens, page=page, generator=generator, **self.options
         )
+
+
+def run_staggered(
+    llm: LLM, cases: list[Case], rng: random.Random, preempt: bool = False
+) -> list[list[int]]:
+    """Add requests while others run, a random number of steps apart.
+
+    Args:
+        llm: An engine in this process.
+        cases: What to run.
+        rng: Decides on order and times.
+        preempt: Throw all running requests out now and then.
+
+    Returns:
+        Response ids of each case.
+    """
+    engine, scheduler = llm.llm_engine, scheduler_of(llm)
+    waiting = list(enumerate(cases))
+    rng.shuffle(waiting)
+    results: dict[str, list[int]] = {}
+    while waiting or engine.has_unfinished_requests():
+        for _ in range(rng.randint(0, 2)):
+            if waiting:
+                number, case = waiting.pop()
+                engine.add_request(str(number), {"prompt_token_ids": case.prompt}, case.sampling())
+        for _ in range(rng.randint(1, 4)):
+            for output in engine.step():
+                if output.finished:
+                    results[output.request_id] = list(output.outputs[0].token_ids)
+        if preempt and rng.random() < 0.1:
+            scheduler.reset_prefix_cache(reset_running_requests=True)
+    return [results[str(number)] for number in range(len(cases))]
 
 
 def random_prompt(rng: random.Random, length: int, vocab: int) -> list[int]:

@@ -38,6 +38,33 @@ def clean_environment(**extra: str) -> dict[str, str]:
     return {**kept, "OMP_WAIT_POLICY": "PASSIVE", **extra}
 
 
+def run_program(
+    command: list[str], timeout: float = 900, environment: dict[str, str] | None = None
+) -> str:
+    """Run a program of this checkout to its end, which must be a good one.
+
+    Args:
+        command: The program and its arguments.
+        timeout: Its time in seconds.
+        environment: Its environment, `clean_environment` by default.
+
+    Returns:
+        What it printed, errors too.
+    """
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        env=environment or clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
 def serve_command(model: str | Path) -> list[str]:
     """Return ``vllm serve MODEL``."""
     return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]

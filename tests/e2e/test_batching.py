@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from vllm import LLM
 
-from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases
+from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases, run_staggered
 from tests.engines import count_forwards, generate, running_engine, sampling, scheduler_of
 from tests.reference import write_checkpoint
 
@@ -54,24 +54,6 @@ def _pool_is_whole(llm: LLM) -> bool:
     )
 
 
-def _run_staggered(llm: LLM, cases: list[Case], rng: random.Random) -> dict[str, list[int]]:
-    """Add requests while others run, a random number of steps apart."""
-    engine = llm.llm_engine
-    waiting = list(enumerate(cases))
-    rng.shuffle(waiting)
-    results: dict[str, list[int]] = {}
-    while waiting or engine.has_unfinished_requests():
-        for _ in range(rng.randint(0, 2)):
-            if waiting:
-                number, case = waiting.pop()
-                engine.add_request(str(number), {"prompt_token_ids": case.prompt}, case.sampling())
-        for _ in range(rng.randint(1, 4)):
-            for output in engine.step():
-                if output.finished:
-                    results[output.request_id] = list(output.outputs[0].token_ids)
-    return results
-
-
 @pytest.mark.parametrize("model", ["llada", "dream"])
 def test_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, str], model: str) -> None:
     cases = _mixed_cases(model)
@@ -82,14 +64,14 @@ def test_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, str], model: s
     with running_engine(checkpoints[model]) as llm:
         together = generate(llm, prompts, params)
         single = [generate(llm, [p], [s])[0] for p, s in zip(prompts[:4], params[:4], strict=True)]
-        staggered = _run_staggered(llm, cases, random.Random(3))
+        staggered = run_staggered(llm, cases, random.Random(3))
         assert _pool_is_whole(llm)
     # A budget that holds one full forward at a time.
     with running_engine(checkpoints[model], max_num_batched_tokens=640) as llm:
         crowded = generate(llm, prompts, params)
     assert together == alone
     assert single == alone[:4]
-    assert [staggered[str(number)] for number in range(len(cases))] == alone
+    assert staggered == alone
     assert crowded == alone
 
 
@@ -200,9 +182,7 @@ def test_bursts_change_no_token(
     expected = generate(llada, prompts, params)
     monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
     assert generate(llada, prompts, params) == expected
-    assert _run_staggered(llada, cases, random.Random(1)) == {
-        str(number): tokens for number, tokens in enumerate(expected)
-    }
+    assert run_staggered(llada, cases, random.Random(1)) == expected
 
 
 def test_a_burst_ends_with_its_block(llada: LLM, monkeypatch: pytest.MonkeyPatch) -> None:

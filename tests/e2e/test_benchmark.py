@@ -5,14 +5,13 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.server import ROOT, clean_environment
+from tests.e2e.server import ROOT, run_program
 
 SCRIPT = ROOT / "examples" / "benchmarks" / "run.py"
 
@@ -21,17 +20,7 @@ def run_quick(folder: Path, *options: str) -> dict[str, Any]:
     """Run the quick mode and return its report, which is in the folder too."""
     command = [sys.executable, str(SCRIPT), "--quick", "--output", str(folder), *options]
     command += ["--checkpoints", str(folder / "checkpoints")]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
+    run_program(command)
     return json.loads((folder / "benchmark.json").read_text(encoding="utf-8"))
 
 

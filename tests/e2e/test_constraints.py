@@ -14,7 +14,7 @@ from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
 from vllm.sampling_params import BeamSearchParams
 
-from tests.e2e.cases import Case, constrained_cases, drawn_cases, greedy_cases
+from tests.e2e.cases import Case, constrained_cases, drawn_cases, greedy_cases, run_staggered
 from tests.e2e.parameters import ACCEPTED, ACCEPTED_OFFLINE, REFUSED_OFFLINE
 from tests.engines import count_forwards, generate, running_engine, sampling, scheduler_of
 from tests.reference import Model, load, write_checkpoint
@@ -119,26 +119,6 @@ def _mixed(mask: int) -> list[Case]:
     return [*own, *random.Random(5).sample(drawn_cases(42, VOCAB, guided=True), 4)]
 
 
-def _run(llm: LLM, cases: list[Case], rng: random.Random, preempt: bool) -> list[list[int]]:
-    """Add requests while others run; where asked for, throw all running ones out now and then."""
-    engine, scheduler = llm.llm_engine, scheduler_of(llm)
-    waiting = list(enumerate(cases))
-    rng.shuffle(waiting)
-    results: dict[str, list[int]] = {}
-    while waiting or engine.has_unfinished_requests():
-        for _ in range(rng.randint(0, 2)):
-            if waiting:
-                number, case = waiting.pop()
-                engine.add_request(str(number), {"prompt_token_ids": case.prompt}, case.sampling())
-        for _ in range(rng.randint(1, 4)):
-            for output in engine.step():
-                if output.finished:
-                    results[output.request_id] = list(output.outputs[0].token_ids)
-        if preempt and rng.random() < 0.1:
-            scheduler.reset_prefix_cache(reset_running_requests=True)
-    return [results[str(number)] for number in range(len(cases))]
-
-
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
 @pytest.mark.parametrize("preempt", [False, True])
 def test_company_bursts_and_preemption_change_no_token(
@@ -151,7 +131,7 @@ def test_company_bursts_and_preemption_change_no_token(
     monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
     cases = _mixed(reference.mask_id)
     alone = [generate(llada, [case.prompt], [case.sampling()])[0] for case in cases]
-    assert _run(llada, cases, random.Random(6), preempt) == alone
+    assert run_staggered(llada, cases, random.Random(6), preempt) == alone
 
 
 def test_few_logits_at_a_time_change_no_token(

@@ -13,7 +13,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -25,7 +24,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.e2e.server import ROOT, clean_environment, free_port, run_program
+
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 _FENCE = re.compile(r"(?:<!-- ([^>]*) -->\n)?```(bash|python)\n(.*?)```", re.DOTALL)
 
@@ -54,23 +54,13 @@ COMMANDS = [block for block in _RUN if block not in CURLS + BENCHMARKS]
 
 def environment() -> dict[str, str]:
     """Return the environment of a shell in which the README's environment is active."""
-    env = dict(os.environ)
-    env["PATH"] = os.pathsep.join([os.path.dirname(sys.executable), env["PATH"]])
-    # For `make`: the environment that this test runs in.
-    env["VENV"] = sys.prefix
-    # Set for the engines that other tests run in their own process.
-    env.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
-    return env
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
+    # VENV is for `make`: the environment that this test runs in.
+    return clean_environment(PATH=path, VENV=sys.prefix)
 
 
 def titles(blocks: list[Block]) -> list[str]:
     return [block.title for block in blocks]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def test_every_block_has_its_place() -> None:
@@ -89,21 +79,11 @@ def test_command(block: Block, tmp_path: Path) -> None:
         command = [sys.executable, str(script)]
     else:
         command = ["bash", "-euo", "pipefail", "-c", block.text]
-    done = subprocess.run(
-        command,
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
+    output = run_program(command, environment=environment())
     if block.language == "python":
-        assert "name49 file18" in done.stdout
+        assert "name49 file18" in output
     elif "demo" in block.text:
-        assert re.search(r"sparse is [\d.]+ times as fast as none", done.stdout), done.stdout
+        assert re.search(r"sparse is [\d.]+ times as fast as none", output), output
 
 
 @pytest.fixture(scope="module")
@@ -172,18 +152,9 @@ def test_curl(block: Block, port: int) -> None:
 @pytest.mark.parametrize("block", BENCHMARKS, ids=titles(BENCHMARKS))
 def test_benchmark(block: Block, port: int) -> None:
     """8 responses of 2 blocks of 32 tokens, one token a step; one more step for each block."""
-    done = subprocess.run(
-        ["bash", "-euc", block.text.replace("localhost:8000", f"localhost:{port}")],
-        cwd=ROOT,
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    section = done.stdout.split("Diffusion Decoding")[1]
+    command = ["bash", "-euc", block.text.replace("localhost:8000", f"localhost:{port}")]
+    output = run_program(command, timeout=300, environment=environment())
+    section = output.split("Diffusion Decoding")[1]
     figures = dict(re.findall(r"^(.+?):\s+([\d.]+)\s*$", section, flags=re.MULTILINE))
     assert float(figures.pop("Committed throughput (tok/s)")) > 0
     assert figures == {

@@ -291,6 +291,12 @@ def test_batches_with_and_without_grammars(llm: LLM, family: str) -> None:
     assert pool_is_whole(llm)
 
 
+def add_all(llm: LLM, requests: list[Wanted]) -> None:
+    """Add requests, named by their numbers."""
+    for number, (prompt, request) in enumerate(zip(prompts_for(requests), requests, strict=True)):
+        llm.llm_engine.add_request(str(number), {"prompt_token_ids": prompt}, request.sampling())
+
+
 def step_until_idle(llm: LLM) -> dict[str, RequestOutput]:
     """Run all requests, return the finished ones."""
     finished = {}
@@ -305,8 +311,7 @@ def test_a_preempted_request_repeats_its_tokens(llm: LLM, family: str, after: in
     prompts = prompts_for(requests)
     expected = generate(llm, prompts, [request.sampling() for request in requests])
     engine = llm.llm_engine
-    for number, request in enumerate(requests):
-        engine.add_request(str(number), {"prompt_token_ids": prompts[number]}, request.sampling())
+    add_all(llm, requests)
     finished = {}
     while engine.has_unfinished_requests() and after:
         outputs = engine.step()
@@ -539,8 +544,7 @@ def test_an_abort_returns_pages(llm: LLM, family: str, after: int) -> None:
     prompts = prompts_for(requests)
     expected = generate(llm, prompts, [request.sampling() for request in requests])
     engine = llm.llm_engine
-    for number, request in enumerate(requests):
-        engine.add_request(str(number), {"prompt_token_ids": prompts[number]}, request.sampling())
+    add_all(llm, requests)
     finished = {}
     for _ in range(after):
         finished |= {o.request_id: o for o in engine.step() if o.finished}

@@ -76,9 +76,9 @@ class CachePolicy(ABC):
         last = progress.refreshed
         return 0 <= last < progress.block < last + settings.refresh_interval
 
-    @abstractmethod
     def _kind(self, step: int, settings: DecodingSettings) -> StepKind:
         """Return what step ``step`` (0-based) of a block with a cache of its own runs."""
+        return StepKind.REFRESH if step == 0 else StepKind.CACHED
 
     def choice(self, settings: DecodingSettings) -> StepKind:
         """Return the kind of step in which it is settled what is kept."""
@@ -130,13 +130,11 @@ class CachePolicy(ABC):
 
     def num_pages(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
         """Return the pages a request holds for its whole life, all its sequences together."""
-        slots = self.num_slots(canvas, settings, page_size)
-        return settings.num_sequences * -(-slots // page_size)
+        return _pages(self.num_slots(canvas, settings, page_size), settings, page_size)
 
     def peak_pages(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
         """Return the pages a request holds from a refresh until the cache is evicted."""
-        slots = self.peak_slots(canvas, settings, page_size)
-        return settings.num_sequences * -(-slots // page_size)
+        return _pages(self.peak_slots(canvas, settings, page_size), settings, page_size)
 
 
 class NoCache(CachePolicy):
@@ -168,9 +166,6 @@ class PrefixCache(CachePolicy):
 
     name = "prefix"
 
-    def _kind(self, step: int, settings: DecodingSettings) -> StepKind:
-        return StepKind.REFRESH if step == 0 else StepKind.CACHED
-
     def queries(self, canvas: Canvas, block: Span, settings: DecodingSettings) -> Span:
         return block[0], visible_end(canvas, block, settings)
 
@@ -184,9 +179,6 @@ class DualCache(CachePolicy):
     """Fast-dLLM dual cache: everything but the block is kept, the block is run."""
 
     name = "dual"
-
-    def _kind(self, step: int, settings: DecodingSettings) -> StepKind:
-        return StepKind.REFRESH if step == 0 else StepKind.CACHED
 
     def queries(self, canvas: Canvas, block: Span, settings: DecodingSettings) -> Span:
         return block
@@ -260,6 +252,11 @@ def step_tokens(canvas: Canvas, settings: DecodingSettings, progress: Progress) 
     """Return the query tokens that the next step runs, all sequences of the request together."""
     start, end = positions_run(canvas, settings, progress)
     return settings.num_sequences * (end - start)
+
+
+def _pages(num_slots: int, settings: DecodingSettings, page_size: int) -> int:
+    """Return the pages for so many slots of each sequence of a request."""
+    return settings.num_sequences * -(-num_slots // page_size)
 
 
 def _largest_blocks(canvas: Canvas) -> set[int]:
