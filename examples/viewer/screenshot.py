@@ -18,6 +18,7 @@ from tests.e2e.server import running_server, tiny_llada  # noqa: E402
 
 PAGE = Path(__file__).with_name("index.html")
 WIDTH, HEIGHT = 1100, 900
+ALLOW_FILES = ("--allowed-origins", '["null"]')
 #: Passes that have run in the picture.
 PASSES = 17
 
@@ -26,7 +27,7 @@ def main(output: Path) -> None:
     """Ask a server of its own, and write the page to ``output``."""
     with (
         tempfile.TemporaryDirectory() as folder,
-        running_server(Path(folder) / "log", tiny_llada()) as server,
+        running_server(Path(folder) / "log", tiny_llada(), *ALLOW_FILES) as server,
         running_page() as page,
     ):
         page.resize(WIDTH, HEIGHT)

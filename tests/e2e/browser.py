@@ -64,9 +64,9 @@ class Page:
         if method == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             self.problems.append(details.get("exception", details).get("description", str(details)))
-        elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
+        elif method == "Runtime.consoleAPICalled" and params["type"] == "error":
             self.problems.append(str(params["args"]))
-        elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
+        elif method == "Log.entryAdded" and params["entry"]["level"] == "error":
             self.problems.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
         elif method == "Network.requestWillBeSent":
             self.requested.append(params["request"]["url"])

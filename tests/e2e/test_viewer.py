@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 
 from tests.e2e.browser import CHROMIUM, Page, running_page
-from tests.e2e.server import ROOT, Server, running_server, tiny_llada
+from tests.e2e.server import ROOT, Server, free_port, running_server, tiny_llada
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium to run the viewer in; Debian's package is chromium"
 )
 
 VIEWER = ROOT / "examples" / "viewer" / "index.html"
+#: Lets pages that were opened from a file ask the server.
+ALLOW_FILES = ("--allowed-origins", '["null"]')
 #: What is on the page: of each token its class, text, the line below it and its tooltip.
 TOKENS = """[...document.querySelectorAll("#tokens .token")].map((cell) => [
     cell.classList.contains("masked") ? "masked" : cell.classList.contains("new") ? "new" : "",
@@ -41,7 +43,7 @@ PAINTED = """(() => {
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with running_server(log, tiny_llada()) as started:
+    with running_server(log, tiny_llada(), *ALLOW_FILES) as started:
         yield started
 
 
@@ -64,7 +66,7 @@ def page(browser: Page, server: Server) -> Page:
 def ask(page: Page, **fields: str | bool) -> dict[str, Any]:
     """Fill the form, ask, and return what the server answered; playing is stopped."""
     page.fill(**fields)
-    page.evaluate("shown = null")
+    page.evaluate("$('asking').open = true, shown = null")
     page.click("ask")
     page.wait("shown !== null || !$('error').hidden")
     page.evaluate("stop()")
@@ -214,13 +216,15 @@ def test_no_cache_and_an_early_end(page: Page) -> None:
 
 def test_refusals_are_shown(page: Page, server: Server) -> None:
     """What the server says, word for word; the next good answer takes it away."""
+    nobody = f"http://127.0.0.1:{free_port()}"
     for fields, words in (
         ({"keep_ratio": "2"}, "(HTTP 400): diffusion_keep_ratio must be"),
         ({"keep_ratio": "", "threshold": "0"}, "(HTTP 400): diffusion_threshold must be"),
         ({"threshold": "", "xargs": '{"diffusion_what": 1}'}, "diffusion_what"),
         ({"xargs": "{1}"}, "Further vllm_xargs are not JSON"),
         ({"xargs": "", "model": "<b>other</b>"}, "(HTTP 404): The model `<b>other</b>`"),
-        ({"model": "tiny", "server": "http://127.0.0.1:9/"}, "http://127.0.0.1:9 does not answer"),
+        ({"model": "tiny", "server": nobody}, f"{nobody} does not answer"),
+        ({}, "--allowed-origins '[\"null\"]'"),
     ):
         assert words in refusal(page, **fields)
         assert page.evaluate("$('answer').hidden")
@@ -313,7 +317,8 @@ def test_it_fits_and_can_be_read(page: Page, tmp_path: Path, width: int, scheme:
                 return (pair[0] + 0.05) / (pair[1] + 0.05);
             };
             return Math.min(...[...document.querySelectorAll(
-                "h1, h2, p, .legend span, button:not(:disabled), .token > span, label > span"
+                "h1, h2, p, .legend span, button:not(:disabled), .token > *, label > span, " +
+                "#prompt_tokens > *"
             )].filter((element) => element.checkVisibility()).map(contrast));
         })()"""
     )
