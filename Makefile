@@ -29,6 +29,7 @@ install: $(STAMP) ## Set up the environment: the CPU build of vLLM, this plugin,
 demo: $(STAMP) ## Answer a batch of prompts, without and with the sparse cache (DEMO_ARGS=...)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
+# The viewer's tests also need Debian's package `chromium`, and are skipped without it.
 test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 

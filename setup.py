@@ -24,7 +24,10 @@ setup(
         "xformers": ["xformers"],
         "ray": ["ray[default]>=2.40"],
         "bench": ["matplotlib"],
-        "dev": ["pytest", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil", "schemathesis"],
+        "dev": [
+            *("pytest", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil", "schemathesis"),
+            "websockets",
+        ],
     },
     entry_points={
         "vllm.general_plugins": ["sparse_dllm = vllm_sparse_dllm.plugin:register"],

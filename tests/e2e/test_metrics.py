@@ -102,6 +102,50 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         | {"finished_blocks": 1, "num_denoising_steps": 4 + 1}
         | {"num_canvas_positions": (4 + 1) * 4, "num_committed_tokens": 4},
     ),
+    # The refresh keeps all 24 others; what stays of them is settled in the second block step.
+    "late eviction": (
+        {
+            "max_tokens": 8,
+            "diffusion_cache_policy": "sparse",
+            "diffusion_delay_steps": 0,
+            "diffusion_eviction_delay": 2,
+            "diffusion_keep_ratio": 0.25,
+        },
+        {"full_passes": 2, "refreshes": 2, "block_steps": 6, "kept_positions": 2 * 6}
+        | {"evicted_positions": 2 * 18, "finished_blocks": 2, "num_denoising_steps": 8 + 2}
+        | {"num_canvas_positions": (8 + 2) * 4, "num_committed_tokens": 8},
+    ),
+    # The blocks end before that: nothing is settled, all stays.
+    "too late eviction": (
+        {
+            "max_tokens": 8,
+            "diffusion_cache_policy": "sparse",
+            "diffusion_delay_steps": 0,
+            "diffusion_eviction_delay": 4,
+        },
+        {"full_passes": 2, "refreshes": 2, "block_steps": 6, "finished_blocks": 2}
+        | {"num_denoising_steps": 8 + 2, "num_canvas_positions": (8 + 2) * 4}
+        | {"num_committed_tokens": 8},
+    ),
+    # Of three blocks the second goes on with the first one's cache; the keys that it appends
+    # are no refresh, nor is anything evicted for them.
+    "refresh interval": (
+        {
+            "max_tokens": 12,
+            "diffusion_cache_policy": "dual",
+            "diffusion_refresh_interval": 2,
+        },
+        {"full_passes": 2, "refreshes": 2, "block_steps": 10, "kept_positions": 2 * 28}
+        | {"finished_blocks": 3, "num_denoising_steps": 12 + 3}
+        | {"num_canvas_positions": (12 + 3) * 4, "num_committed_tokens": 12},
+    ),
+    # The first block does not see the second: half of 20, then half of 24.
+    "suffix window": (
+        {"max_tokens": 8, "diffusion_cache_policy": "sparse", "diffusion_suffix_window": 0},
+        {"full_passes": 4, "refreshes": 2, "block_steps": 4, "kept_positions": 10 + 12}
+        | {"evicted_positions": 10 + 12, "finished_blocks": 2, "num_denoising_steps": 8 + 2}
+        | {"num_canvas_positions": (8 + 2) * 4, "num_committed_tokens": 8},
+    ),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import torch
 from vllm import LLM, SamplingParams
 from vllm.outputs import CompletionOutput
 
-from tests.e2e.cases import Case, drawn_cases, greedy_cases
+from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases
 from tests.engines import running_engine, sampling, scheduler_of
 from tests.reference import Model, load, write_checkpoint
 from tests.reference.decode import Stats, generate_with_stats
@@ -63,6 +64,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     path = write_checkpoint(tmp_path_factory.mktemp(name) / name, name, vocab=VOCAB, **SHAPE)
     guided = name == "llada"
     cases = greedy_cases(31, VOCAB)[::3] + drawn_cases(32, VOCAB, guided=guided)[::2]
+    cases += beyond_cases(34, VOCAB, guided)[10::5]  # without those of `none`
     random.Random(33).shuffle(cases)
     with running_engine(str(path)) as llm:
         params = [case.sampling() for case in cases]
@@ -114,12 +116,14 @@ def test_each_token_has_its_confidence(runs: list[Run]) -> None:
         assert run.trace["confidences"] == pytest.approx(expected, rel=1e-3, abs=1e-5), run
 
 
-def test_each_refresh_has_what_each_layer_kept(runs: list[Run]) -> None:
-    num_refreshes = 0
+def test_each_change_of_the_cache_has_what_each_layer_kept(runs: list[Run]) -> None:
+    num_changes: Counter[str] = Counter()
     for run in runs:
         # Under guidance the other canvas has its own.
-        kept = run.stats.kept[:: 2 if run.case.options.get("cfg_scale") else 1]
+        every = slice(None, None, 2 if run.case.options.get("cfg_scale") else 1)
+        kept, changes = run.stats.kept[every], run.stats.changes[every]
         refreshes = run.trace["refreshes"]
+        assert [r["kind"] for r in refreshes] == changes, run
         assert [r["kept"] for r in refreshes] == [
             [sorted(layer.tolist()) for layer in layers] for layers in kept
         ], run
@@ -127,8 +131,9 @@ def test_each_refresh_has_what_each_layer_kept(runs: list[Run]) -> None:
             start, end = refresh["block"]
             steps = run.trace["steps"][start - len(run.case.prompt) : end - len(run.case.prompt)]
             assert refresh["step"] <= max(steps)
-        num_refreshes += len(refreshes)
-    assert num_refreshes > len(runs)
+        num_changes.update(changes)
+    assert num_changes["refresh"] > len(runs)
+    assert min(num_changes["append"], num_changes["evict"]) > 2
 
 
 # What vLLM does with outputs on their way.
@@ -189,6 +194,23 @@ def test_a_trace_ends_with_the_tokens(llm: LLM) -> None:
             for refresh in whole.diffusion_trace["refreshes"]
             if refresh["step"] < trace["nfe"]
         ]
+
+
+def test_given_positions_are_not_committed(llm: LLM) -> None:
+    mask = scheduler_of(llm).vllm_config.model_config.hf_config.mask_token_id
+    canvas = [mask, 31, mask, mask, 33, 34, 35, 36, mask]
+    params = sampling(
+        12, diffusion_canvas=canvas, diffusion_block_length=4, diffusion_trace=2, logprobs=0
+    )
+    output = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0]
+    trace = output.diffusion_trace
+    given = [i for i, token in enumerate(canvas) if token != mask]
+    assert [i for i, step in enumerate(trace["steps"]) if step == -1] == given
+    assert [trace["confidences"][i] for i in given] == [1.0] * len(given)
+    assert sorted(step for step in trace["steps"] if step >= 0) == list(range(7))
+    assert trace["nfe"] == 7
+    # The second block has nothing to write, and so no refresh.
+    assert [refresh["block"] for refresh in trace["refreshes"]] == [[7, 11], [15, 19]]
 
 
 def test_a_preempted_request_is_told_of_once(llm: LLM) -> None:

@@ -84,8 +84,9 @@ class Stats:
     query_tokens: int = 0
     commits: list[list[list[int]]] = field(default_factory=list)  # [block][step] -> positions
     confidences: dict[int, float] = field(default_factory=dict)  # position -> as it was committed
-    # [cache fill or late eviction][layer] -> positions
+    # [change of the cache][layer] -> positions
     kept: list[list[Tensor]] = field(default_factory=list)
+    changes: list[str] = field(default_factory=list)  # their kinds: refresh, evict, append
 
     @property
     def reveals(self) -> list[list[int]]:
@@ -256,6 +257,7 @@ class Stream:
                 layer.join(Kept(done + start, k[:, done], v[:, done]))
                 for layer, k, v in zip(self.cache, out.k, out.v, strict=True)
             ]
+            self._record("append", [layer.positions for layer in self.cache])
         late = self.o.eviction_delay
         if policy == "sparse" and late and not goes_on and i == fill + late:
             self._evict(out)
@@ -285,7 +287,7 @@ class Stream:
                 kept.append(others)
             else:
                 kept.append(others[select(importance(q[:, s:e], k[:, others]), self.o)])
-        self.stats.kept.append(kept)
+        self._record("refresh", kept)
         return [Kept(j, k[:, j], v[:, j]) for j, k, v in zip(kept, out.k, out.v, strict=True)]
 
     def _evict(self, out: Forward) -> None:
@@ -294,7 +296,11 @@ class Stream:
             layer.take(select(importance(q, layer.k), self.o))
             for q, layer in zip(out.q, self.cache, strict=True)
         ]
-        self.stats.kept.append([layer.positions for layer in self.cache])
+        self._record("evict", [layer.positions for layer in self.cache])
+
+    def _record(self, kind: str, kept: list[Tensor]) -> None:
+        self.stats.changes.append(kind)
+        self.stats.kept.append(kept)
 
 
 def importance(q: Tensor, k: Tensor) -> Tensor:

@@ -161,6 +161,15 @@ def test_the_dashboard_is_a_dashboard() -> None:
         }
         for target in panel["targets"]:
             assert "vllm:" in target["expr"] and target["legendFormat"]
+    # What an operator looks for first.
+    asked = {p["title"]: " ".join(t["expr"] for t in p["targets"]) for p in dashboard["panels"]}
+    for title, name in (
+        ("Waiting, by cause", "vllm:diffusion_queued_request_steps_total"),
+        ("Pages of the cache", "vllm:diffusion_pages_held"),
+        ("Tokens committed a step", "vllm:diffusion_num_committed_tokens_total"),
+    ):
+        assert name in asked[title]
+    assert "sum by (cause)" in asked["Waiting, by cause"]
     sizes = [panel["gridPos"]["w"] * panel["gridPos"]["h"] for panel in dashboard["panels"]]
     assert len(places) == sum(sizes)
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])

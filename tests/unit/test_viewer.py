@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The viewer is one page: it loads nothing, and reads what a trace has."""
+"""The viewer is one page: it loads nothing, and reads what a trace has.
+
+`tests/e2e/test_viewer.py` drives it in a browser, where there is one.
+"""
 
 from __future__ import annotations
 
@@ -33,9 +36,13 @@ def attributes() -> list[tuple[str, str | None]]:
 
 
 def test_it_loads_nothing(attributes: list[tuple[str, str | None]]) -> None:
-    assert not {"src", "href", "data", "action"} & {name for name, _ in attributes}
+    assert not {"src", "data", "action"} & {name for name, _ in attributes}
+    assert {value for name, value in attributes if name == "href"} == {"data:,"}  # no icon
     assert "@import" not in PAGE and "url(" not in PAGE
-    assert set(re.findall(r"https?://[^\s\"']+", PAGE)) == {"http://localhost:8000"}
+    assert set(re.findall(r"https?://[^\s\"'`]+", PAGE)) == {
+        "http://localhost:8000",
+        "http://www.w3.org/2000/svg",  # a name
+    }
 
 
 def test_its_script_knows_its_elements(attributes: list[tuple[str, str | None]]) -> None:
@@ -46,7 +53,7 @@ def test_its_script_knows_its_elements(attributes: list[tuple[str, str | None]])
 
 def test_it_reads_the_fields_of_a_trace() -> None:
     record = CommitTrace(response_length=1, with_kept=True)
-    record.record_cache((0, 1), [])
+    record.record_cache("refresh", (0, 1), [])
     trace: dict[str, object] = {}
     merge(trace, record.take(1))
     finish(trace, 1)
@@ -54,4 +61,4 @@ def test_it_reads_the_fields_of_a_trace() -> None:
     assert f"choice.{TRACE}" in PAGE
     assert read == trace.keys()
     refresh = set(re.findall(r"\b(?:last|refresh)\.(\w+)", PAGE))
-    assert refresh == {"step", "block", "kept"}
+    assert refresh | {"kind"} == {"step", "kind", "block", "kept"} and "entry.kind" in PAGE

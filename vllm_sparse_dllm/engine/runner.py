@@ -340,9 +340,10 @@ class DiffusionModelRunner:
         for index, (state, step) in enumerate(zip(states, steps, strict=True)):
             num, block_index = len(step.candidates), state.block_index
             _count_step(state, step, counts)
-            caches = step.kind in (StepKind.REFRESH, StepKind.EVICT)
-            if state.trace is not None and state.trace.with_kept and caches:
-                state.trace.record_cache(step.block, state.sequences[0].kept_positions)
+            changes = step.kind in (StepKind.REFRESH, StepKind.EVICT, StepKind.APPEND)
+            if state.trace is not None and state.trace.with_kept and changes:
+                kept = state.sequences[0].kept_positions
+                state.trace.record_cache(step.kind.value, step.block, kept)
             if commits is None or num == 0:
                 if state.trace is not None:
                     state.trace.record_pass(nothing, nothing)

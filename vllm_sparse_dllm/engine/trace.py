@@ -20,12 +20,14 @@ Span = tuple[int, int]
 class CommitTrace:
     """What the runner records of a request that asks for a trace.
 
+    Positions of the response that were given, not committed, have step -1 and confidence 1.
+
     Attributes:
         num_passes: Forward passes that were run.
 
     Args:
         response_length: Tokens of the response.
-        with_kept: Whether to record which positions each refresh kept.
+        with_kept: Whether to record which positions each layer kept.
         num_delivered: Tokens that were told of before a preemption.
     """
 
@@ -33,13 +35,19 @@ class CommitTrace:
         self.num_passes = 0
         self.with_kept = with_kept
         self._num_taken = num_delivered
-        self._steps = np.zeros(response_length, dtype=np.int64)
-        self._confidences = np.zeros(response_length)
-        self._refreshes: list[tuple[int, Span, list[np.ndarray]]] = []
+        self._steps = np.full(response_length, -1, dtype=np.int64)
+        self._confidences = np.ones(response_length)
+        self._refreshes: list[tuple[int, str, Span, list[np.ndarray]]] = []
 
-    def record_cache(self, block: Span, kept: list[np.ndarray]) -> None:
-        """Record which positions each layer keeps after the pass that is recorded next."""
-        self._refreshes.append((self.num_passes, block, kept))
+    def record_cache(self, kind: str, block: Span, kept: list[np.ndarray]) -> None:
+        """Record which positions each layer keeps after the pass that is recorded next.
+
+        Args:
+            kind: What changes the cache: ``refresh``, ``evict`` or ``append``.
+            block: Positions [start, end) of the current block.
+            kept: ``[n]`` positions of each layer, ascending.
+        """
+        self._refreshes.append((self.num_passes, kind, block, kept))
 
     def record_pass(self, offsets: np.ndarray, confidences: np.ndarray) -> None:
         """Record what a pass committed.
@@ -62,8 +70,13 @@ class CommitTrace:
         }
         if self.with_kept:
             part["refreshes"] = [
-                {"step": step, "block": list(block), "kept": [own.tolist() for own in kept]}
-                for step, block, kept in self._refreshes
+                {
+                    "step": step,
+                    "kind": kind,
+                    "block": list(block),
+                    "kept": [own.tolist() for own in kept],
+                }
+                for step, kind, block, kept in self._refreshes
             ]
             self._refreshes = []
         return part
