@@ -147,7 +147,7 @@ def _over_none(session: Session, scale: Scale) -> Iterator[Target]:
 
 
 def _late_everywhere(session: Session, scale: Scale) -> Iterator[Target]:
-    for length in (scale.short, scale.medium, scale.long):
+    for length in (scale.short, scale.medium, scale.long, scale.longest):
         yield from _late(session, length)
 
 
