@@ -31,5 +31,6 @@ setup(
     },
     entry_points={
         "vllm.general_plugins": ["sparse_dllm = vllm_sparse_dllm.plugin:register"],
+        "vllm.platform_plugins": ["sparse_dllm = vllm_sparse_dllm.plugin:platform"],
     },
 )
