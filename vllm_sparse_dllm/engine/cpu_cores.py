@@ -33,10 +33,10 @@ def shares(num_workers: int) -> list[list[int]]:
     for cpu in sorted(get_allowed_cpu_list(), key=lambda cpu: cpu.id):
         cores.setdefault((cpu.numa_node, cpu.physical_core), cpu.id)
     ids = [cores[key] for key in sorted(cores, key=lambda key: (key[0], cores[key]))]
+    if num_workers > len(ids):
+        return [[ids[worker * len(ids) // num_workers]] for worker in range(num_workers)]
     bounds = [worker * len(ids) // num_workers for worker in range(num_workers + 1)]
-    return [
-        ids[start:end] or [ids[start]] for start, end in zip(bounds, bounds[1:], strict=False)
-    ]
+    return [ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
 def bind_workers(parallel: ParallelConfig) -> None:
