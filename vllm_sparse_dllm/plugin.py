@@ -27,7 +27,8 @@ def platform() -> str | None:
 def register() -> None:
     """Register models, configurations, cache and admission with vLLM.
 
-    The ``vllm.general_plugins`` entry point. vLLM calls this in every process it starts, possibly more than once.
+    The ``vllm.general_plugins`` entry point. vLLM calls it in every process it starts, possibly
+    more than once.
     """
     from transformers import AutoConfig, AutoTokenizer
     from vllm import ModelRegistry

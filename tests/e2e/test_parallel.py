@@ -184,6 +184,11 @@ def test_ranks_share_the_cores(name: str, results: dict[str, Result]) -> None:
             "tensor_parallel_size must divide the 193 feed-forward channels .*, got 2",
         ),
         (
+            {"heads": 3},
+            {"tensor_parallel_size": 3},
+            "tensor_parallel_size must divide the 320 rows .* padded vocabulary, got 3",
+        ),
+        (
             {"heads": 4},
             {"tensor_parallel_size": 2, "distributed_executor_backend": "ray"},
             f"{RAY_ON_CPU}=1 on a CPU, got None",

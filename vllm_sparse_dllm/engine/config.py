@@ -135,10 +135,12 @@ def _refuse(vllm_config: VllmConfig) -> None:
 
 
 def _check_tensor_parallel(vllm_config: VllmConfig) -> None:
-    """Refuse ranks that heads or feed-forward channels cannot be divided among.
+    """Refuse ranks that heads, channels or the vocabulary cannot be divided among.
 
     That the query heads can be divided vLLM has checked.
     """
+    from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
+
     ranks = vllm_config.parallel_config.tensor_parallel_size
     config = vllm_config.model_config.hf_config
     kv_heads, channels = config.num_key_value_heads, config.intermediate_size
@@ -151,6 +153,12 @@ def _check_tensor_parallel(vllm_config: VllmConfig) -> None:
         raise ValueError(
             f"tensor_parallel_size must divide the {channels} feed-forward channels of this "
             f"model, got {ranks}"
+        )
+    rows = pad_vocab_size(getattr(config, "embedding_size", config.vocab_size))
+    if rows % ranks:
+        raise ValueError(
+            f"tensor_parallel_size must divide the {rows} rows of this model's padded vocabulary, "
+            f"got {ranks}"
         )
 
 
@@ -226,7 +234,7 @@ def _prepare_ray(parallel: ParallelConfig) -> None:
             f"Ray needs the environment variable {RAY_ON_CPU}=1 on a CPU, got "
             f"{os.environ.get(RAY_ON_CPU)!r}"
         )
-    environment = dict(parallel.ray_runtime_env or {})
+    environment: Any = dict(parallel.ray_runtime_env or {})
     variables = {RAY_ON_CPU: "1", "OMP_WAIT_POLICY": "PASSIVE"}
     environment["env_vars"] = {**variables, **environment.get("env_vars", {})}
     parallel.ray_runtime_env = environment
