@@ -153,7 +153,7 @@ def test_ranks_keep_the_same_positions(name: str, results: dict[str, Result]) ->
     result = results[name]
     assert len(result.choices) == LAYOUTS[name].ranks
     assert len(set(result.choices)) == 1
-    assert min(result.num_choices) > 20
+    assert min(result.num_choices) > 10
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -273,16 +273,21 @@ def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
         shutil.rmtree(folder, ignore_errors=True)
 
 
-#: Of the tasks that the embedded model has learnt, and what follows.
-PROMPT = "<|startoftext|><|user|> file18 the42 name49 get name<|eot_id|><|assistant|>"
-ANSWER = "name49 file18"
+#: One of the tasks that the embedded model has learnt, and what it answers.
+REQUEST = {
+    "model": "tiny-llada",
+    "prompt": "<|startoftext|><|user|> default used [ file name object list ] method class given "
+    "copy<|eot_id|><|assistant|>",
+    "max_tokens": 32,
+    "vllm_xargs": {"diffusion_keep_ratio": 0.7, "diffusion_steps": 16},
+}
+ANSWER = "file name object list"
 
 
 def check_answers(server: Server, replicas: int) -> None:
     """Send requests at once: all are answered, and every replica has worked."""
-    body = {"model": "tiny-llada", "prompt": PROMPT, "max_tokens": 32, "temperature": 0}
     with ThreadPoolExecutor(8) as pool:
-        answers = pool.map(lambda _: server.answer("completions", **body), range(8))
+        answers = pool.map(lambda _: server.answer("completions", **REQUEST), range(8))
         assert {answer["choices"][0]["text"].strip() for answer in answers} == {ANSWER}
     for engine in map(str, range(replicas)):
         for name in ("request_success_total", "diffusion_num_committed_tokens_total"):
