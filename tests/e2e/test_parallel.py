@@ -31,8 +31,17 @@ from tests.e2e.parallel import (
     Result,
     expected_pages,
 )
-from tests.e2e.server import ROOT, Server, clean_environment, free_port, poll, tiny_llada
+from tests.e2e.server import (
+    ROOT,
+    Server,
+    clean_environment,
+    free_port,
+    poll,
+    run_program,
+    tiny_llada,
+)
 from tests.e2e.test_readme import PARALLEL, RAY, Block
+from tests.e2e.test_readme import environment as environment_of_readme
 from tests.reference import Model, load, write_checkpoint
 from tests.reference import generate as reference
 from tests.reference.grammars import Grammar
@@ -60,17 +69,10 @@ class _Results(dict[str, Result]):
     def __missing__(self, name: str) -> Result:
         backend = LAYOUTS[name].backend
         more = {RAY_ON_CPU: "1"} if backend == "ray" else {}
-        done = subprocess.run(
+        run_program(
             [sys.executable, "-m", "tests.e2e.parallel", backend, str(self.folder)],
-            env=clean_environment(**more),
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=600,
-            check=False,
+            environment=clean_environment(**more),
         )
-        assert done.returncode == 0, done.stdout[-8000:]
         found = json.loads((self.folder / f"{backend}.json").read_text())
         self.update({layout: Result(**result) for layout, result in found.items()})
         return self[name]
@@ -221,7 +223,7 @@ def readme_server(block: Block, log: Path, **environment: str) -> Iterator[Serve
             ["bash", "-c", f"exec {block.text.strip()} --dtype float32 --port {port}"],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=shell_environment(**environment),
+            env={**environment_of_readme(), **environment},
             cwd=ROOT,
         )
     server = Server(process, port, log)
@@ -232,12 +234,6 @@ def readme_server(block: Block, log: Path, **environment: str) -> Iterator[Serve
         server.stop()
         raise
     assert server.stop() == 0, log.read_text()[-4000:]
-
-
-def shell_environment(**more: str) -> dict[str, str]:
-    """Return that of a shell in which the README's environment is active."""
-    env = clean_environment(**more)
-    return {**env, "PATH": os.pathsep.join([os.path.dirname(sys.executable), env["PATH"]])}
 
 
 @pytest.fixture(scope="module")
@@ -256,7 +252,7 @@ def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
             ["bash", "-euc", command],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=shell_environment(RAY_TMPDIR=folder),
+            env={**environment_of_readme(), "RAY_TMPDIR": folder},
             cwd=ROOT,
         )
     try:
