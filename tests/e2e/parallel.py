@@ -12,8 +12,11 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,29 +178,38 @@ def expected_pages(layout: Layout) -> int:
     return CACHE_BYTES // (NUM_LAYERS * 2 * PAGE_SIZE * kv_heads * HEAD_SIZE * 4)
 
 
+@contextmanager
+def _local_ray() -> Iterator[None]:
+    """Start Ray with a place for each of two workers, and stop it."""
+    import ray
+
+    # The path of a socket must be short, and other clusters' files are elsewhere.
+    folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
+    ray.init(
+        address="local",
+        num_cpus=2,
+        num_gpus=2,
+        object_store_memory=200 << 20,
+        include_dashboard=False,
+        log_to_driver=False,
+        _temp_dir=folder,
+    )
+    try:
+        yield
+    finally:
+        ray.shutdown()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def main(backend: str, folder: Path) -> None:
     """Run the layouts of a backend."""
-    if backend == "ray":
-        import ray
-
-        ray.init(
-            address="local",
-            num_cpus=2,
-            num_gpus=2,
-            object_store_memory=200 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            # The path of a socket must be short, and other clusters' files are elsewhere.
-            _temp_dir=tempfile.mkdtemp(prefix="ray-", dir="/tmp"),
-        )
-    results = {
-        name: dataclasses.asdict(_run(layout, folder))
-        for name, layout in LAYOUTS.items()
-        if layout.backend == backend
-    }
+    with _local_ray() if backend == "ray" else nullcontext():
+        results = {
+            name: dataclasses.asdict(_run(layout, folder))
+            for name, layout in LAYOUTS.items()
+            if layout.backend == backend
+        }
     (folder / f"{backend}.json").write_text(json.dumps(results))
-    if backend == "ray":
-        ray.shutdown()
 
 
 if __name__ == "__main__":
