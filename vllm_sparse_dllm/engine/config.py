@@ -220,7 +220,8 @@ def _leave_memory_to_others(vllm_config: VllmConfig) -> None:
         return
     memory = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
     parallel = vllm_config.parallel_config
-    workers = parallel.world_size * parallel.data_parallel_size_local
+    # A front end may have all its engines on other machines.
+    workers = parallel.world_size * max(1, parallel.data_parallel_size_local)
     share = (memory.available_memory - _MEMORY_OF_PROCESSES) / memory.total_memory / workers
     if 0 < share < cache.gpu_memory_utilization:
         cache.gpu_memory_utilization = share

@@ -50,7 +50,7 @@ def bind_workers(parallel: ParallelConfig) -> None:
         os.environ.pop(BINDING, None)
         _own_binding = None
     num_workers = parallel.local_world_size * parallel.data_parallel_size_local
-    if os.environ.get(BINDING) or num_workers == 1 or parallel.use_ray:
+    if os.environ.get(BINDING) or num_workers <= 1 or parallel.use_ray:
         return
     _own_binding = "|".join(",".join(map(str, ids)) for ids in shares(num_workers))
     os.environ[BINDING] = _own_binding
