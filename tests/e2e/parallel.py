@@ -163,8 +163,14 @@ def _run(layout: Layout, folder: Path) -> Result:
             [*(case.sampling() for case in cases), _grammar_sampling()],
         )
         choices, numbers, cores = zip(*_on_ranks(llm, _recorded), strict=True)
-        num_pages = llm.llm_engine.vllm_config.cache_config.num_gpu_blocks
+        config = llm.llm_engine.vllm_config
+        num_pages = config.cache_config.num_gpu_blocks
     assert num_pages is not None
+    if config.parallel_config.placement_group is not None:
+        from ray.util import remove_placement_group
+
+        # vLLM leaves it to the end of the process; the next engine would wait for its places.
+        remove_placement_group(config.parallel_config.placement_group)
     return Result(outputs, list(choices), list(numbers), list(cores), num_pages)
 
 
