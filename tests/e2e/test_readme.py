@@ -4,6 +4,7 @@
 A fenced ``bash`` or ``python`` block is run unless the line above it is
 ``<!-- not run: reason -->``. The block under ``<!-- server -->`` is started once, with a free
 port added; the ``curl`` and ``vllm bench`` blocks go to it, with that port in place of 8000.
+`test_parallel` runs the blocks under ``<!-- parallel server -->`` and ``<!-- ray -->``.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class Block:
 
 BLOCKS = [Block(language, text, comment) for comment, language, text in _FENCE.findall(README)]
 SERVERS = [block for block in BLOCKS if block.comment == "server"]
+PARALLEL = [block for block in BLOCKS if block.comment.startswith("parallel server")]
+RAY = [block for block in BLOCKS if block.comment == "ray"]
 NOT_RUN = [block for block in BLOCKS if block.comment.startswith("not run: ")]
 _RUN = [block for block in BLOCKS if not block.comment]
 CURLS = [block for block in _RUN if block.text.startswith("curl ")]
@@ -68,7 +71,10 @@ def test_every_block_has_its_place() -> None:
     assert len(CURLS) >= 3
     assert len(BENCHMARKS) == 1
     assert {block.language for block in COMMANDS} == {"bash", "python"}
-    assert len(SERVERS) + len(NOT_RUN) + len(_RUN) == len(BLOCKS), titles(BLOCKS)
+    assert len(PARALLEL) >= 3
+    assert len(RAY) == 1
+    placed = SERVERS + PARALLEL + RAY + NOT_RUN + _RUN
+    assert len(placed) == len(BLOCKS), titles(BLOCKS)
 
 
 @pytest.mark.parametrize("block", COMMANDS, ids=titles(COMMANDS))

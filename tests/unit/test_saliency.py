@@ -110,7 +110,9 @@ def test_importance_of_two_ranks_is_that_of_one(layer) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saliency, "get_tensor_model_parallel_world_size", lambda: 2)
         patch.setattr(
-            saliency, "tensor_model_parallel_all_reduce", lambda own: own + parts[1] * total
+            saliency,
+            "tensor_model_parallel_all_gather",
+            lambda own, dim: torch.cat([own, parts[1] * total], dim=dim),
         )
         reduced = importance(q[start:end, : total // 2], k[:, : kv_heads // 2], spans, total)
     torch.testing.assert_close(reduced, whole, rtol=1e-4, atol=1e-5)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
-    tensor_model_parallel_all_reduce,
+    tensor_model_parallel_all_gather,
 )
 
 Span = tuple[int, int]
@@ -40,9 +40,20 @@ def importance(
     grouped = mean_query.view(num_kv_heads, -1, mean_query.shape[-1]).sum(dim=1)
     scores = torch.mv(keys.reshape(keys.shape[0], -1), grouped.view(-1))
     scores = torch.cat([scores[start:end] for start, end in candidates])
-    if get_tensor_model_parallel_world_size() > 1:
-        scores = tensor_model_parallel_all_reduce(scores)
+    world_size = get_tensor_model_parallel_world_size()
+    if world_size > 1:
+        scores = _sum_of_ranks(scores, world_size)
     return scores / total_heads
+
+
+def _sum_of_ranks(scores: torch.Tensor, world_size: int) -> torch.Tensor:
+    """Add up what each tensor-parallel rank has, with the very same result on all of them.
+
+    Ranks must keep the same positions, so not a bit may differ. An all-reduce does not promise
+    that: vLLM's for CPU adds in another order on each rank.
+    """
+    parts = tensor_model_parallel_all_gather(scores, dim=0).view(world_size, -1)
+    return parts.float().sum(dim=0).to(scores.dtype)
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
+from vllm_sparse_dllm.engine import cpu_cores
 from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
 from vllm_sparse_dllm.models.configs import check_config
+from vllm_sparse_dllm.plugin import RAY_ON_CPU
 from vllm_sparse_dllm.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import ParallelConfig, VllmConfig
 
 logger = init_logger(__name__)
 
@@ -68,6 +70,7 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         check_config(model_config.hf_config)
         settings = EngineSettings.from_additional_config(vllm_config.additional_config)
         _refuse(vllm_config)
+        _check_tensor_parallel(vllm_config)
 
         model_config.__class__ = DiffusionModelConfig
         assert isinstance(model_config, DiffusionModelConfig)
@@ -96,7 +99,9 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
                 cache.block_size = _CPU_PAGE_SIZE
                 # Keeps the platform from putting its own default in its place.
                 cache.user_specified_block_size = True
-            _use_all_cores()
+            if parallel.use_ray:
+                _prepare_ray(parallel)
+            _use_all_cores(parallel)
             _leave_memory_to_others(vllm_config)
 
 
@@ -111,6 +116,7 @@ def _refuse(vllm_config: VllmConfig) -> None:
     options: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("runner", model.runner_type, ("generate",)),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, (1,)),
+        ("prefill_context_parallel_size", parallel.prefill_context_parallel_size, (1,)),
         ("decode_context_parallel_size", parallel.decode_context_parallel_size, (1,)),
         ("speculative_config", vllm_config.speculative_config, (None,)),
         ("enable_lora", vllm_config.lora_config is not None, (False,)),
@@ -126,6 +132,34 @@ def _refuse(vllm_config: VllmConfig) -> None:
         if value not in allowed:
             choices = " or ".join(repr(choice) for choice in allowed if choice != [])
             raise ValueError(f"{name} must be {choices} for diffusion models, got {_shown(value)}")
+
+
+def _check_tensor_parallel(vllm_config: VllmConfig) -> None:
+    """Refuse ranks that heads, channels or the vocabulary cannot be divided among.
+
+    That the query heads can be divided vLLM has checked.
+    """
+    from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
+
+    ranks = vllm_config.parallel_config.tensor_parallel_size
+    config = vllm_config.model_config.hf_config
+    kv_heads, channels = config.num_key_value_heads, config.intermediate_size
+    if kv_heads % ranks and ranks % kv_heads:
+        raise ValueError(
+            f"tensor_parallel_size must divide the {kv_heads} key/value heads of this model or "
+            f"be a multiple of them, got {ranks}"
+        )
+    if channels % ranks:
+        raise ValueError(
+            f"tensor_parallel_size must divide the {channels} feed-forward channels of this "
+            f"model, got {ranks}"
+        )
+    rows = pad_vocab_size(getattr(config, "embedding_size", config.vocab_size))
+    if rows % ranks:
+        raise ValueError(
+            f"tensor_parallel_size must divide the {rows} rows of this model's padded vocabulary, "
+            f"got {ranks}"
+        )
 
 
 def _shown(value: Any) -> str:
@@ -185,19 +219,35 @@ def _leave_memory_to_others(vllm_config: VllmConfig) -> None:
     ):
         return
     memory = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
-    workers = vllm_config.parallel_config.world_size
+    parallel = vllm_config.parallel_config
+    # A front end may have all its engines on other machines.
+    workers = parallel.world_size * max(1, parallel.data_parallel_size_local)
     share = (memory.available_memory - _MEMORY_OF_PROCESSES) / memory.total_memory / workers
     if 0 < share < cache.gpu_memory_utilization:
         cache.gpu_memory_utilization = share
         logger.info("Lowering gpu_memory_utilization to %.2f, the memory that is free", share)
 
 
-def _use_all_cores() -> None:
-    """Let the worker have every core: the front end of a diffusion model is mostly idle.
+def _prepare_ray(parallel: ParallelConfig) -> None:
+    """Make Ray's processes take the platform that this one has."""
+    if not current_platform.ray_device_key:
+        raise ValueError(
+            f"Ray needs the environment variable {RAY_ON_CPU}=1 on a CPU, got "
+            f"{os.environ.get(RAY_ON_CPU)!r}"
+        )
+    environment: Any = dict(parallel.ray_runtime_env or {})
+    variables = {RAY_ON_CPU: "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    environment["env_vars"] = {**variables, **environment.get("env_vars", {})}
+    parallel.ray_runtime_env = environment
+
+
+def _use_all_cores(parallel: ParallelConfig) -> None:
+    """Let the workers have every core: the front end of a diffusion model is mostly idle.
 
     vLLM reserves one for it by default, half of a small machine. What the user set wins.
     """
-    if not os.environ.get("VLLM_CPU_OMP_THREADS_BIND"):
+    cpu_cores.bind_workers(parallel)
+    if not os.environ.get(cpu_cores.BINDING):
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
     # Waiting threads that spin would take the core from the front end.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -9,6 +9,7 @@ import os
 from typing import Any
 
 import torch
+from vllm.config import VllmConfig
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -17,6 +18,7 @@ from vllm.v1.worker.cpu_worker import CPUWorker
 from vllm.v1.worker.gpu_worker import Worker, init_worker_distributed_environment
 from vllm.v1.worker.worker_base import CompilationTimes
 
+from vllm_sparse_dllm.engine.cpu_cores import bind_ray_worker
 from vllm_sparse_dllm.engine.runner import DiffusionModelRunner
 
 # Of glibc's malloc.h.
@@ -66,6 +68,12 @@ class DiffusionGPUWorker(_DiffusionWorker):
 
 class DiffusionCPUWorker(_DiffusionWorker, CPUWorker):
     """The CPU worker."""
+
+    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
+        if vllm_config.parallel_config.use_ray:
+            # vLLM's own executor binds its workers as it starts them; Ray's leaves it to them.
+            bind_ray_worker()
+        super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:
         # As CPUWorker does, which builds vLLM's runner at its end and leaves no hook for another.

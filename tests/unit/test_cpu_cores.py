@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which cores the workers of a machine get."""
+
+from __future__ import annotations
+
+import os
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_sparse_dllm.engine import cpu_cores
+from vllm_sparse_dllm.engine.cpu_cores import BINDING, bind_workers, shares
+
+
+def machine(num_nodes: int, cores_of_a_node: int, threads: int) -> list[Any]:
+    """Logical CPUs as Linux numbers them: the first thread of every core, then the second."""
+    num_cores = num_nodes * cores_of_a_node
+    return [
+        SimpleNamespace(
+            id=thread * num_cores + core, physical_core=core, numa_node=core % num_nodes
+        )
+        for thread in range(threads)
+        for core in range(num_cores)
+    ]
+
+
+@pytest.fixture
+def two_cores(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setattr(cpu_cores, "get_allowed_cpu_list", lambda: machine(1, 2, 1))
+    monkeypatch.setattr(cpu_cores, "_own_binding", None)
+    monkeypatch.delenv(BINDING, raising=False)
+    return monkeypatch
+
+
+def parallel(ranks: int, replicas: int = 1, use_ray: bool = False) -> Any:
+    return SimpleNamespace(
+        local_world_size=ranks, data_parallel_size_local=replicas, use_ray=use_ray
+    )
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.integers(1, 2), st.integers(1, 20))
+def test_shares(num_nodes: int, cores: int, threads: int, num_workers: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_cores, "get_allowed_cpu_list", lambda: machine(num_nodes, cores, threads))
+        found = shares(num_workers)
+    num_cores = num_nodes * cores
+    assert len(found) == num_workers
+    assert {core for own in found for core in own} == set(range(num_cores))
+    sizes = {len(own) for own in found}
+    if num_cores >= num_workers:
+        assert sum(map(len, found)) == num_cores
+        assert max(sizes) - min(sizes) <= 1
+    else:
+        assert sizes == {1}
+    nodes = [own[0] % num_nodes for own in found]
+    assert nodes == sorted(nodes)
+
+
+def test_workers_are_bound(two_cores: pytest.MonkeyPatch) -> None:
+    bind_workers(parallel(1))
+    assert BINDING not in os.environ
+    bind_workers(parallel(2))
+    assert os.environ[BINDING] == "0|1"
+    bind_workers(parallel(1, replicas=2))
+    assert os.environ[BINDING] == "0|1"
+    bind_workers(parallel(2, replicas=2))
+    assert os.environ[BINDING] == "0|0|1|1"
+    bind_workers(parallel(1))
+    assert BINDING not in os.environ
+
+
+def test_what_a_user_set_wins(two_cores: pytest.MonkeyPatch) -> None:
+    two_cores.setenv(BINDING, "1|0")
+    bind_workers(parallel(2))
+    assert os.environ[BINDING] == "1|0"
+
+
+def test_workers_on_ray_bind_themselves(two_cores: pytest.MonkeyPatch) -> None:
+    bind_workers(parallel(2, use_ray=True))
+    assert BINDING not in os.environ

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every patch fits the pinned release, is described, and can be taken out again."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PATCHES = Path(__file__).parents[2] / "patches"
+NAMES = sorted(path.stem for path in PATCHES.glob("*.patch"))
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(PATCHES / "apply.py"), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(params=NAMES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def copies(name: str, tmp_path: Path) -> dict[Path, bytes]:
+    """The files that a patch changes, as vLLM has them, in a folder of their own."""
+    spec = importlib.util.find_spec("vllm")
+    assert spec is not None and spec.origin is not None
+    text = (PATCHES / f"{name}.patch").read_text()
+    files = {}
+    for path in re.findall(r"^--- a/(\S+)$", text, flags=re.MULTILINE):
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(Path(spec.origin).parents[1] / path, tmp_path / path)
+        files[tmp_path / path] = (tmp_path / path).read_bytes()
+    assert files
+    return files
+
+
+def test_fits_the_installed_release(name: str) -> None:
+    done = run("--check", name)
+    assert done.returncode == 0, done.stderr
+
+
+def test_goes_in_and_out(name: str, copies: dict[Path, bytes], tmp_path: Path) -> None:
+    target = ("--target", str(tmp_path), name)
+    assert run(*target).returncode == 0
+    assert all(path.read_bytes() != before for path, before in copies.items())
+    for path in copies:
+        compile(path.read_text(), str(path), "exec")
+    again = run(*target)
+    assert again.returncode == 1 and "not applied" in again.stderr
+    assert run("--revert", *target).returncode == 0
+    assert {path: path.read_bytes() for path in copies} == copies
+    assert run("--revert", *target).returncode == 1
+
+
+def test_is_described(name: str) -> None:
+    assert f"| `{name}.patch` |" in (PATCHES / "README.md").read_text(encoding="utf-8")
