@@ -25,7 +25,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_sparse_dllm import metrics
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
-from vllm_sparse_dllm.engine import answers
+from vllm_sparse_dllm.engine import answers, server
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig
 from vllm_sparse_dllm.engine.constraints import check_constraints
 from vllm_sparse_dllm.engine.structured_output import check_structured_output
@@ -252,6 +252,7 @@ def _wrap_init() -> None:
         if isinstance(self.model_config, DiffusionModelConfig):
             metrics.install()
             answers.install()
+            server.install()
             _keep_unknown_fields()
 
     InputProcessor.__init__ = init  # type: ignore[method-assign]

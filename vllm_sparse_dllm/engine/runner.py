@@ -35,6 +35,7 @@ from vllm_sparse_dllm.engine.figures import StepCounts
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState
 from vllm_sparse_dllm.models.configs import model_traits
+from vllm_sparse_dllm.models.files import check_files
 from vllm_sparse_dllm.models.layers import DiffusionDecoder
 from vllm_sparse_dllm.settings import EngineSettings, request_settings
 
@@ -69,7 +70,11 @@ class DiffusionModelRunner:
         logger.info("Loading diffusion model %s", self.model_config.model)
         profiler = DeviceMemoryProfiler() if self.device.type == "cuda" else nullcontext()
         with profiler:
-            model = get_model(vllm_config=self.vllm_config)
+            try:
+                model = get_model(vllm_config=self.vllm_config)
+            except Exception as error:
+                check_files(self.model_config, self.load_config, error)
+                raise
         self.model_memory_usage = getattr(profiler, "consumed_memory", 0)
         assert isinstance(model, DiffusionDecoder)
         self.model = model

@@ -163,6 +163,13 @@ def _require(config: PreTrainedConfig, name: str, value: Any, allowed: tuple[Any
         )
 
 
+def _require_sizes(config: PreTrainedConfig, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"config.json sets {name}={value!r}; it must be an integer >= 1")
+
+
 def check_llada_config(config: LLaDAConfig) -> None:
     """Refuse what the LLaDA model here does not compute.
 
@@ -185,6 +192,8 @@ def check_llada_config(config: LLaDAConfig) -> None:
         "scale_logits": (False,),
     }.items():
         _require(config, name, getattr(config, name), allowed)
+    sizes = ("d_model", "n_heads", "n_kv_heads", "n_layers", "mlp_hidden_size", "vocab_size")
+    _require_sizes(config, *sizes)
     _check_common(config)
 
 
@@ -200,6 +209,15 @@ def check_dream_config(config: DreamConfig) -> None:
     kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
     if kind != "default":
         _require(config, "rope_scaling", scaling, (None,))
+    _require_sizes(
+        config,
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "num_hidden_layers",
+        "intermediate_size",
+        "vocab_size",
+    )
     _check_common(config)
 
 

@@ -78,6 +78,28 @@ class DecoderShape:
     def head_size(self) -> int:
         return self.hidden_size // self.num_heads
 
+    def tensor_shape(self, parameter: str, shard: int | str | None) -> tuple[int, ...]:
+        """Return the shape that a checkpoint's tensor must have.
+
+        Args:
+            parameter: Name of the ``weight`` or ``bias`` that the tensor is loaded into.
+            shard: Which part of it the tensor is, where it is fused.
+        """
+        hidden = self.hidden_size
+        heads = self.num_heads if shard == "q" else self.num_kv_heads
+        module, _, kind = parameter.rpartition(".")
+        shapes = {
+            "embed_tokens": (self.embedding_rows, hidden),
+            "lm_head": (self.embedding_rows, hidden),
+            "qkv_proj": (heads * self.head_size, hidden),
+            "o_proj": (hidden, hidden),
+            "gate_up_proj": (self.intermediate_size, hidden),
+            "down_proj": (hidden, self.intermediate_size),
+        }
+        # The others are norms.
+        shape = shapes.get(module.rpartition(".")[2], (hidden,))
+        return shape[:1] if kind == "bias" else shape
+
 
 class Rotary(nn.Module):
     """Rotary positions, in float32 where the checkpoint asks for full precision."""
@@ -265,6 +287,7 @@ class DiffusionDecoder(nn.Module):
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
         quant_config = vllm_config.quant_config
+        self.quantised = quant_config is not None
         self.shape = shape = self.shape_of(vllm_config)
         if get_pp_group().world_size > 1:
             raise ValueError("pipeline_parallel_size must be 1 for diffusion models")
@@ -340,21 +363,27 @@ class DiffusionDecoder(nn.Module):
         """Load a checkpoint.
 
         Raises:
-            ValueError: If a tensor is unknown, or a parameter is not in the checkpoint.
+            ValueError: If a tensor is unknown or of another shape than the configuration says,
+                a parameter is not in the checkpoint, or a head that should be tied is not.
         """
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
+        tied: dict[str, torch.Tensor] = {}
         shards: dict[str, set[int | str]] = {}
         for name, tensor in weights:
             target = self.rename_weight(name)
             if target is None:
                 continue
             parameter_name, shard = target
-            if self.shape.tie_embeddings and parameter_name.startswith("lm_head."):
-                continue
+            head = parameter_name.startswith("lm_head.")
             parameter = parameters.get(parameter_name)
-            if parameter is None:
+            if parameter is None and not (head and self.shape.tie_embeddings):
                 raise ValueError(f"the checkpoint has a tensor {name} that this model has not")
+            self._check_shape(name, tensor, parameter_name, shard)
+            if self.shape.tie_embeddings and (head or parameter_name.startswith("embed_tokens.")):
+                tied[name] = tensor
+                if head:
+                    continue
             loader: Any = getattr(parameter, "weight_loader", default_weight_loader)
             try:
                 if shard is None:
@@ -368,6 +397,11 @@ class DiffusionDecoder(nn.Module):
                     f"model's {parameter_name}: {error}"
                 ) from error
             loaded.add(parameter_name)
+        if len(tied) > 1 and not torch.equal(*tied.values()):
+            raise ValueError(
+                f"config.json ties the head to the embedding, but tensors {' and '.join(tied)} "
+                "differ"
+            )
         missing = [name for name in parameters if name not in loaded]
         for name, seen in shards.items():
             wanted: set[int | str] = {"q", "k", "v"} if ".qkv_proj." in name else {0, 1}
@@ -377,3 +411,17 @@ class DiffusionDecoder(nn.Module):
         if missing:
             raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         return loaded
+
+    def _check_shape(
+        self, name: str, tensor: torch.Tensor, parameter_name: str, shard: int | str | None
+    ) -> None:
+        # vLLM's loaders take the part of a tensor that they need, so one that is too large
+        # would go unnoticed. Quantised weights have shapes of their own.
+        if self.quantised:
+            return
+        expected = self.shape.tensor_shape(parameter_name, shard)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(
+                f"tensor {name} of the checkpoint has the shape {tuple(tensor.shape)}, but by its "
+                f"config.json it must have {expected}"
+            )
