@@ -176,9 +176,8 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
     raise AssertionError("the stream ended without [DONE]")
 
 
-def start(log: Path, model: str | Path, *options: str) -> Server:
-    """Start a server in float32 and wait until it answers."""
-    port = free_port()
+def launch(log: Path, port: int, model: str | Path, *options: str, **environment: str) -> Server:
+    """Start a server in float32."""
     command = [
         *serve_command(model),
         *("--host", "127.0.0.1", "--port", str(port)),
@@ -189,9 +188,18 @@ def start(log: Path, model: str | Path, *options: str) -> Server:
     ]
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=clean_environment(), cwd=ROOT
+            command,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            env=clean_environment(**environment),
+            cwd=ROOT,
         )
-    server = Server(process, port, log)
+    return Server(process, port, log)
+
+
+def start(log: Path, model: str | Path, *options: str, **environment: str) -> Server:
+    """Start a server in float32 and wait until it answers."""
+    server = launch(log, free_port(), model, *options, **environment)
     try:
         poll(server.healthy, "the server to answer")
     except BaseException:

@@ -320,37 +320,97 @@ def _add(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
     return lambda tensors: tensors.update({name: torch.zeros(4)})
 
 
-BLOCK = "model.transformer.blocks.1."
+def _grow(name: str) -> Callable[[dict[str, torch.Tensor]], None]:
+    return lambda tensors: tensors.update({name: torch.cat([tensors[name]] * 2)})
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (_cut(BLOCK + "q_proj.weight"), r"tensor model\.transformer\.blocks\.1\.q_proj\.weight"),
-        (_cut(BLOCK + "attn_out.weight"), r"blocks\.1\.attn_out\.weight"),
-        (_cut("model.transformer.wte.weight"), r"tensor model\.transformer\.wte\.weight"),
-        (_cut("model.transformer.ln_f.weight"), r"tensor model\.transformer\.ln_f\.weight"),
-        (_remove(BLOCK + "k_proj.weight"), r"lacks layers\.1\.self_attn\.qkv_proj\.weight \(k\)"),
-        (_remove(BLOCK + "ff_out.weight"), r"lacks layers\.1\.mlp\.down_proj\.weight"),
-        (_remove("model.transformer.ff_out.weight"), r"lacks lm_head\.weight"),
-        (_add(BLOCK + "q_proj.bias"), r"blocks\.1\.q_proj\.bias that this model has not"),
-        (_add("model.transformer.wpe.weight"), r"wpe\.weight that this model has not"),
-        (_add("model.transformer.blocks.2.ff_norm.weight"), r"blocks\.2\..*this model has not"),
-    ],
-    ids=[
-        *("cut-q_proj", "cut-attn_out", "cut-wte", "cut-ln_f"),
-        *("no-k_proj", "no-ff_out", "no-head"),
-        *("extra-bias", "extra-wpe", "extra-layer"),
-    ],
-)
-def test_spoilt_checkpoint(
-    llada: Path,
-    copy: Callable[[Path], Path],
-    change: Callable[[dict[str, torch.Tensor]], None],
-    message: str,
-) -> None:
+def _config(**fields: Any) -> Callable[[Path], None]:
+    return lambda model: edit_config(model, **fields)
+
+
+def _tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Path], None]:
+    return lambda model: spoil(model, change)
+
+
+def _truncate(size: int) -> Callable[[Path], None]:
+    """Leave so many bytes of the file; a negative number: take so many away."""
+
+    def change(model: Path) -> None:
+        path = model / "model.safetensors"
+        with path.open("r+b") as file:
+            file.truncate(size if size >= 0 else path.stat().st_size + size)
+
+    return change
+
+
+def _pickled(model: Path) -> None:
+    """Turn the file into one of torch's, and cut it in two."""
+    path = model / "pytorch_model.bin"
+    torch.save(load_file(model / "model.safetensors"), path)
+    (model / "model.safetensors").unlink()
+    with path.open("r+b") as file:
+        file.truncate(path.stat().st_size // 2)
+
+
+OUTER, BLOCK = "model.transformer.", "model.transformer.blocks.1."
+SPOILT: dict[str, tuple[Callable[[Path], None], str]] = {
+    "cut q_proj": (
+        _tensors(_cut(BLOCK + "q_proj.weight")),
+        r"tensor model\.transformer\.blocks\.1\.q_proj\.weight .*shape \(56, 64\).*\(64, 64\)",
+    ),
+    "cut attn_out": (
+        _tensors(_cut(BLOCK + "attn_out.weight")),
+        r"blocks\.1\.attn_out\.weight .*\(56, 64\).*\(64, 64\)",
+    ),
+    "cut wte": (_tensors(_cut(OUTER + "wte.weight")), r"wte\.weight .*\(120, 64\).*\(128, 64\)"),
+    "cut ln_f": (_tensors(_cut(OUTER + "ln_f.weight")), r"ln_f\.weight .*\(56,\).*\(64,\)"),
+    "large k_proj": (
+        _tensors(_grow(BLOCK + "k_proj.weight")),
+        r"k_proj\.weight .*\(128, 64\).*\(64, 64\)",
+    ),
+    "no k_proj": (
+        _tensors(_remove(BLOCK + "k_proj.weight")),
+        r"lacks layers\.1\.self_attn\.qkv_proj\.weight \(k\)",
+    ),
+    "no ff_out": (
+        _tensors(_remove(BLOCK + "ff_out.weight")),
+        r"lacks layers\.1\.mlp\.down_proj\.weight",
+    ),
+    "no head": (_tensors(_remove(OUTER + "ff_out.weight")), r"lacks lm_head\.weight"),
+    "extra bias": (
+        _tensors(_add(BLOCK + "q_proj.bias")),
+        r"blocks\.1\.q_proj\.bias that this model has not",
+    ),
+    "extra wpe": (_tensors(_add(OUTER + "wpe.weight")), r"wpe\.weight that this model has not"),
+    "extra layer": (
+        _tensors(_add("model.transformer.blocks.2.ff_norm.weight")),
+        r"blocks\.2\..*this model has not",
+    ),
+    "fewer layers": (_config(n_layers=1), r"blocks\.1\..*this model has not"),
+    "more layers": (_config(n_layers=3), r"lacks layers\.2\."),
+    "narrower": (_config(mlp_hidden_size=64), r"ff_\w+\.weight .*96.*64"),
+    "wider": (_config(mlp_hidden_size=128), r"ff_\w+\.weight .*96.*128"),
+    "fewer keys": (_config(n_kv_heads=1), r"[kv]_proj\.weight .*\(64, 64\).*\(32, 64\)"),
+    "smaller": (_config(d_model=32), r"tensor .*\(64,.*\(32,"),
+    "larger vocabulary": (_config(vocab_size=256, embedding_size=256), r"\(128, 64\).*\(256, 64\)"),
+    "tied head": (
+        _config(weight_tying=True),
+        r"ties the head.*ff_out\.weight.*wte\.weight.*differ",
+    ),
+    "no layers": (_config(n_layers=0), r"config\.json sets n_layers=0"),
+    "no heads": (_config(n_heads=0), r"config\.json sets n_heads=0"),
+    "truncated": (_truncate(-100), r"/model\.safetensors is truncated or damaged"),
+    "truncated header": (_truncate(50), r"/model\.safetensors is truncated or damaged"),
+    "empty file": (_truncate(0), r"/model\.safetensors is truncated or damaged"),
+    "truncated pickle": (_pickled, r"/pytorch_model\.bin is truncated or damaged"),
+}
+
+
+@pytest.mark.parametrize("name", SPOILT)
+def test_spoilt_checkpoint(llada: Path, copy: Callable[[Path], Path], name: str) -> None:
+    change, message = SPOILT[name]
     model = copy(llada)
-    spoil(model, change)
+    change(model)
     with (
         failing_engine(),
         pytest.raises(ValueError, match=message),
@@ -359,15 +419,14 @@ def test_spoilt_checkpoint(
         pass
 
 
-def test_truncated_file(llada: Path, copy: Callable[[Path], Path]) -> None:
-    """The safetensors library's own message."""
-    model = copy(llada)
-    path = model / "model.safetensors"
+def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
+    model = write_checkpoint(tmp_path, "llada", shards=3, **SMALL)
+    path = sorted(model.glob("*.safetensors"))[1]
     with path.open("r+b") as file:
         file.truncate(path.stat().st_size - 100)
     with (
         failing_engine(),
-        pytest.raises(Exception, match="(?i)incomplete|deserializing"),
+        pytest.raises(ValueError, match=rf"file \S*/{path.name} is truncated"),
         running_engine(str(model)),
     ):
         pass

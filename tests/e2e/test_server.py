@@ -452,6 +452,19 @@ BAD_PARAMETERS = [
         repetition_detection={"max_pattern_size": 2**64, "min_count": 2},
     ),
     refused("structured_outputs", structured_outputs={"json": {"const": 2**64}}),
+    *(
+        refused("structured_outputs", "must be an object", structured_outputs=value)
+        for value in ("x", "\ud800", "", 7, 0.5, False, ["x"], [])
+    ),
+    *(
+        refused("structured_outputs", structured_outputs=value)
+        for value in ({"json": 7}, {"regex": 7}, {"choice": "ab"}, {"grammar": ["x"]})
+    ),
+    *(
+        refused("response_format", response_format=value)
+        for value in ("x", 7, True, ["x"], {}, {"type": 7}, {"type": "json_schema"})
+    ),
+    *(refused("logit_bias", logit_bias=value) for value in ("x", 7, [1], {"5": "x"}, {"5": None})),
     refused("n", "n must", n=0),
     refused("seed", seed="x"),
     refused("stop_token_ids", stop_token_ids=["x"]),
@@ -475,6 +488,27 @@ BAD_CHATS = [
     refused("messages", "conversation", messages=[]),
     refused("messages", "input tokens", messages=[{"role": "user", "content": "name " * 6000}]),
 ]
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions", "chat/completions/batch"])
+@pytest.mark.parametrize("value", ["x", 7, ["x"], {"include_usage": "x"}], ids=repr)
+def test_stream_options_of_a_wrong_type(server: Server, path: str, value: Any) -> None:
+    question = {"prompt": ids(40, 6)}
+    if path != "completions":
+        question = {"messages": [{"role": "user", "content": QUESTION}]}
+    for stream in (True, False):
+        response = server.post(path, **question, stream=stream, stream_options=value)
+        assert response.status_code == 400
+        assert "stream_options" in response.text
+
+
+@pytest.mark.parametrize("path", ["chat/completions/batch", "responses"])
+def test_other_endpoints_name_a_field_of_a_wrong_type(server: Server, path: str) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    question = {"input": QUESTION} if path == "responses" else {"messages": [messages]}
+    response = server.post(path, **question, structured_outputs="x")
+    assert response.status_code == 400
+    assert "structured_outputs" in response.text
 
 
 @pytest.mark.parametrize(("request_", "named"), BAD_SETTINGS + BAD_PARAMETERS + BAD_COMPLETIONS)
