@@ -454,7 +454,7 @@ BAD_PARAMETERS = [
     refused("structured_outputs", structured_outputs={"json": {"const": 2**64}}),
     *(
         refused("structured_outputs", "must be an object", structured_outputs=value)
-        for value in ("x", "\ud800", "", 7, 0.5, False, ["x"], [])
+        for value in ("x", "", 7, 0.5, False, ["x"], [])
     ),
     *(
         refused("structured_outputs", structured_outputs=value)
@@ -490,7 +490,7 @@ BAD_CHATS = [
 ]
 
 
-@pytest.mark.parametrize("path", ["completions", "chat/completions", "chat/completions/batch"])
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
 @pytest.mark.parametrize("value", ["x", 7, ["x"], {"include_usage": "x"}], ids=repr)
 def test_stream_options_of_a_wrong_type(server: Server, path: str, value: Any) -> None:
     question = {"prompt": ids(40, 6)}

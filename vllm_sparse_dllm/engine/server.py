@@ -36,6 +36,9 @@ def install() -> None:
     @functools.wraps(original)
     async def serve_http(app: Any, *args: Any, **kwargs: Any) -> Awaitable[None]:
         app.add_exception_handler(AttributeError, _answer_wrong_type)
+        # Built when vLLM made the application, before it had this handler; built anew, of all
+        # that was added, by the first request.
+        app.middleware_stack = None
         engine = app.state.engine_client
         stop = engine.shutdown
         stopped = False
