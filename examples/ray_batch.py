@@ -298,14 +298,14 @@ def answers(
 ) -> Iterator[tuple[list[int], list[str]]]:
     """Yield lines and results of each batch, as batches are finished."""
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    context.enable_progress_bars = context.print_on_execution_start = False
     lines = list(requests)
     tables = []
     for start in range(0, len(lines), options.batch_size):
         chosen = lines[start : start + options.batch_size]
         tables.append(pa.table({"line": chosen, "request": [requests[line] for line in chosen]}))
     # A batch is a task and gives one block, so a task that is repeated gives all of it again.
-    results = ray.data.from_arrow(tables).map_batches(
+    results = ray.data.from_blocks(tables).map_batches(
         Replica,
         fn_constructor_args=(options.model, options.engine_args, defaults),
         batch_size=options.batch_size,

@@ -21,7 +21,7 @@ from contextlib import AsyncExitStack
 from types import SimpleNamespace
 from typing import Any
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, ValidationError
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray_cluster import REPLICA_ENVIRONMENT, connect
@@ -108,8 +108,13 @@ class OpenAIServer:
         await self._cleanup.aclose()
 
 
-def application(settings: Settings) -> serve.Application:
-    """Return the application for a Serve configuration."""
+def application(args: dict[str, Any]) -> serve.Application:
+    """Return the application for the ``args`` of a Serve configuration, the fields of `Settings`.
+
+    Raises:
+        ValueError: If a field is unknown or has a value that is not allowed.
+    """
+    settings = Settings(**args)
     vllm_arguments(settings.vllm)
     return OpenAIServer.options(
         autoscaling_config=AutoscalingConfig(
@@ -144,13 +149,15 @@ def parse_arguments(arguments: list[str]) -> tuple[argparse.Namespace, Settings]
     given = {name: value for name, value in vars(own).items() if name in Settings.model_fields}
     try:
         return own, Settings(vllm=rest, **given)
-    except ValueError as error:
-        parser.error(str(error))
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]).replace("_", "-")
+        parser.error(f"--{flag}: {first['msg']}, got {first['input']!r}")
 
 
 def main() -> None:
     own, settings = parse_arguments(sys.argv[1:])
-    deployed = application(settings)
+    deployed = application(settings.model_dump())
     connect()
     serve.start(http_options={"host": own.serve_host, "port": own.serve_port})
     serve.run(deployed, route_prefix="/", blocking=True)
