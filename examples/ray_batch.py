@@ -289,7 +289,7 @@ class Output:
         """Make one file of all results, in the order of the input."""
         lines = "".join(f"{self.results[line]}\n" for line in sorted(self.results))
         write(self._folder / RESULTS, lines)
-        for part in self._folder.glob("part-*.jsonl"):
+        for part in self._folder.glob("part-*"):
             part.unlink()
 
 

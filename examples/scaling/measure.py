@@ -60,7 +60,7 @@ def sizes(config: Any) -> dict[str, int]:
     }
 
 
-def main() -> None:
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("output", type=Path)
     parser.add_argument("--model", default=embedded_model(), help="default: the embedded model")
@@ -68,7 +68,11 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5, help="default: %(default)s")
     parser.add_argument("--requests", default="1,2,4,8", help="default: %(default)s")
     parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
-    options = parser.parse_args()
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
     numbers = sorted({int(number) for number in options.requests.split(",")})
     length = options.prompt + BLOCK
     defaults = {

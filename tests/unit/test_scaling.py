@@ -4,33 +4,16 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-FOLDER = Path(__file__).parents[2] / "examples" / "scaling"
+from tests.scripts import EXAMPLES, load
 
-
-def _load() -> tuple[ModuleType, ModuleType]:
-    sys.path.insert(0, str(FOLDER))
-    try:
-        import model
-        import run
-
-        return model, run
-    finally:
-        sys.path.remove(str(FOLDER))
-        # The names are of scripts; nothing else may find these under them.
-        for name in ("model", "run"):
-            sys.modules.pop(name, None)
-
-
-model, run = _load()
+model, run = load(EXAMPLES / "scaling", "model", "run")
 LLADA, H100, WORKLOAD = model.Model(), run.H100, model.Workload()
 NO_LINK = model.Link(1e30, 0.0)
 NO_HOST = replace(H100, host_layer=0.0, host_request=0.0, host_step=0.0)
