@@ -4,7 +4,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VLLM = "0.32.0"
-RAY = "ray[default,data,serve]>=2.43"
+# examples/ray_serve.py has Serve build its application late, as this version can.
+RAY = "ray[default,data,serve]>=2.60"
 
 setup(
     name="vllm-sparse-dllm",
@@ -27,7 +28,7 @@ setup(
         "bench": ["matplotlib"],
         "dev": [
             *("pytest", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil", "schemathesis"),
-            *("websockets", RAY),
+            *("websockets", "pyyaml", RAY),
         ],
     },
     entry_points={

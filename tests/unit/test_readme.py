@@ -133,7 +133,10 @@ def test_models() -> None:
 
 @pytest.mark.parametrize(
     "page",
-    ["README.md", "patches/README.md", "docs/metrics.md", "docs/parameters.md", "docs/trace.md"],
+    [
+        *("README.md", "patches/README.md"),
+        *("docs/deployment.md", "docs/metrics.md", "docs/parameters.md", "docs/trace.md"),
+    ],
 )
 def test_links_and_paths(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")

@@ -1,0 +1,98 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure the passes of an engine on one device, for ``run.py --measured``.
+
+Which pass a step is, is known from what is asked: under the policy `none` every step is a full
+pass of all requests, under `sparse` with one block every step but the first is a block step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+# The engine core in this process, so that a step can be timed. Before vLLM is imported.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+
+from vllm import LLM, SamplingParams
+
+from vllm_sparse_dllm.assets import embedded_model
+
+BLOCK = 32
+#: Steps that are timed, and those before them that are not.
+TIMED, FIRST = 8, 2
+
+
+def step_seconds(llm: LLM, requests: int, prompt: int, policy: str, keep: float) -> float:
+    """Return the median time of a step of so many requests at once."""
+    extra: dict[str, Any] = {"diffusion_cache_policy": policy, "diffusion_block_length": BLOCK}
+    if policy == "sparse":
+        extra |= {"diffusion_keep_ratio": keep, "diffusion_delay_steps": 0}
+    extra["diffusion_steps"] = FIRST + TIMED + 1
+    params = SamplingParams(temperature=0, max_tokens=BLOCK, ignore_eos=True, extra_args=extra)
+    for number in range(requests):
+        ids = [10 + (number + place) % 100 for place in range(prompt)]
+        llm.enqueue({"prompt_token_ids": ids}, params, use_tqdm=False)
+    seconds = []
+    while llm.llm_engine.has_unfinished_requests():
+        start = time.perf_counter()
+        llm.llm_engine.step()
+        seconds.append(time.perf_counter() - start)
+    if len(seconds) < FIRST + TIMED:
+        raise RuntimeError(f"only {len(seconds)} steps were run")
+    return statistics.median(seconds[FIRST : FIRST + TIMED])
+
+
+def sizes(config: Any) -> dict[str, int]:
+    """Return the model's sizes, under the names of `model.Model`."""
+    return {
+        "width": config.hidden_size,
+        "layers": config.num_hidden_layers,
+        "heads": config.num_attention_heads,
+        "kv_heads": config.num_key_value_heads,
+        "mlp": config.intermediate_size,
+        "vocab": config.vocab_size,
+    }
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--model", default=embedded_model(), help="default: the embedded model")
+    parser.add_argument("--prompt", type=int, default=480, help="default: %(default)s")
+    parser.add_argument("--keep", type=float, default=0.5, help="default: %(default)s")
+    parser.add_argument("--requests", default="1,2,4,8", help="default: %(default)s")
+    parser.add_argument("--engine-args", type=json.loads, default={}, metavar="JSON")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse_arguments()
+    numbers = sorted({int(number) for number in options.requests.split(",")})
+    length = options.prompt + BLOCK
+    defaults = {
+        "max_model_len": length,
+        "max_num_seqs": max(numbers),
+        "max_num_batched_tokens": length * max(numbers) + 1,
+        "disable_log_stats": True,
+    }
+    llm = LLM(options.model, **{**defaults, **options.engine_args})
+    full = [(n * length, step_seconds(llm, n, options.prompt, "none", 1.0)) for n in numbers]
+    block = [
+        (n * BLOCK, step_seconds(llm, n, options.prompt, "sparse", options.keep)) for n in numbers
+    ]
+    model = sizes(llm.llm_engine.model_config.hf_config)
+    content = {"model": model, "prompt": options.prompt, "block": block, "full": full}
+    options.output.write_text(json.dumps(content, indent=1), encoding="utf-8")
+    for kind, points in (("block step", block), ("full pass", full)):
+        for rows, seconds in points:
+            print(f"{kind:<12}{rows:>7} rows {1000 * seconds:>10.2f} ms")
+
+
+if __name__ == "__main__":
+    main()

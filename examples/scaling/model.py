@@ -1,0 +1,388 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An estimate of throughput on several devices: what a step must compute, move and exchange.
+
+All requests are alike: a prompt of some length, a response in blocks, and the steady state, in
+which a replica always has the same number of requests at hand. A pass of r rows through a layer
+is a roofline (the larger of operations over rate and bytes over bandwidth), divided by the
+tensor-parallel ranks; exchanges between ranks and what the host does are added and are not
+divided. Nothing overlaps. Times are in seconds, sizes in bytes, rates per second.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Model:
+    """A network; the default is LLaDA-8B in bfloat16."""
+
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32
+    mlp: int = 12288
+    vocab: int = 126464
+    element: int = 2
+
+    @property
+    def kv_width(self) -> int:
+        return self.width // self.heads * self.kv_heads
+
+    @property
+    def layer_weights(self) -> int:
+        """Weights of a layer."""
+        return self.width * (2 * self.width + 2 * self.kv_width + 3 * self.mlp)
+
+    @property
+    def head_weights(self) -> int:
+        return self.width * self.vocab
+
+    @property
+    def weight_bytes(self) -> int:
+        """All weights, those of the embedding included."""
+        return self.element * (self.layers * self.layer_weights + 2 * self.head_weights)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Key and value of a position, in all layers."""
+        return 2 * self.element * self.layers * self.kv_width
+
+
+@dataclass(frozen=True)
+class Link:
+    """A connection between devices.
+
+    Attributes:
+        bandwidth: Bytes a second that a device sends, while it receives as many.
+        latency: Seconds that a collective takes however small it is.
+    """
+
+    bandwidth: float
+    latency: float
+
+    def all_reduce(self, size: float, ranks: int) -> float:
+        """Return the time to add up ``size`` bytes of each rank: a ring, both ways round."""
+        if ranks == 1:
+            return 0.0
+        return self.latency + 2 * (ranks - 1) / ranks * size / self.bandwidth
+
+    def all_gather(self, size: float, ranks: int) -> float:
+        """Return the time until each rank has all of ``size`` bytes that lie in equal parts."""
+        if ranks == 1:
+            return 0.0
+        return self.latency + (ranks - 1) / ranks * size / self.bandwidth
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Devices, and nodes of them.
+
+    Attributes:
+        flops: Operations a second of a device, as reached by large matrix products.
+        bandwidth: Bytes a second that a device reads, as reached.
+        memory: Bytes of a device that weights and pages may take.
+        devices_per_node: Devices that ``inside`` connects.
+        inside: Link of the devices of a node.
+        between: Link of nodes, for each device.
+        host_layer: Seconds a layer of a pass takes at least: the host starts its kernels.
+        host_request: The same for a request in a layer: attention is a call for each.
+        host_step: Seconds of a step outside the model.
+    """
+
+    flops: float
+    bandwidth: float
+    memory: float
+    devices_per_node: int
+    inside: Link
+    between: Link
+    host_layer: float = 0.0
+    host_request: float = 0.0
+    host_step: float = 0.0
+
+    def link(self, ranks: int) -> Link:
+        """Return the slowest link that so many ranks, filled node by node, go over."""
+        return self.inside if ranks <= self.devices_per_node else self.between
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What every request asks for.
+
+    Attributes:
+        prompt: Its tokens.
+        response: Its length, a multiple of ``block``.
+        block: Positions of a block.
+        steps: Denoising steps of a block, full passes included.
+        full_passes: Those that run all positions; the last of them fills the cache.
+        keep: Part of the keys outside the block that is kept; 1 is the policy `dual`.
+        tokens_per_pass: Most rows of a full pass: more requests take more of them.
+    """
+
+    prompt: int = 1024
+    response: int = 256
+    block: int = 32
+    steps: int = 32
+    full_passes: int = 2
+    keep: float = 0.5
+    tokens_per_pass: int = 8192
+
+    def __post_init__(self) -> None:
+        if self.response % self.block:
+            raise ValueError(f"response must be a multiple of block, got {self.response}")
+        if not 0 <= self.full_passes <= self.steps:
+            raise ValueError(
+                f"full_passes must be from 0 to {self.steps} (steps), got {self.full_passes}"
+            )
+
+    @property
+    def length(self) -> int:
+        return self.prompt + self.response
+
+    @property
+    def slots(self) -> int:
+        """Slots that a request holds."""
+        return int((self.length - self.block) * self.keep) + self.block
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Times of passes on one device, in place of the roofline and the host's part.
+
+    Attributes:
+        block: Rows of a block step (all requests) and its time, by rising rows.
+        full: The same of full passes.
+    """
+
+    block: tuple[tuple[int, float], ...]
+    full: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        for name in ("block", "full"):
+            points = getattr(self, name)
+            rows = [row for row, _ in points]
+            if not points or rows != sorted(set(rows)) or min(min(p) for p in points) <= 0:
+                raise ValueError(
+                    f"{name} must be pairs of rows and seconds above 0, by rising rows, "
+                    f"got {points!r}"
+                )
+
+    @staticmethod
+    def at(points: tuple[tuple[int, float], ...], rows: float) -> float:
+        """Return the time at some rows: between points a line, below and beyond in proportion."""
+        number = bisect_left([row for row, _ in points], rows)
+        if number == 0:
+            # Few rows cost as much as the fewest measured: weights are read all the same.
+            return points[0][1]
+        if number == len(points):
+            return points[-1][1] * rows / points[-1][0]
+        (low, first), (high, second) = points[number - 1], points[number]
+        return first + (second - first) * (rows - low) / (high - low)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Time of a pass: work that ranks divide, exchange between them, and the host's part."""
+
+    work: float
+    exchange: float
+    host: float
+
+    @property
+    def seconds(self) -> float:
+        # The host runs ahead of the device, so the longer of the two counts.
+        return max(self.work, self.host) + self.exchange
+
+    def __mul__(self, times: float) -> Pass:
+        return Pass(self.work * times, self.exchange * times, self.host * times)
+
+
+def model_pass(
+    model: Model,
+    machine: Machine,
+    ranks: int,
+    requests: int,
+    rows: int,
+    keys: int,
+    cached: int,
+    logits: int,
+    chooses: bool,
+) -> Pass:
+    """Return the time of a pass by the roofline.
+
+    Args:
+        model: The network.
+        machine: What it runs on.
+        ranks: Tensor-parallel ranks.
+        requests: Requests in the pass.
+        rows: Rows of each.
+        keys: Keys that each row attends to.
+        cached: Those of them that are read from the cache.
+        logits: Rows of each request whose logits are needed.
+        chooses: Whether it also chooses which keys are kept.
+    """
+    total = requests * rows
+    operations = 2.0 * total * model.layer_weights + 4.0 * total * keys * model.width
+    read = model.element * model.layer_weights + requests * cached * model.slot_bytes / model.layers
+    head_operations = 2.0 * requests * logits * model.head_weights
+    work = model.layers * max(operations / machine.flops, read / machine.bandwidth)
+    work += max(
+        head_operations / machine.flops, model.element * model.head_weights / machine.bandwidth
+    )
+    link = machine.link(ranks)
+    # After attention and after the feed-forward part; the embedding is one more.
+    exchange = (2 * model.layers + 1) * link.all_reduce(total * model.width * model.element, ranks)
+    exchange += link.all_gather(requests * logits * model.vocab * model.element, ranks)
+    if chooses:
+        # Each rank's part of the saliency of all keys, once a layer.
+        part = requests * keys * model.element
+        exchange += model.layers * link.all_gather(ranks * part, ranks)
+    host = machine.host_step + model.layers * (machine.host_layer + requests * machine.host_request)
+    return Pass(work / ranks, exchange, host)
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What a layout of devices does.
+
+    Attributes:
+        ranks: Tensor-parallel ranks of a replica.
+        replicas: Replicas of the engine.
+        requests: Requests that clients have under way at once.
+        running: Those of them that a replica has room for and runs, the most of a replica.
+        throughput: Tokens a second, of all.
+        latency: Seconds from a request's first pass to its last token.
+        block_step: Seconds of a block step.
+        full_pass: Seconds of the full passes of all running requests, one each.
+        exchange: Part of a replica's time that goes into exchange between ranks.
+    """
+
+    ranks: int
+    replicas: int
+    requests: int
+    running: int
+    throughput: float
+    latency: float
+    block_step: float
+    full_pass: float
+    exchange: float
+
+    @property
+    def devices(self) -> int:
+        return self.ranks * self.replicas
+
+
+def room(model: Model, machine: Machine, workload: Workload, ranks: int) -> int:
+    """Return how many requests a replica's memory holds, 0 if not even the weights."""
+    # Key/value heads that are fewer than ranks are stored more than once.
+    copies = max(1, ranks // model.kv_heads)
+    left = ranks * machine.memory - model.weight_bytes
+    return max(0, int(left // (workload.slots * model.slot_bytes * copies)))
+
+
+def estimate(
+    model: Model,
+    machine: Machine,
+    workload: Workload,
+    ranks: int,
+    replicas: int,
+    requests: int,
+    measured: Measured | None = None,
+) -> Estimate:
+    """Return what replicas of ``ranks`` devices each do with so many requests at once.
+
+    Raises:
+        ValueError: If a number is below 1, or the model does not fit.
+    """
+    for name, number in (("ranks", ranks), ("replicas", replicas), ("requests", requests)):
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1, got {number}")
+    places = room(model, machine, workload, ranks)
+    if not places:
+        raise ValueError(f"{ranks} ranks have no room for the model and a request")
+    # Requests are spread evenly: some replicas have one more than the others.
+    share, more = divmod(requests, replicas)
+    loads = [(min(share + 1, places), more), (min(share, places), replicas - more)]
+    throughput = 0.0
+    busiest: tuple[Pass, Pass, float] | None = None
+    for running, number in loads:
+        if not running or not number:
+            continue
+        block, full = _passes(model, machine, workload, ranks, running, measured)
+        rounds = (workload.steps - workload.full_passes) * block.seconds
+        rounds += workload.full_passes * full.seconds
+        throughput += number * running * workload.block / rounds
+        busiest = busiest or (block, full, rounds)
+    assert busiest is not None
+    block, full, rounds = busiest
+    exchanged = (workload.steps - workload.full_passes) * block.exchange
+    exchanged += workload.full_passes * full.exchange
+    return Estimate(
+        ranks=ranks,
+        replicas=replicas,
+        requests=requests,
+        running=next(running for running, number in loads if running and number),
+        throughput=throughput,
+        latency=rounds * workload.response / workload.block,
+        block_step=block.seconds,
+        full_pass=full.seconds,
+        exchange=exchanged / rounds,
+    )
+
+
+def _passes(
+    model: Model,
+    machine: Machine,
+    workload: Workload,
+    ranks: int,
+    running: int,
+    measured: Measured | None,
+) -> tuple[Pass, Pass]:
+    """Return a block step of all requests, and as many full passes as take each request once."""
+    keys = workload.slots
+    block = model_pass(
+        model,
+        machine,
+        ranks,
+        running,
+        workload.block,
+        keys,
+        keys - workload.block,
+        workload.block,
+        chooses=False,
+    )
+    at_once = min(running, max(1, workload.tokens_per_pass // workload.length))
+    one_full = model_pass(
+        model,
+        machine,
+        ranks,
+        at_once,
+        workload.length,
+        workload.length,
+        0,
+        workload.block,
+        chooses=workload.keep < 1,
+    )
+    if measured is not None:
+        # The host's part is in what was measured; that it shrinks with ranks is optimistic.
+        rows = running * workload.block
+        block = replace(block, work=Measured.at(measured.block, rows) / ranks, host=0.0)
+        rows = at_once * workload.length
+        one_full = replace(one_full, work=Measured.at(measured.full, rows) / ranks, host=0.0)
+    return block, one_full * (running / at_once)
+
+
+def stops_growing(estimates: list[Estimate], gain: float = 0.5) -> Estimate:
+    """Return the last of estimates of rising devices before growth is no longer worth it.
+
+    Args:
+        estimates: By rising number of devices.
+        gain: The part of proportional growth that a step must bring: with 0.5, twice the
+            devices must give half as much again.
+    """
+    for now, after in zip(estimates, estimates[1:], strict=False):
+        proportional = after.devices / now.devices - 1
+        if after.throughput / now.throughput - 1 < gain * proportional:
+            return now
+    return estimates[-1]

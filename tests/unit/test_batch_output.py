@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch job's requests and its output folder, without Ray or an engine."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.scripts import EXAMPLES, load
+
+(ray_batch,) = load(EXAMPLES, "ray_batch")
+JOB = {"input": "digest", "model": None}
+
+
+def result(line: int) -> str:
+    return json.dumps({"line": line, "text": f"answer {line}"})
+
+
+def test_a_job_goes_on_with_what_was_kept(tmp_path: Path) -> None:
+    first = ray_batch.Output(tmp_path, JOB)
+    first.add([4, 5], [result(4), result(5)])
+    # What a crash leaves in the middle of a write.
+    (tmp_path / "part-000000001.partial").write_text('{"line": 1, "te')
+    del first
+    second = ray_batch.Output(tmp_path, JOB)
+    assert second.results == {4: result(4), 5: result(5)}
+    second.add([1], [result(1)])
+    second.add([4, 5], [result(4), result(5)])
+    second.finish()
+    assert second.complete
+    text = (tmp_path / "results.jsonl").read_text()
+    assert text.splitlines() == [result(1), result(4), result(5)]
+    assert {path.name for path in tmp_path.iterdir()} == {"job.json", "lock", "results.jsonl"}
+    del second
+    assert ray_batch.Output(tmp_path, JOB).results.keys() == {1, 4, 5}
+
+
+def test_a_folder_is_of_one_process(tmp_path: Path) -> None:
+    output = ray_batch.Output(tmp_path, JOB)
+    with pytest.raises(SystemExit, match="another process is at work in"):
+        ray_batch.Output(tmp_path, JOB)
+    assert not output.complete
+
+
+def test_a_folder_is_of_one_job(tmp_path: Path) -> None:
+    ray_batch.Output(tmp_path, JOB)
+    with pytest.raises(SystemExit, match="its model was None and now is 'other'"):
+        ray_batch.Output(tmp_path, {**JOB, "model": "other"})
+
+
+def test_lines_are_numbered_as_editors_do(tmp_path: Path) -> None:
+    path = tmp_path / "input.jsonl"
+    path.write_bytes(b'{"a"\r\n\n  \n\xff\nlast')
+    assert ray_batch.read_requests(path) == {1: b'{"a"\r', 4: b"\xff", 5: b"last"}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[]", "a request must be an object, got list"),
+        (b"{}", "a request must have one of prompt, prompt_token_ids, messages"),
+        (b'{"prompt": "a", "model": "b"}', "'model' must be one of"),
+    ],
+)
+def test_refused(text: bytes, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ray_batch.parse(text)
+
+
+@given(st.binary())
+def test_any_line_is_a_request_or_an_error(text: bytes) -> None:
+    with contextlib.suppress(ValueError):
+        assert isinstance(ray_batch.parse(text), dict)
+
+
+def test_sampling() -> None:
+    defaults = {"max_tokens": 7, "temperature": 0.0, "seed": 100}
+    own = ray_batch.sampling({"prompt": "a", "id": 1, "logit_bias": {"3": 1.5}}, defaults, 5)
+    assert (own.max_tokens, own.temperature, own.seed) == (7, 0.0, 105)
+    assert own.logit_bias == {3: 1.5}
+    assert own.extra_args is None
+    other = ray_batch.sampling({"seed": 1, "max_tokens": 9, "diffusion_steps": 3}, defaults, 5)
+    assert (other.max_tokens, other.seed, other.extra_args) == (9, 1, {"diffusion_steps": 3})
+    with pytest.raises(ValueError, match=r"Expected `int | null`, got `str`.*max_tokens"):
+        ray_batch.sampling({"max_tokens": "many"}, defaults, 5)
