@@ -312,7 +312,7 @@ BAD_COMPLETIONS: tuple[tuple[int, str, Body], ...] = (
     (400, "logprobs", {"logprobs": 1000}),
     (400, "prompt", {"prompt": ""}),
     (400, "prompt", {"prompt": []}),
-    (400, "input tokens", {"prompt": [7] * CONTEXT}),
+    (400, "input tokens", {"prompt": [7] * (CONTEXT + 1)}),
     (400, "input tokens", {"prompt": "name " * 3 * CONTEXT}),
     (400, "vocabulary", {"prompt": [100_000]}),
     (400, "suffix", {"suffix": "end"}),

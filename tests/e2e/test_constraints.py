@@ -276,6 +276,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "bad words: all": ({"words": [[i] for i in range(VOCAB)]}, "got all tokens"),
     "bad words: outside": ({"words": [[VOCAB]]}, "bad_words must be of tokens"),
+    "bad words: many": (
+        {"words": [[i % 9] * 64 for i in range(65)]},
+        "at most 4096 tokens.*got 4160",
+    ),
     "bad words: no tokenizer": ({"bad_words": ["x"]}, "bad_words needs a tokenizer"),
     "bias: not finite": ({"logit_bias": {5: float("nan")}}, "logit_bias must be numbers"),
     "bias: huge": ({"logit_bias": {5: 1e30}}, "logit_bias must be numbers"),

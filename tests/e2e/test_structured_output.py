@@ -356,6 +356,18 @@ def test_a_stop_token_ends_an_answer_only_where_it_may_end(llm: LLM) -> None:
         assert regex.fullmatch("[ab]{6}", output.outputs[0].text)
 
 
+def test_a_stop_token_that_the_grammar_needs_cuts_there(llm: LLM) -> None:
+    """Where it needs none of them, the text goes on."""
+    tokenizer = llm.get_tokenizer()
+    ordinary = set(range(len(tokenizer))) - set(tokenizer.all_special_ids)
+    without_b = {i for i in ordinary if "b" not in tokenizer.decode([i])}
+    params = Wanted("regex", "b{3}a{3}", 20).sampling(stop_token_ids=sorted(without_b))
+    [output] = answer(llm, [PROMPTS[0]], [params])
+    assert output.outputs[0].finish_reason == "stop"
+    assert output.outputs[0].stop_reason in without_b
+    assert regex.fullmatch("b{3}a{0,3}", output.outputs[0].text)
+
+
 def test_a_stop_string_cuts_where_it_says(llm: LLM) -> None:
     request = Wanted("regex", "(ab){8}", 20)
     [output] = answer(llm, [PROMPTS[0]], [request.sampling(stop=["bab"])])
@@ -379,6 +391,29 @@ def test_a_stop_string_cuts_where_it_says(llm: LLM) -> None:
             {},
             r"structured_outputs must hold integers from -2\*\*63",
         ),
+        (
+            {"json": {"properties": {"enum": {"type": "integer", "minimum": 10**17 + 1}}}},
+            {},
+            "minimum in .* got 100000000000000001",
+        ),
+        ({"json": {"const": 2**53 + 2}}, {}, "const in .* got 9007199254740994"),
+        ({"json": {"enum": ["a", {"b": [2**60]}]}}, {}, "enum in .* got 1152921504606846976"),
+        (
+            {"json": {"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}},
+            {},
+            "exclusiveMinimum in .* no whole number .* got 0",
+        ),
+        (
+            {"json": {"allOf": [{"exclusiveMaximum": -1}, {"minimum": -1.5}], "type": "number"}},
+            {},
+            "exclusiveMaximum in .* got -1",
+        ),
+        (
+            {"json": {"type": "object", "minProperties": 2}},
+            {},
+            "minProperties .* at most 1.* got 2",
+        ),
+        ({"json": {"x-guidance": {"lenient": True}}}, {}, "x-guidance in .* must not be set"),
         ({"json": '{"items": {"type": "integer", "maximum": 1e30}}'}, {}, r"maximum .* got 1e\+30"),
         ({"choice": []}, {}, "empty list"),
         ({"grammar": "root ::= ("}, {}, "(?i)grammar"),

@@ -82,11 +82,12 @@ def _check_transport(request: EngineCoreRequest, sampling: SamplingParams) -> No
     Raises:
         RequestError: Naming the field, its value and what is allowed.
     """
-    texts = {"request_id": request.request_id, "session_id": request.session_id}
-    if _fits_message([*texts.values(), sampling]):
+    if _fits_message(request):
         return
-    fields = {name: getattr(sampling, name) for name in SamplingParams.__struct_fields__}
-    for name, value in (texts | fields).items():
+    fields = {name: getattr(request, name) for name in EngineCoreRequest.__struct_fields__}
+    del fields["sampling_params"]
+    fields |= {name: getattr(sampling, name) for name in SamplingParams.__struct_fields__}
+    for name, value in fields.items():
         if not _fits_message(value):
             raise RequestError(
                 f"{name} must hold integers from -2**63 to 2**64 - 1 and valid Unicode only, "

@@ -28,6 +28,8 @@ from vllm_sparse_dllm.denoise.constraints import (
 #: Wider than any use, narrow enough that float32 logits stay finite.
 _REPETITION_RANGE = (0.01, 100.0)
 _BIAS_LIMIT = 1e9
+#: Tokens of all bad words of a request: every commit is compared with each of them.
+_MOST_BAD_TOKENS = 4096
 
 
 def _is_constrained(sampling: SamplingParams) -> bool:
@@ -73,6 +75,12 @@ def check_constraints(sampling: SamplingParams, mask_token_id: int, vocab_size: 
         raise ValueError(
             f"min_tokens must be at most max_tokens={sampling.max_tokens}, "
             f"got {sampling.min_tokens}"
+        )
+    num_bad = sum(map(len, sampling.bad_words_token_ids or ()))
+    if num_bad > _MOST_BAD_TOKENS:
+        raise ValueError(
+            f"bad_words must have at most {_MOST_BAD_TOKENS} tokens, each written with and without "
+            f"a space before it, got {num_bad}: {reprlib.repr(sampling.bad_words)}"
         )
     bad = {token_id for word in sampling.bad_words_token_ids or () for token_id in word}
     outside = [token_id for token_id in bad if not 0 <= token_id < vocab_size]

@@ -41,11 +41,16 @@ _ENGINE_OPTIONS = {
     "whitespace_pattern": None,
 }
 
-#: Keywords of a JSON schema whose numbers llguidance holds as floats, and cuts to 64 bits.
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_LARGEST_BOUND = 2**53
+#: Keywords of a JSON schema that bound a number, lower and upper; the first excludes its own.
+_BOUNDS = (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum"))
+#: llguidance holds numbers as floats, and cuts bounds to 64 bits.
+_LARGEST_NUMBER = 2**53
 #: Keywords of a JSON schema whose values are data, not schemas.
-_DATA = ("const", "default", "enum", "examples")
+_DATA = ("default", "examples")
+#: Those whose data is what the text must be.
+_LITERALS = ("const", "enum")
+#: Those whose values are schemas by name: the names are no keywords.
+_BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 
 
 def has_grammar(sampling: SamplingParams) -> bool:
@@ -90,25 +95,88 @@ def check_structured_output(sampling: SamplingParams) -> None:
                 f"structured_outputs.{name} must be {default} in a request, got {value!r}; it is "
                 "an option of the engine (structured_outputs_config)"
             )
-    schema = sampling.structured_outputs.json if sampling.structured_outputs else None
-    if schema is not None:
-        _check_bounds(json.loads(schema) if isinstance(schema, str) else schema)
+    assert sampling.structured_outputs is not None
+    for name in ("json", "structural_tag"):
+        schema = getattr(sampling.structured_outputs, name)
+        if schema is not None:
+            schema = json.loads(schema) if isinstance(schema, str) else schema
+            _check_schema(schema, f"structured_outputs.{name}")
 
 
-def _check_bounds(schema: Any) -> None:
-    """Refuse numbers that a backend would take for others."""
+def _check_schema(schema: Any, field: str) -> None:
+    """Refuse what llguidance accepts, but does not enforce.
+
+    Args:
+        schema: A schema, or what holds schemas.
+        field: What it is part of.
+
+    Raises:
+        ValueError: Naming the keyword, its value and what is allowed.
+    """
     if isinstance(schema, list):
         for part in schema:
-            _check_bounds(part)
-    elif isinstance(schema, dict):
-        for key, value in schema.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if key in _BOUNDS and number and not abs(value) <= _LARGEST_BOUND:
-                raise ValueError(
-                    f"{key} in structured_outputs.json must be from -2**53 to 2**53, got {value}"
-                )
-            if key not in _DATA:
-                _check_bounds(value)
+            _check_schema(part, field)
+    if not isinstance(schema, dict):
+        return
+    if "x-guidance" in schema:
+        raise ValueError(
+            f"x-guidance in {field} must not be set, whose options pass over parts of a schema, "
+            f"got {reprlib.repr(schema['x-guidance'])}"
+        )
+    _check_bounds(schema, field)
+    fewest, required = schema.get("minProperties", 0), schema.get("required", ())
+    most = max(1, len(required)) if isinstance(required, list) else 1
+    if _is_number(fewest) and fewest > most:
+        raise ValueError(
+            f"minProperties in {field} must be at most {most} (1, or the properties that are "
+            f"required: others may repeat a name), got {fewest}"
+        )
+    for key, value in schema.items():
+        if key in _LITERALS:
+            _check_literals(value, key, field)
+        elif key in _BY_NAME and isinstance(value, dict):
+            _check_schema(list(value.values()), field)
+        elif key not in _DATA:
+            _check_schema(value, field)
+
+
+def _check_bounds(schema: dict[str, Any], field: str) -> None:
+    """Refuse bounds of a number that stand for others, or are overlooked."""
+    parts = schema.get("allOf")
+    own = [schema, *(part for part in parts if isinstance(part, dict))] if parts else [schema]
+    bounds: list[list[float]] = []
+    whole: list[tuple[str, float]] = []
+    for keywords in _BOUNDS:
+        bounds.append([])
+        for key in keywords:
+            for value in (part[key] for part in own if _is_number(part.get(key))):
+                if not abs(value) <= _LARGEST_NUMBER:
+                    raise ValueError(f"{key} in {field} must be from -2**53 to 2**53, got {value}")
+                bounds[-1].append(value)
+                if key == keywords[0] and value == int(value):
+                    whole.append((key, value))
+    for key, value in whole:
+        # The one number that its regular expression lets through.
+        if any(0 < abs(other - value) < 1 for side in bounds for other in side):
+            raise ValueError(
+                f"{key} in {field} must be no whole number where the other bound is less than 1 "
+                f"away, got {value}"
+            )
+
+
+def _check_literals(value: Any, key: str, field: str) -> None:
+    """Refuse numbers that are written as others."""
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, list):
+        for part in value:
+            _check_literals(part, key, field)
+    elif _is_number(value) and not abs(value) <= _LARGEST_NUMBER:
+        raise ValueError(f"numbers of {key} in {field} must be from -2**53 to 2**53, got {value}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _in_json(value: Any) -> str:
@@ -174,7 +242,9 @@ class AllowedTokens:
                 # Its name may match a grammar, but would not be in the text.
                 row &= ~(self._special_tokens(len(row)) & ~stops)
             if sampling.eos_token_id is None or not _has_bit(row, sampling.eos_token_id):
-                row &= ~stops
+                others = row & ~stops
+                # Where the text goes on with one of `stop_token_ids` only, that cuts it.
+                row = others if others.any() else row
         return row
 
     def _special_tokens(self, num_words: int) -> np.ndarray:
