@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
-from tasks import END, HEAD, RESPONSE, TAIL, Vocabulary, make_item
+from tasks import END, RESPONSE, Vocabulary, make_item
 
 #: How often each task is asked.
 MIX = {"retrieval": 0.45, "copy": 0.25, "reverse": 0.15, "addition": 0.15}
@@ -111,6 +111,3 @@ class Batches(Dataset[Batch]):
         answer = self.vocabulary.encode((*item.answer, END))
         ids[start : start + len(answer)] = answer
         return start, start + len(answer)
-
-
-assert HEAD and TAIL

@@ -13,8 +13,7 @@ import json
 import os
 import resource
 import socket
-import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +24,11 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
-from batches import MIX, Batch, Batches, Stage
+from batches import Batch, Batches, Stage
 from layouts import write_checkpoint
 from network import FAMILIES, Network, Shape
 from tasks import Vocabulary
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 from wiring import wire
@@ -107,9 +106,7 @@ class Training:
         if start == "wired":
             wire(self.network, vocabulary["<|mask|>"])
         self.optimisers: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(
-                self.network.hidden_matrices(), lr=plan.hidden_rate, weight_decay=0.0
-            ),
+            torch.optim.Muon(self.network.hidden_matrices(), lr=plan.hidden_rate, weight_decay=0.0),
             torch.optim.Adam(
                 self.network.other_parameters(), lr=plan.other_rate, betas=(0.9, 0.98)
             ),
@@ -269,7 +266,7 @@ class _Log:
                 file.write(json.dumps(entry | rounded) + "\n")
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments(command: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("output", type=Path, help="directory of checkpoint, state and log")
     parser.add_argument("--model", choices=FAMILIES, default="llada", help="default: %(default)s")
@@ -285,7 +282,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--no-compile", dest="compile", action="store_false", help="without torch.compile"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(command)
     if arguments.processes < 1:
         parser.error(f"--processes must be at least 1, got {arguments.processes}")
     if arguments.resume and not (arguments.output / "state.pt").exists():
@@ -293,8 +290,8 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def main() -> None:
-    arguments = parse_arguments()
+def main(command: list[str] | None = None) -> None:
+    arguments = parse_arguments(command)
     arguments.output.mkdir(parents=True, exist_ok=True)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
