@@ -34,7 +34,7 @@ RESPONSE = 32
 #: The shortest prompt any task fits in.
 MIN_LENGTH = 32
 #: Words of a list, digits of a number, asked keys: the least and the most.
-LISTED, DIGITS, ASKED = (4, 8), (2, 4), (1, 4)
+LISTED, DIGITS, ASKED = (4, 8), (2, 3), (1, 4)
 #: Words that no pair takes, so that there is filler.
 NUM_FILLER = 20
 

@@ -19,11 +19,14 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 from tasks import END, RESPONSE, Vocabulary, make_item
 
 #: How often each task is asked.
-MIX = {"retrieval": 0.45, "copy": 0.25, "reverse": 0.15, "addition": 0.15}
+MIX = {"retrieval": 0.45, "copy": 0.3, "reverse": 0.15, "addition": 0.1}
 #: Of the padding after an answer, which is soon learnt, in the loss.
 PADDING_WEIGHT = 0.1
-#: The part of sequences that show the padding, as a response does once it has been decoded.
-PADDING_SHOWN = 0.3
+#: The part of sequences that show the start of the answer and the end of the padding, as
+#: decoding does half-way; in all others each position is shown or masked by its own draw.
+HALF_WAY = 0.4
+#: Padding behind the answer that may then still be masked.
+LATE_PADDING = 8
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ class Batches(Dataset[Batch]):
             start, end = self._write(rng, ids[row])
             masked = draws.random(length) < 1.0 - 0.95 * times[row] ** 2
             masked[:start] = False
-            if rng.random() < PADDING_SHOWN:
-                masked[end:] = False
+            if rng.random() < HALF_WAY:
+                masked[:] = False
+                masked[rng.randrange(start, end) : end + rng.randint(0, LATE_PADDING)] = True
             weights[row] = masked[-RESPONSE:]
             weights[row, end - length :] *= PADDING_WEIGHT
             ids[row, masked] *= -1
