@@ -71,9 +71,9 @@ PLANS = {
         layers=4,
         stages=(
             Stage(300, {64: 0.5, 160: 0.5}),
-            Stage(350, {64: 0.2, 160: 0.6, 288: 0.2}),
-            Stage(300, {64: 0.2, 160: 0.4, 288: 0.4}),
-            Stage(350, {64: 0.1, 160: 0.2, 288: 0.3, 544: 0.35, 1056: 0.05}),
+            Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}),
+            Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}),
+            Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}),
         ),
         tokens=8448,
     ),
@@ -192,8 +192,8 @@ def work(process: int, arguments: argparse.Namespace, port: int) -> None:
     vocabulary = Vocabulary(TOKENIZER)
     training = Training(plan, arguments.model, arguments.start, vocabulary, arguments.seed)
     state = arguments.output / "state.pt"
-    names = ("model", "plan", "start", "seed", "processes")
-    run = {name: getattr(arguments, name) for name in names}
+    names = ("model", "start", "seed", "processes")
+    run = {name: getattr(arguments, name) for name in names} | {"plan": repr(plan)}
     if arguments.resume:
         training.load(state, run)
     data = Batches(
