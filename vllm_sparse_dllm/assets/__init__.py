@@ -11,13 +11,18 @@ from pathlib import Path
 _ROOT = Path(__file__).parent
 
 
+def embedded_models() -> list[str]:
+    """Return the names of all embedded checkpoints."""
+    return sorted(config.parent.name for config in _ROOT.glob("*/config.json"))
+
+
 def embedded_model(name: str = "tiny-llada") -> str:
     """Return the path of an embedded checkpoint, fit for vLLM's ``model``.
 
     Raises:
         ValueError: If there is none of that name.
     """
-    names = sorted(config.parent.name for config in _ROOT.glob("*/config.json"))
+    names = embedded_models()
     if name not in names:
         raise ValueError(f"embedded model must be one of {', '.join(names)}, got {name!r}")
     return str(_ROOT / name)

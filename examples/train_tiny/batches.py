@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Training data: batch n is drawn from a generator seeded by (seed, n), so any run can resume."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
+from tasks import END, RESPONSE, Vocabulary, make_item
+
+#: How often each task is asked.
+MIX = {"retrieval": 0.45, "copy": 0.3, "reverse": 0.15, "addition": 0.1}
+#: Of the padding after an answer, which is soon learnt, in the loss.
+PADDING_WEIGHT = 0.1
+#: The part of sequences that show the start of the answer and the end of the padding, as
+#: decoding does half-way; in all others each position is shown or masked by its own draw.
+HALF_WAY = 0.4
+#: Padding behind the answer that may then still be masked.
+LATE_PADDING = 8
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps whose sequences have these numbers of tokens, so often."""
+
+    steps: int
+    lengths: Mapping[int, float]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One process's part of a step.
+
+    ids: what the network sees, [B, T]; targets: what belongs at the last `RESPONSE` positions;
+    weights: of the loss there, 0 where nothing is masked; both [B, RESPONSE].
+    """
+
+    ids: Tensor
+    targets: Tensor
+    weights: Tensor
+
+
+class Batches(Dataset[Batch]):
+    """All batches of a run, by number."""
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        stages: tuple[Stage, ...],
+        tokens: int,
+        seed: int,
+        process: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        """``tokens`` is what all processes together see in a step, about."""
+        self.vocabulary, self.stages, self.tokens, self.seed = vocabulary, stages, tokens, seed
+        self.process, self.num_processes = process, num_processes
+        self._ends = list(accumulate(stage.steps for stage in stages))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def length_of(self, number: int) -> int:
+        """Return the tokens of a sequence in a batch; the same in all processes."""
+        stage = next(s for s, end in zip(self.stages, self._ends, strict=True) if number < end)
+        rng = random.Random(f"length {self.seed} {number}")
+        return rng.choices(list(stage.lengths), list(stage.lengths.values()))[0]
+
+    def __getitem__(self, number: int) -> Batch:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        length = self.length_of(number)
+        rows = max(1, self.tokens // length // self.num_processes)
+        rng = random.Random(f"batch {self.seed} {number} {self.process}")
+        draws = np.random.default_rng([self.seed, number, self.process])
+        ids = np.full((rows, length), self.vocabulary["<|endoftext|>"], dtype=np.int64)
+        weights = np.zeros((rows, RESPONSE), dtype=np.float32)
+        # Stratified, so that every batch has responses from nearly empty to nearly full.
+        times = (draws.permutation(rows) + draws.random(rows)) / rows
+        for row in range(rows):
+            start, end = self._write(rng, ids[row])
+            masked = draws.random(length) < 1.0 - 0.95 * times[row] ** 2
+            masked[:start] = False
+            if rng.random() < HALF_WAY:
+                masked[:] = False
+                masked[rng.randrange(start, end) : end + rng.randint(0, LATE_PADDING)] = True
+            weights[row] = masked[-RESPONSE:]
+            weights[row, end - length :] *= PADDING_WEIGHT
+            ids[row, masked] *= -1
+        targets = np.abs(ids)
+        seen = np.where(ids < 0, self.vocabulary["<|mask|>"], ids)
+        return Batch(
+            torch.from_numpy(seen),
+            torch.from_numpy(targets[:, -RESPONSE:]),
+            torch.from_numpy(weights),
+        )
+
+    def _write(self, rng: random.Random, ids: np.ndarray) -> tuple[int, int]:
+        """Fill a row with an item; return where its answer starts and where padding does."""
+        # Most responses have the length that is asked for; a few are shorter.
+        response = RESPONSE if rng.random() < 0.85 else rng.randint(20, RESPONSE)
+        start = len(ids) - response
+        item = make_item(rng, rng.choices(list(MIX), list(MIX.values()))[0], start)
+        ids[:start] = self.vocabulary.encode(item.prompt)
+        answer = self.vocabulary.encode((*item.answer, END))
+        ids[start : start + len(answer)] = answer
+        return start, start + len(answer)

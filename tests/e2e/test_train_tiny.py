@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training example: it resumes exactly, and the engine runs what it writes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.e2e.cases import greedy_cases
+from tests.e2e.server import ROOT, clean_environment
+from tests.engines import generate, running_engine
+from tests.reference import load
+
+FOLDER = ROOT / "examples" / "train_tiny"
+#: Below the embedding table's rows.
+VOCAB = 1400
+
+
+def train(*commands: list[str]) -> str:
+    """Run the script's ``main`` once for each list of arguments, in one process."""
+    calls = "".join(f"train.main({command!r})\n" for command in commands)
+    code = f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nimport train\n"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            f"{code}if __name__ == '__main__':\n    " + "    ".join(calls.splitlines(True)),
+        ],
+        cwd=ROOT,
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a folder of toys: both families, and LLaDA again in two parts."""
+    folder = tmp_path_factory.mktemp("train")
+    toy = ["--plan", "toy", "--no-compile", "--processes", "1"]
+    train(
+        [str(folder / "llada"), *toy],
+        [str(folder / "parts"), *toy, "--stop-after", "3"],
+        [str(folder / "parts"), *toy, "--resume"],
+        [str(folder / "dream"), *toy, "--model", "dream", "--start", "random"],
+    )
+    return folder
+
+
+def test_resuming_gives_the_same_run(folder: Path) -> None:
+    whole, parts = (load_file(folder / name / "model.safetensors") for name in ("llada", "parts"))
+    assert whole.keys() == parts.keys()
+    assert all(tensor.equal(parts[name]) for name, tensor in whole.items())
+
+
+def test_two_processes_share_a_batch(tmp_path: Path) -> None:
+    script = [sys.executable, str(FOLDER / "train.py"), str(tmp_path), "--plan", "toy"]
+    command = [*script, "--no-compile", "--stop-after", "2"]
+    subprocess.run(command, cwd=ROOT, env=clean_environment(), timeout=240, check=True)
+    assert (tmp_path / "model.safetensors").exists()
+
+
+def test_another_run_is_not_resumed(folder: Path) -> None:
+    state = ["--plan", "toy", "--no-compile", "--processes", "1", "--resume", "--seed", "5"]
+    with pytest.raises(AssertionError, match="seed=0, not 5"):
+        train([str(folder / "llada"), *state])
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_engine_equals_reference(folder: Path, family: str) -> None:
+    """The written layout is the public one: two independent readers agree on it."""
+    path = str(folder / family)
+    cases = greedy_cases(21, VOCAB)[::7]
+    with running_engine(path) as llm:
+        outputs = generate(llm, [c.prompt for c in cases], [c.sampling() for c in cases])
+    reference = load(path)
+    assert outputs == [case.expected(reference) for case in cases]
