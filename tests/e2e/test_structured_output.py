@@ -502,8 +502,11 @@ def test_a_grammar_that_allows_nothing_fails_its_request_alone(
 
 def test_constraints_that_leave_nothing_fail_their_request_alone(llm: LLM) -> None:
     params = Wanted("regex", "[abc]+").sampling(allowed_token_ids=[500, 501])
+    failures = scheduler_of(llm).figures.failures
+    before = failures.get("grammar", 0)
     output = run_beside_others(llm, params)
     assert output.outputs[0].finish_reason == "error" and not output.outputs[0].token_ids
+    assert failures == {"grammar": before + 1}
 
 
 @pytest.mark.parametrize("name", ["<|startoftext|>", "<|mask|>"])

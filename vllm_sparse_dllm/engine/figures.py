@@ -15,7 +15,7 @@ FIGURES = "sparse_dllm"
 #: What the first of the waiting requests waits for, and all others with it.
 QUEUE_CAUSES = ("pages", "token_budget", "max_num_seqs")
 #: Why a request ends without an answer.
-FAILURE_CAUSES = ("refused", "logits")
+FAILURE_CAUSES = ("refused", "grammar", "logits")
 
 
 @dataclass
@@ -68,9 +68,9 @@ class EngineFigures:
         """Count the requests that wait in this step."""
         self.queued[cause] = self.queued.get(cause, 0) + num_requests
 
-    def fail(self, cause: str, num_requests: int) -> None:
-        """Count failed requests."""
-        self.failures[cause] = self.failures.get(cause, 0) + num_requests
+    def fail(self, cause: str) -> None:
+        """Count a failed request."""
+        self.failures[cause] = self.failures.get(cause, 0) + 1
 
     def message(self, pages_held: int, num_pages: int) -> dict[str, Any]:
         """Return everything as plain data, with the state of the page pool."""

@@ -330,8 +330,10 @@ class DiffusionScheduler(Scheduler):
             failed = model_runner_output.failed
             traces = model_runner_output.traces
             self.figures.steps.add(model_runner_output.counts)
-            if failed:
-                self.figures.fail("logits", sum(name in self.requests for name in failed))
+            for request_id in failed:
+                if (request := self.requests.get(request_id)) is not None:
+                    cause = "grammar" if request.use_structured_output else "logits"
+                    self.figures.fail(cause)
             elapsed = time.monotonic() - self._scheduled_at
             self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
             for request_id, progress in model_runner_output.progress.items():
