@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
@@ -11,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.e2e.cases import greedy_cases
-from tests.e2e.server import ROOT, clean_environment
+from tests.e2e.server import ROOT, run_program
 from tests.engines import generate, running_engine
 from tests.reference import load
 
@@ -24,22 +23,8 @@ def train(*commands: list[str]) -> str:
     """Run the script's ``main`` once for each list of arguments, in one process."""
     calls = "".join(f"train.main({command!r})\n" for command in commands)
     code = f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nimport train\n"
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            f"{code}if __name__ == '__main__':\n    " + "    ".join(calls.splitlines(True)),
-        ],
-        cwd=ROOT,
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-6000:]
-    return done.stdout
+    program = f"{code}if __name__ == '__main__':\n    " + "    ".join(calls.splitlines(True))
+    return run_program([sys.executable, "-c", program], timeout=240)
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +50,7 @@ def test_resuming_gives_the_same_run(folder: Path) -> None:
 def test_two_processes_share_a_batch(tmp_path: Path) -> None:
     script = [sys.executable, str(FOLDER / "train.py"), str(tmp_path), "--plan", "toy"]
     command = [*script, "--no-compile", "--stop-after", "2"]
-    subprocess.run(command, cwd=ROOT, env=clean_environment(), timeout=240, check=True)
+    run_program(command, timeout=240)
     assert (tmp_path / "model.safetensors").exists()
 
 
