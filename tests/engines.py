@@ -52,6 +52,20 @@ def scheduler_of(llm: LLM) -> DiffusionScheduler:
     return scheduler
 
 
+def pool_is_whole(llm: LLM) -> bool:
+    """Return whether nobody holds a page or is known any more to an engine in this process."""
+    scheduler = scheduler_of(llm)
+    manager = scheduler.block_manager
+    return (
+        manager.block_pool.get_num_free_blocks() == manager.num_pages
+        and not manager.req_to_blocks
+        and not scheduler.tracked
+        and not scheduler.requests
+        and not scheduler.deferred_waiting
+        and scheduler.get_kv_cache_usage() == 0.0
+    )
+
+
 def count_forwards(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Return a list that grows by the number of tokens of each forward pass."""
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner

@@ -12,7 +12,14 @@ import pytest
 from vllm import LLM
 
 from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases, run_staggered
-from tests.engines import count_forwards, generate, running_engine, sampling, scheduler_of
+from tests.engines import (
+    count_forwards,
+    generate,
+    pool_is_whole,
+    running_engine,
+    sampling,
+    scheduler_of,
+)
 from tests.reference import write_checkpoint
 
 VOCAB = 320
@@ -42,18 +49,6 @@ def _mixed_cases(model: str) -> list[Case]:
     return cases
 
 
-def _pool_is_whole(llm: LLM) -> bool:
-    scheduler = scheduler_of(llm)
-    manager = scheduler.block_manager
-    return (
-        manager.block_pool.get_num_free_blocks() == manager.num_pages
-        and not manager.req_to_blocks
-        and not scheduler.tracked
-        and not scheduler.requests
-        and scheduler.get_kv_cache_usage() == 0.0
-    )
-
-
 @pytest.mark.parametrize("model", ["llada", "dream"])
 def test_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, str], model: str) -> None:
     cases = _mixed_cases(model)
@@ -65,7 +60,7 @@ def test_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, str], model: s
         together = generate(llm, prompts, params)
         single = [generate(llm, [p], [s])[0] for p, s in zip(prompts[:4], params[:4], strict=True)]
         staggered = run_staggered(llm, cases, random.Random(3))
-        assert _pool_is_whole(llm)
+        assert pool_is_whole(llm)
     # A budget that holds one full forward at a time.
     with running_engine(checkpoints[model], max_num_batched_tokens=640) as llm:
         crowded = generate(llm, prompts, params)
@@ -99,7 +94,7 @@ def test_pages_of_a_sparse_request(llada: LLM) -> None:
                 assert scheduler.get_kv_cache_usage() == pytest.approx(usage)
             engine.step()
         assert seen == {expected}
-        assert _pool_is_whole(llada)
+        assert pool_is_whole(llada)
 
 
 def test_pages_of_a_late_eviction(llada: LLM) -> None:
@@ -116,7 +111,7 @@ def test_pages_of_a_late_eviction(llada: LLM) -> None:
     few, all_pages = math.ceil((int(174 * 0.25) + 24) / 32), math.ceil(198 / 32)
     changes = [a for a, b in zip(held, [*held[1:], None], strict=True) if a != b]
     assert changes == [few, all_pages, few, all_pages, few]
-    assert _pool_is_whole(llada)
+    assert pool_is_whole(llada)
 
 
 def test_policy_none_holds_no_page(llada: LLM) -> None:
@@ -153,7 +148,7 @@ def test_abort_returns_pages(llada: LLM) -> None:
         for number in set(range(len(cases))) - doomed:
             assert results[str(number)] == alone[number]
         engine.step()
-        assert _pool_is_whole(llada)
+        assert pool_is_whole(llada)
 
 
 def test_no_kv_beyond_one_layer(llada: LLM) -> None:
@@ -222,7 +217,7 @@ def test_blocks_behind_the_end_are_not_computed(
 def test_ids_outside_the_vocabulary_are_refused(llada: LLM, token_id: int) -> None:
     with pytest.raises(ValueError, match=f"prompt_token_ids must be from 0 to .*got {token_id}"):
         generate(llada, [[3, token_id, 5]], [sampling(4)])
-    assert _pool_is_whole(llada)
+    assert pool_is_whole(llada)
 
 
 @pytest.mark.parametrize("kernel_size", [2**63 + 1, 65537, 2])
@@ -259,11 +254,11 @@ def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
     ) as llm:
         assert scheduler_of(llm).block_manager.num_pages == 10
         assert generate(llm, prompts, params) == expected
-        assert _pool_is_whole(llm)
+        assert pool_is_whole(llm)
         for own in (
             {"diffusion_cache_policy": "dual"},
             {"diffusion_eviction_delay": 1, "diffusion_keep_ratio": 0.1},
         ):
             with pytest.raises(ValueError, match=r"needs 16 cache pages .* the pool has 10"):
                 generate(llm, [[7] * 200], [sampling(32, diffusion_cfg_scale=1.0, **own)])
-        assert _pool_is_whole(llm)
+        assert pool_is_whole(llm)

@@ -23,7 +23,7 @@ from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 from tests.e2e.cases import POLICIES, Case, drawn_cases, greedy_cases
 from tests.e2e.server import tiny_llada
-from tests.engines import generate, running_engine, sampling, scheduler_of
+from tests.engines import generate, pool_is_whole, running_engine, sampling, scheduler_of
 from tests.reference import Model, load, write_checkpoint
 from tests.reference import generate as reference
 from tests.reference.grammars import Grammar
@@ -195,13 +195,6 @@ def answer(llm: LLM, prompts: list[list[int]], params: list[SamplingParams]) -> 
 
 def prompts_for(requests: list[Any]) -> list[list[int]]:
     return [PROMPTS[number % len(PROMPTS)] for number in range(len(requests))]
-
-
-def pool_is_whole(llm: LLM) -> bool:
-    scheduler = scheduler_of(llm)
-    manager = scheduler.block_manager
-    free = manager.block_pool.get_num_free_blocks() == manager.num_pages
-    return free and not scheduler.requests and not scheduler.deferred_waiting
 
 
 @given(data=st.data())
