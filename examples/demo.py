@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answer a batch of prompts with a diffusion model in vLLM, without and with a sparse cache.
 
-The embedded model (3.3 million parameters) was trained on made-up tasks. Two of them it does
+The embedded models (3 million parameters) were trained on made-up tasks. Two of them they do
 well: *retrieval* (a long list of words, each with a number; which numbers have these words?) and
-*copying* (a long text with a bracketed list in it; what is in the brackets?). The prompts are
-drawn at random from a seed, so the right answers are known and counted.
+*copy* (a long text with a bracketed list in it; what is in the brackets?). The prompts are drawn
+at random from a seed, so the right answers are known and counted.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -27,47 +28,21 @@ from tqdm import tqdm
 
 from vllm_sparse_dllm.assets import embedded_model, embedded_models
 
+sys.path.append(str(Path(__file__).parent / "quality"))
+from tasks import Item, make_item
+
 if TYPE_CHECKING:
     from vllm import LLM
 
 POLICIES = ("none", "sparse")
-#: Words that are one token each for the embedded model.
-WORDS = Path(__file__).with_name("words.txt").read_text(encoding="utf-8").split()
+#: What the embedded models do well.
+KINDS = ("retrieval", "copy")
 
 
-@dataclass(frozen=True)
-class Task:
-    """A prompt and its only right answer."""
-
-    kind: str
-    prompt: str
-    answer: str
-
-
-def retrieval(rng: random.Random, length: int) -> Task:
-    """Ask for the numbers of some words; about ``length`` tokens."""
-    num_asked = rng.randint(1, 3)
-    num_pairs = min((length - num_asked - 5) // 2, len(WORDS) - 1)
-    pairs = [f"{word}{rng.randrange(100):02d}" for word in rng.sample(WORDS, num_pairs)]
-    asked = rng.sample(pairs, num_asked)
-    question = ["get", *(pair[:-2] for pair in asked)]
-    return Task("retrieval", " " + " ".join(pairs + question), " ".join(asked))
-
-
-def copying(rng: random.Random, length: int) -> Task:
-    """Ask for the list in the text; about ``length`` tokens."""
-    words = rng.sample(WORDS, len(WORDS))
-    listed, words = words[: rng.randint(4, 8)], words[8:]
-    text = rng.choices(words, k=length - len(listed) - 7)
-    place = rng.randint(0, len(text))
-    prompt = [*text[:place], "[", *listed, "]", *text[place:], "copy"]
-    return Task("copying", " " + " ".join(prompt), " ".join(listed))
-
-
-def make_tasks(num: int, seed: int) -> list[Task]:
-    """Return tasks of both kinds in turn, of 256 to 512 tokens."""
+def make_items(num: int, seed: int) -> list[Item]:
+    """Return items of both kinds in turn, of 256 to 512 tokens."""
     rng = random.Random(seed)
-    return [(retrieval, copying)[i % 2](rng, rng.randint(256, 512)) for i in range(num)]
+    return [make_item(rng, KINDS[i % 2], rng.randint(256, 512)) for i in range(num)]
 
 
 @dataclass(frozen=True)
@@ -83,9 +58,10 @@ class Run:
     def speed(self) -> float:
         return self.num_tokens / self.seconds
 
-    def num_right(self, tasks: list[Task], kind: str) -> tuple[int, int]:
-        """Return how many tasks of a kind were answered right, and how many there are."""
-        right = [a == t.answer for t, a in zip(tasks, self.answers, strict=True) if t.kind == kind]
+    def num_right(self, items: list[Item], kind: str) -> tuple[int, int]:
+        """Return how many items of a kind were answered right, and how many there are."""
+        pairs = zip(items, self.answers, strict=True)
+        right = [a == item.answer_text.strip() for item, a in pairs if item.task == kind]
         return sum(right), len(right)
 
 
@@ -127,20 +103,21 @@ def shorten(text: str, width: int) -> str:
     return f"{text[:head]} ... {text[head + 5 - width :]}"
 
 
-def report(tasks: list[Task], lengths: list[int], runs: list[Run], keep_ratio: float) -> None:
+def report(items: list[Item], lengths: list[int], runs: list[Run], keep_ratio: float) -> None:
     """Print prompts, answers and the comparison."""
-    for number, (task, length) in enumerate(zip(tasks, lengths, strict=True)):
-        print(f"\n[{number + 1}] {task.kind}, {length} tokens: {shorten(task.prompt, 72)}")
+    for number, (item, length) in enumerate(zip(items, lengths, strict=True)):
+        right = item.answer_text.strip()
+        print(f"\n[{number + 1}] {item.task}, {length} tokens: {shorten(item.content, 72)}")
         for one in runs:
             answer = one.answers[number]
-            verdict = "right" if answer == task.answer else f"wrong, it is: {task.answer}"
+            verdict = "right" if answer == right else f"wrong, it is: {right}"
             print(f"    {one.policy:<6} -> {shorten(answer, 64)}  ({verdict})")
 
-    kinds = sorted({task.kind for task in tasks})
+    kinds = [kind for kind in KINDS if any(item.task == kind for item in items)]
     print(f"\n{'cache policy':<24}{'tokens/s':>10}" + "".join(f"{kind:>14}" for kind in kinds))
     for one in runs:
         name = one.policy if one.policy != "sparse" else f"sparse (keeps {keep_ratio:g})"
-        cells = [" of ".join(map(str, one.num_right(tasks, kind))) for kind in kinds]
+        cells = [" of ".join(map(str, one.num_right(items, kind))) for kind in kinds]
         print(f"{name:<24}{one.speed:>10.1f}" + "".join(f"{cell:>14}" for cell in cells))
     base, *others = runs
     for one in others:
@@ -167,7 +144,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    tasks = make_tasks(arguments.num_prompts, arguments.seed)
+    items = make_items(arguments.num_prompts, arguments.seed)
 
     print(f"Loading {arguments.model} (about half a minute) ...", flush=True)
     from vllm import LLM, SamplingParams
@@ -184,18 +161,18 @@ def main() -> None:
     tokenizer = llm.get_tokenizer()
     prompts = [
         tokenizer.apply_chat_template(
-            [{"role": "user", "content": task.prompt}],
+            [{"role": "user", "content": item.content}],
             add_generation_prompt=True,
             return_dict=False,
         )
-        for task in tasks
+        for item in items
     ]
     print("Warming up ...", flush=True)
     llm.generate([{"prompt_token_ids": prompts[0]}], SamplingParams(max_tokens=8), use_tqdm=False)
     runs = [
         run(llm, prompts, policy, arguments.keep_ratio, arguments.max_tokens) for policy in POLICIES
     ]
-    report(tasks, [len(prompt) for prompt in prompts], runs, arguments.keep_ratio)
+    report(items, [len(prompt) for prompt in prompts], runs, arguments.keep_ratio)
     if arguments.model == "tiny-llada":
         print(
             "Over 96 prompts of 256 tokens of each kind, this model had 94 retrievals right\n"

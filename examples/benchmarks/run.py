@@ -21,8 +21,10 @@ from programs import Job, num_cores
 from session import Contender, Options, Session, Settings
 from targets import (
     GROUPS,
+    KINDS,
     PROGRAMS,
     QUICK,
+    RESPONSE,
     Scale,
     Target,
     baseline_contender,
@@ -36,7 +38,6 @@ from targets import (
     measure_transport,
     threshold_contenders,
 )
-from tasks import KINDS, RESPONSE
 
 ROOT = Path(__file__).parents[2]
 SWEEPS = (

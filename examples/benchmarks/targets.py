@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import statistics
+import sys
 from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from breakdown import Breakdown, break_down, cache_bytes
@@ -13,7 +15,12 @@ from ceilings import StepCost, floor_of, step_cost
 from programs import Job
 from schedules import EAGER, LATE_DELAY, late
 from session import Contender, Measurement, Session, Settings
-from tasks import KINDS, RESPONSE, Tasks
+
+sys.path.append(str(Path(__file__).parents[1] / "quality"))
+from tasks import END, RESPONSE, Vocabulary, held_out
+
+#: What the embedded models do well.
+KINDS = ("copy", "retrieval")
 
 
 @dataclass(frozen=True)
@@ -246,12 +253,14 @@ def measure_tasks(
     session: Session, sweep: str, kind: str, num: int, length: int, contenders: list[Contender]
 ) -> list[Measurement]:
     """Run contenders on the same tasks and count right answers."""
-    maker = Tasks(session.model)
-    tasks = maker.make(kind, num, length, seed=0)
-    prompts = [task.prompt for task in tasks]
+    vocabulary = Vocabulary(session.model)
+    items = held_out(kind, length, num)
+    prompts = [vocabulary.encode(item.prompt) for item in items]
+    answers = [vocabulary.encode((*item.answer, END)) for item in items]
     results = session.measure(f"{sweep}: {kind}", contenders, prompts, RESPONSE)
     for result in results:
-        result.accuracy = maker.num_right(tasks, result.tokens) / num
+        pairs = zip(result.tokens, answers, strict=True)
+        result.accuracy = sum(tokens[: len(answer)] == answer for tokens, answer in pairs) / num
     return results
 
 

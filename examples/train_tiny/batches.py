@@ -22,9 +22,11 @@ from tasks import END, RESPONSE, Vocabulary, make_item
 MIX = {"retrieval": 0.45, "copy": 0.3, "reverse": 0.15, "addition": 0.1}
 #: Of the padding after an answer, which is soon learnt, in the loss.
 PADDING_WEIGHT = 0.1
-#: The part of sequences that show the start of the answer and the end of the padding, as
-#: decoding does half-way; in all others each position is shown or masked by its own draw.
+#: The part of sequences that show some of the answer and the end of the padding, as decoding
+#: does half-way; in all others each position is shown or masked by its own draw.
 HALF_WAY = 0.4
+#: The part of those that show the start of the answer; the others show any words of it.
+IN_ORDER = 0.4
 #: Padding behind the answer that may then still be masked.
 LATE_PADDING = 8
 
@@ -93,7 +95,11 @@ class Batches(Dataset[Batch]):
             masked[:start] = False
             if rng.random() < HALF_WAY:
                 masked[:] = False
-                masked[rng.randrange(start, end) : end + rng.randint(0, LATE_PADDING)] = True
+                first = rng.randrange(start, end)
+                masked[first : end + rng.randint(0, LATE_PADDING)] = True
+                if rng.random() >= IN_ORDER:
+                    masked[start:end] = False
+                    masked[rng.sample(range(start, end), end - first)] = True
             weights[row] = masked[-RESPONSE:]
             weights[row, end - length :] *= PADDING_WEIGHT
             ids[row, masked] *= -1

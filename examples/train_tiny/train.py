@@ -38,30 +38,51 @@ STARTS = ("wired", "random")
 
 
 @dataclass(frozen=True)
+class Cycle:
+    """Steps over which the learning rates rise, stay and fall to 0."""
+
+    stages: tuple[Stage, ...]
+    #: Of the learning rates.
+    peak: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a run trains, and on what."""
 
     width: int
     mlp: int
     layers: int
-    stages: tuple[Stage, ...]
+    cycles: tuple[Cycle, ...]
     #: Of a step, all processes together.
     tokens: int
     #: Learning rates: Muon's, for the hidden matrices, and Adam's, for all others.
     hidden_rate: float = 0.01
     other_rate: float = 1.5e-3
     warm_up: int = 40
-    #: The last part of the steps, in which the rates fall to 0.
+    #: The last part of a cycle's steps, in which the rates fall to 0.
     decay: float = 0.4
 
     @property
+    def stages(self) -> tuple[Stage, ...]:
+        return tuple(stage for cycle in self.cycles for stage in cycle.stages)
+
+    @property
     def steps(self) -> int:
-        return sum(stage.steps for stage in self.stages)
+        return sum(cycle.steps for cycle in self.cycles)
 
     def rate(self, step: int) -> float:
         """Return the factor of the learning rates at a step."""
-        left = (self.steps - step) / (self.decay * self.steps)
-        return min(1.0, (step + 1) / self.warm_up, left)
+        for cycle in self.cycles:
+            if step < cycle.steps:
+                left = (cycle.steps - step) / (self.decay * cycle.steps)
+                return cycle.peak * min(1.0, (step + 1) / self.warm_up, left)
+            step -= cycle.steps
+        return 0.0
 
 
 PLANS = {
@@ -69,11 +90,16 @@ PLANS = {
         width=256,
         mlp=512,
         layers=4,
-        stages=(
-            Stage(300, {64: 0.5, 160: 0.5}),
-            Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}),
-            Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}),
-            Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}),
+        cycles=(
+            Cycle(
+                (
+                    Stage(300, {64: 0.5, 160: 0.5}),
+                    Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}),
+                    Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}),
+                    Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}),
+                )
+            ),
+            Cycle((Stage(1000, {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}),), peak=0.7),
         ),
         tokens=8448,
     ),
@@ -82,7 +108,7 @@ PLANS = {
         width=128,
         mlp=64,
         layers=2,
-        stages=(Stage(4, {64: 1.0}), Stage(4, {64: 0.5, 96: 0.5})),
+        cycles=(Cycle((Stage(4, {64: 1.0}),)), Cycle((Stage(4, {64: 0.5, 96: 0.5}),), peak=0.5)),
         tokens=768,
         warm_up=2,
     ),
