@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import vllm_sparse_dllm
+from vllm_sparse_dllm import settings
 from vllm_sparse_dllm.cache.policies import POLICIES
+from vllm_sparse_dllm.cache.saliency import SALIENCIES
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.settings import CACHE_POLICIES, REMASKING_RULES
 
@@ -121,6 +123,8 @@ def test_tables_name_what_the_code_has() -> None:
     """A table in the README, in the settings and in the code is the same list."""
     assert tuple(POLICIES) == CACHE_POLICIES
     assert tuple(RULES) == REMASKING_RULES
+    assert tuple(SALIENCIES) == settings.SALIENCIES
+    assert all(saliency.name == name for name, saliency in SALIENCIES.items())
     assert all(policy.name == name for name, policy in POLICIES.items())
     assert all(rule.name == name for name, rule in RULES.items())
 

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from vllm.distributed import (
@@ -12,7 +15,76 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 
+from vllm_sparse_dllm.settings import allow_saliencies
+
 Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CanvasView:
+    """What a choice may know of the canvas it is made for.
+
+    The arrays are the engine's own: not to be changed, nor kept beyond the call.
+
+    Attributes:
+        request_id: vLLM's, of the request; the engine adds to the one that a client gave.
+        token_ids: ``[L]`` ids as the pass saw them.
+        prompt_length: Positions of the prompt.
+        block: Positions [start, end) of the current block.
+        masked: ``[block]`` which of its positions were masks in the pass.
+    """
+
+    request_id: str
+    token_ids: np.ndarray
+    prompt_length: int
+    block: Span
+    masked: np.ndarray
+
+
+@dataclass(frozen=True)
+class SaliencyInputs:
+    """What a choice may look at: one layer of one sequence in one pass.
+
+    Attributes:
+        layer: 0-based layer.
+        queries: ``[rows, heads, head_size]`` this rank's rotated queries of the pass: of all
+            positions in a refresh, of the block in a late eviction.
+        first_query: Position of the first of them.
+        keys: ``[m, kv_heads, head_size]`` this rank's rotated keys, the candidates' among them.
+        rows: Ranges of ``keys`` that are the candidates', in order.
+        candidates: Their position ranges, in order.
+        canvas: The canvas.
+        total_heads: Query heads over all tensor-parallel ranks.
+    """
+
+    layer: int
+    queries: torch.Tensor
+    first_query: int
+    keys: torch.Tensor
+    rows: tuple[Span, ...]
+    candidates: tuple[Span, ...]
+    canvas: CanvasView
+    total_heads: int
+
+    @property
+    def block_queries(self) -> torch.Tensor:
+        """``[block, heads, head_size]`` queries of the block."""
+        start, end = self.canvas.block
+        return self.queries[start - self.first_query : end - self.first_query]
+
+
+class Saliency(ABC):
+    """One way to rank keys; stateless, asked once a layer where a choice is made."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def score(self, inputs: SaliencyInputs) -> torch.Tensor:
+        """Return ``[n]`` scores of the candidates in position order, the highest kept first.
+
+        Tensor-parallel ranks must return the same, bit for bit: each has some of the heads, and
+        has to exchange what it makes of them.
+        """
 
 
 def importance(
@@ -46,6 +118,39 @@ def importance(
     return scores / total_heads
 
 
+class Paper(Saliency):
+    """Sparse-dLLM: raw dot products with the block's mean query."""
+
+    name = "paper"
+
+    def score(self, inputs: SaliencyInputs) -> torch.Tensor:
+        return importance(inputs.block_queries, inputs.keys, inputs.rows, inputs.total_heads)
+
+
+SALIENCIES: dict[str, Saliency] = {saliency.name: saliency for saliency in (Paper(),)}
+
+
+def register_saliency(saliency: Saliency) -> None:
+    """Let settings name a further saliency, in this process.
+
+    Engines of several processes need it in each of them, as from an own entry point of vLLM's
+    group ``vllm.general_plugins``.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if saliency.name in SALIENCIES:
+        raise ValueError(f"saliency {saliency.name!r} is registered already")
+    SALIENCIES[saliency.name] = saliency
+    allow_saliencies(SALIENCIES)
+
+
+def unregister_saliency(name: str) -> None:
+    """Take a registered saliency back; no request may be using it."""
+    del SALIENCIES[name]
+    allow_saliencies(SALIENCIES)
+
+
 def _sum_of_ranks(scores: torch.Tensor, world_size: int) -> torch.Tensor:
     """Add up what each tensor-parallel rank has, with the very same result on all of them.
 
@@ -65,11 +170,13 @@ class Selection:
         kernel_size: Odd width of the max-pool over saliency.
         run_length: 1 to select entries; more to select whole runs of that many, each by its
             maximum, ``ceil(keep / run_length)`` of them (the last run may be short).
+        saliency: What they are ranked by, of `SALIENCIES`.
     """
 
     keep: int
     kernel_size: int
     run_length: int
+    saliency: str = "paper"
 
 
 def select_entries(saliency: torch.Tensor, selection: Selection) -> torch.Tensor:
