@@ -18,7 +18,7 @@ from tests.unit.helpers import traits_of
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.plan import Fill
 from vllm_sparse_dllm.cache.policies import POLICIES, StepKind, visible_end
-from vllm_sparse_dllm.cache.saliency import Selection
+from vllm_sparse_dllm.cache.selection import Selection
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import StepBatch, build_batch

@@ -9,7 +9,8 @@ from torch import nn
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.plan import Eviction, Fill, ForwardPlan
-from vllm_sparse_dllm.cache.saliency import SALIENCIES, SaliencyInputs, select_entries
+from vllm_sparse_dllm.cache.saliency import SALIENCIES, SaliencyInputs
+from vllm_sparse_dllm.cache.selection import select_entries
 
 
 class BidirectionalAttention(nn.Module):

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend
-from vllm_sparse_dllm.cache.saliency import CanvasView, Selection
+from vllm_sparse_dllm.cache.saliency import CanvasView
+from vllm_sparse_dllm.cache.selection import Selection
 
 Span = tuple[int, int]
 

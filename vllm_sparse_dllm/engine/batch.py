@@ -19,7 +19,8 @@ from vllm_sparse_dllm.attention.plan import (
     FullSegment,
 )
 from vllm_sparse_dllm.cache.policies import StepKind
-from vllm_sparse_dllm.cache.saliency import CanvasView, Selection
+from vllm_sparse_dllm.cache.saliency import CanvasView
+from vllm_sparse_dllm.cache.selection import Selection
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState, Sequence
 
 
