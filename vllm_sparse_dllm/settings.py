@@ -34,7 +34,7 @@ REMASKING_RULES = (
 )
 GRANULARITIES = ("token", "page")
 #: Those of the package; `cache.saliency` may be given others.
-SALIENCIES = ("paper",)
+SALIENCIES = ("paper", "window")
 
 
 def _is_int(value: Any) -> bool:

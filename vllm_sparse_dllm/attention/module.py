@@ -70,7 +70,7 @@ class BidirectionalAttention(nn.Module):
                     cached.last_plan if last else cached.plan_of(self.layer_index),
                 )
             for eviction in plan.evictions:
-                self._evict(q, eviction, backend)
+                self._evict(q, k, eviction, backend)
         if plan.full is not None:
             if num_cached_rows < queries.shape[0]:
                 backend.attend_full(
@@ -117,6 +117,7 @@ class BidirectionalAttention(nn.Module):
             keys=k,
             rows=fill.candidates,
             candidates=fill.candidates,
+            fresh_keys=None,
             canvas=fill.canvas,
             total_heads=self.total_heads,
         )
@@ -133,7 +134,9 @@ class BidirectionalAttention(nn.Module):
         if fill.positions is not None:
             fill.positions[layer, :num_kept] = kept.cpu().numpy()
 
-    def _evict(self, q: torch.Tensor, eviction: Eviction, backend: AttentionBackend) -> None:
+    def _evict(
+        self, q: torch.Tensor, k: torch.Tensor, eviction: Eviction, backend: AttentionBackend
+    ) -> None:
         layer, first = self.layer_index, eviction.first_token
         num_kept = 0
         kept = eviction.slots[:0]
@@ -147,6 +150,7 @@ class BidirectionalAttention(nn.Module):
                 keys=keys,
                 rows=((0, keys.shape[0]),),
                 candidates=eviction.candidates,
+                fresh_keys=k[first : first + end - start],
                 canvas=eviction.canvas,
                 total_heads=self.total_heads,
             )

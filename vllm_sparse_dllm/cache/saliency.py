@@ -18,6 +18,9 @@ from vllm_sparse_dllm.settings import allow_saliencies
 
 Span = tuple[int, int]
 
+#: Positions at the end of a prompt that count as its question.
+WINDOW = 16
+
 
 @dataclass(frozen=True)
 class CanvasView:
@@ -53,6 +56,8 @@ class SaliencyInputs:
         rows: Ranges of ``keys`` that are the candidates', in order.
         candidates: Their position ranges, in order.
         canvas: The canvas.
+        fresh_keys: ``[block, kv_heads, head_size]`` keys of the block where ``keys`` lacks them,
+            in a late eviction.
         total_heads: Query heads over all tensor-parallel ranks.
     """
 
@@ -62,6 +67,7 @@ class SaliencyInputs:
     keys: torch.Tensor
     rows: tuple[Span, ...]
     candidates: tuple[Span, ...]
+    fresh_keys: torch.Tensor | None
     canvas: CanvasView
     total_heads: int
 
@@ -70,6 +76,18 @@ class SaliencyInputs:
         """``[block, heads, head_size]`` queries of the block."""
         start, end = self.canvas.block
         return self.queries[start - self.first_query : end - self.first_query]
+
+    @property
+    def seen_keys(self) -> torch.Tensor:
+        """``[m', kv_heads, head_size]`` all keys that the queries saw, those of `keys` first."""
+        if self.fresh_keys is None:
+            return self.keys
+        return torch.cat([self.keys, self.fresh_keys])
+
+    @property
+    def window(self) -> Span:
+        """Positions of the end of the prompt."""
+        return max(0, self.canvas.prompt_length - WINDOW), self.canvas.prompt_length
 
 
 class Saliency(ABC):
@@ -126,7 +144,44 @@ class Paper(Saliency):
         return importance(inputs.block_queries, inputs.keys, inputs.rows, inputs.total_heads)
 
 
-SALIENCIES: dict[str, Saliency] = {saliency.name: saliency for saliency in (Paper(),)}
+class Window(Saliency):
+    """Attention that the prompt's end and the block pay; the end itself stays (after SnapKV).
+
+    In each head a key gets the mean share of attention that the prompt's last positions pay it,
+    softmax over all keys that they see, and the mean share that the block's pay it; of the
+    heads' sums the largest counts. A late eviction has the block's queries only.
+    """
+
+    name = "window"
+
+    def score(self, inputs: SaliencyInputs) -> torch.Tensor:
+        start, end = inputs.window
+        keys = inputs.seen_keys
+        shares = attention(inputs.block_queries, keys).mean(dim=1)
+        if inputs.first_query == 0 and end > start:
+            shares += attention(inputs.queries[start:end], keys).mean(dim=1)
+        scores = torch.cat([shares.amax(dim=0)[lo:hi] for lo, hi in inputs.rows])
+        scores = _max_of_ranks(scores)
+        # The prompt is where the candidates begin. No other score is above 2; where not all of
+        # the window can stay, its end does.
+        scores[start:end] = torch.arange(3, 3 + end - start, device=scores.device)
+        return scores
+
+
+def attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return shares of attention ``[heads, n, m]``, float32.
+
+    Args:
+        queries: ``[n, heads, head_size]``, rotated.
+        keys: ``[m, kv_heads, head_size]``, rotated.
+    """
+    (n, _, head_size), (m, num_kv_heads, _) = queries.shape, keys.shape
+    grouped = queries.view(n, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
+    scores = torch.bmm(grouped.reshape(num_kv_heads, -1, head_size), keys.permute(1, 2, 0))
+    return torch.softmax(scores.float() * head_size**-0.5, dim=-1).view(-1, n, m)
+
+
+SALIENCIES: dict[str, Saliency] = {saliency.name: saliency for saliency in (Paper(), Window())}
 
 
 def register_saliency(saliency: Saliency) -> None:
@@ -158,3 +213,11 @@ def _sum_of_ranks(scores: torch.Tensor, world_size: int) -> torch.Tensor:
     """
     parts = tensor_model_parallel_all_gather(scores, dim=0).view(world_size, -1)
     return parts.float().sum(dim=0).to(scores.dtype)
+
+
+def _max_of_ranks(scores: torch.Tensor) -> torch.Tensor:
+    """Return the largest that any tensor-parallel rank has, the same on all of them."""
+    world_size = get_tensor_model_parallel_world_size()
+    if world_size == 1:
+        return scores
+    return tensor_model_parallel_all_gather(scores, dim=0).view(world_size, -1).amax(dim=0)
