@@ -13,6 +13,7 @@ from vllm import LLM, SamplingParams
 
 from tests.engines import sampling, scheduler_of
 from tests.reference import Model, generate
+from vllm_sparse_dllm.settings import SALIENCIES
 
 POLICIES = ("none", "prefix", "dual", "sparse")
 GREEDY_RULES = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
@@ -230,6 +231,35 @@ def constrained_cases(seed: int, vocab: int, mask: int, guided: bool) -> list[Ca
             options |= _sparse_options(rng)
         prompt = random_prompt(rng, rng.choice((3, 40, 90)), vocab)
         cases.append(Case(prompt, max_tokens, options, seed=rng.randrange(2**31)))
+    return cases
+
+
+def saliency_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
+    """Return cases of every saliency but the published one, chosen at a refresh or later."""
+    rng = random.Random(seed)
+    variants: list[dict[str, Any]] = [
+        {},
+        {"granularity": "page"},
+        {"eviction_delay": 2},
+        {"eviction_delay": 1, "refresh_interval": 2},
+        {"refresh_interval": 3, "suffix_window": 4},
+        {"cfg_scale": 1.0} if guided else {"suffix_window": 0},
+    ]
+    cases = []
+    for saliency, variant in itertools.product(SALIENCIES[1:], variants):
+        max_tokens = rng.choice((17, 24, 40))
+        options = {
+            "block_length": rng.choice((7, 8, 12)),
+            "remasking": rng.choice(GREEDY_RULES),
+            **_count_options(rng, rng.choice(COUNTS), max_tokens),
+            **_sparse_options(rng),
+            "delay_steps": rng.choice((0, 1)),
+            **variant,
+            "saliency": saliency,
+        }
+        # Prompts shorter than what counts as their end, and so few keys that not all of it stays.
+        prompt = random_prompt(rng, rng.choice((1, 9, 40, 130)), vocab)
+        cases.append(Case(prompt, max_tokens, options))
     return cases
 
 

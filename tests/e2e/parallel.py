@@ -24,7 +24,14 @@ from typing import Any
 from vllm import LLM, SamplingParams
 from vllm.sampling_params import StructuredOutputsParams
 
-from tests.e2e.cases import Case, beyond_cases, constrained_cases, drawn_cases, greedy_cases
+from tests.e2e.cases import (
+    Case,
+    beyond_cases,
+    constrained_cases,
+    drawn_cases,
+    greedy_cases,
+    saliency_cases,
+)
 from tests.e2e.server import tiny_llada
 from tests.engines import CACHE_BYTES, generate, running_engine
 from tests.reference import write_checkpoint
@@ -67,6 +74,7 @@ class Layout:
             greedy_cases(self.seed, VOCAB)[self.seed % 5 :: 5]
             + drawn_cases(self.seed, VOCAB, guided)[self.seed % 7 :: 7]
             + beyond_cases(self.seed, VOCAB, guided)[self.seed % 7 :: 7]
+            + saliency_cases(self.seed, VOCAB, guided)[self.seed % 3 :: 3]
             + constrained_cases(self.seed, VOCAB, MASK, guided)[self.seed % 9 :: 9]
         )
         return cases[:: self.every]

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases
+from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases, saliency_cases
 from tests.engines import generate, running_engine, scheduler_of
 from tests.reference import Model, load, write_checkpoint
 from tests.reference.checkpoints import special_ids
@@ -39,6 +39,7 @@ def _cases(seed: int, model: str) -> list[Case]:
         greedy_cases(seed, VOCAB)
         + drawn_cases(seed, VOCAB, guided)
         + beyond_cases(seed, VOCAB, guided)[::every]
+        + saliency_cases(seed, VOCAB, guided)
         + beyond_cases(seed + 40, VOCAB, guided, MASK)[:: 4 * every]
     )
 
@@ -119,7 +120,7 @@ def test_embedded_model_equals_reference() -> None:
     path = embedded_model()
     vocab = 1400
     cases = greedy_cases(11, vocab)[::2] + drawn_cases(12, vocab, guided=True)[::3]
-    cases += beyond_cases(13, vocab, guided=True)[::4]
+    cases += beyond_cases(13, vocab, guided=True)[::4] + saliency_cases(14, vocab, guided=True)
     with running_engine(path) as llm:
         outputs = generate(llm, [c.prompt for c in cases], [c.sampling() for c in cases])
     reference = load(path)

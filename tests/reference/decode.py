@@ -16,6 +16,7 @@ from .models import Forward, KeyValue, Model
 
 POLICIES = ("none", "prefix", "dual", "sparse")
 RULES = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
+WINDOW = 16  # the end of a prompt, where its question is
 DEFAULT_RULE = {"llada": "low_confidence", "dream": "entropy"}
 
 
@@ -27,6 +28,7 @@ class Options:
     keep_ratio: float = 0.5
     kernel_size: int | None = 3  # None: no pooling, the same as 1
     delay_steps: int = 1
+    saliency: str = "paper"
     granularity: str = "token"
     page: int = 32
     eviction_delay: int = 0  # block steps between filling the cache and choosing what stays
@@ -62,6 +64,8 @@ class Options:
             raise ValueError(f"cache_policy {self.cache_policy!r}")
         if self.remasking is not None and self.remasking not in RULES:
             raise ValueError(f"remasking {self.remasking!r}")
+        if self.saliency not in ("paper", "window"):
+            raise ValueError(f"saliency {self.saliency!r}")
         if self.granularity not in ("token", "page"):
             raise ValueError(f"granularity {self.granularity!r}")
         if self.kernel_size is not None and self.kernel_size % 2 == 0:
@@ -109,13 +113,13 @@ def generate_with_stats(
     x[:prompt] = torch.tensor(prompt_ids, dtype=torch.long)
     if o.canvas is not None:
         x[prompt : prompt + len(o.canvas)] = torch.tensor(o.canvas)
-    streams = [Stream(model, x, o, stats)]
+    streams = [Stream(model, x, o, stats, prompt)]
     if o.cfg_scale > 0:  # A10: the same canvas with an all-mask prompt
         if model.kind != "llada":
             raise ValueError("cfg_scale is for LLaDA (A10)")
         unconditional = x.clone()
         unconditional[:prompt] = model.mask_id
-        streams.append(Stream(model, unconditional, o, stats))
+        streams.append(Stream(model, unconditional, o, stats, prompt))
 
     s = prompt
     to_write = (x[prompt:] == model.mask_id).tolist()
@@ -222,8 +226,8 @@ class Kept:
 class Stream:
     """A canvas of L ids and what each layer keeps for the coming steps."""
 
-    def __init__(self, model: Model, x: Tensor, o: Options, stats: Stats) -> None:
-        self.model, self.x, self.o, self.stats = model, x, o, stats
+    def __init__(self, model: Model, x: Tensor, o: Options, stats: Stats, prompt: int) -> None:
+        self.model, self.x, self.o, self.stats, self.prompt = model, x, o, stats, prompt
         self.cache: list[Kept] = []
         self.filled = -1  # the block in which the cache was filled last
 
@@ -286,16 +290,24 @@ class Stream:
             elif self.o.cache_policy == "dual" or self.o.eviction_delay > 0:
                 kept.append(others)
             else:
-                kept.append(others[select(importance(q[:, s:e], k[:, others]), self.o)])
+                scores = importance(q[:, s:e], k[:, others])
+                if self.o.saliency == "window":
+                    last = q[:, max(0, self.prompt - WINDOW) : self.prompt]
+                    scores = window_importance([q[:, s:e], last], k, others, self.prompt)
+                kept.append(others[select(scores, self.o)])
         self._record("refresh", kept)
         return [Kept(j, k[:, j], v[:, j]) for j, k, v in zip(kept, out.k, out.v, strict=True)]
 
     def _evict(self, out: Forward) -> None:
         """Of all that was kept, what this step's queries find salient stays."""
-        self.cache = [
-            layer.take(select(importance(q, layer.k), self.o))
-            for q, layer in zip(out.q, self.cache, strict=True)
-        ]
+        cache = []
+        for q, own, layer in zip(out.q, out.k, self.cache, strict=True):
+            scores = importance(q, layer.k)
+            if self.o.saliency == "window":
+                seen = torch.cat([layer.k, own], dim=1)
+                scores = window_importance([q], seen, torch.arange(len(scores)), self.prompt)
+            cache.append(layer.take(select(scores, self.o)))
+        self.cache = cache
         self._record("evict", [layer.positions for layer in self.cache])
 
     def _record(self, kind: str, kept: list[Tensor]) -> None:
@@ -307,6 +319,25 @@ def importance(q: Tensor, k: Tensor) -> Tensor:
     """B5 2-4: raw dot products of the block's mean query, averaged over query heads.  -> [n]."""
     k = k.repeat_interleave(q.shape[0] // k.shape[0], dim=0)
     return torch.einsum("hd,hnd->hn", q.mean(dim=1), k).mean(dim=0)
+
+
+def window_importance(groups: list[Tensor], k: Tensor, others: Tensor, prompt: int) -> Tensor:
+    """Groups of rows ([heads, rows, hd]) spread their attention over ``k``; heads vote apart.
+
+    A key is worth the sum of the groups' mean shares, in the head where that is largest; the
+    last of the prompt more than all else, and the later the more.  -> [n]
+    """
+    votes = []
+    for head in range(len(groups[0])):
+        own = k[head * len(k) // len(groups[0])]
+        vote = torch.zeros(len(own))
+        for q in groups:
+            vote += torch.softmax(q[head] @ own.T / q.shape[-1] ** 0.5, dim=-1).mean(dim=0)
+        votes.append(vote)
+    worth = torch.stack(votes).max(dim=0).values[others]
+    for place in range(max(0, prompt - WINDOW), prompt):
+        worth[place] = 10.0 + place
+    return worth
 
 
 def select(scores: Tensor, o: Options) -> Tensor:

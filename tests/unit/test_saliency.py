@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -11,8 +12,16 @@ from hypothesis import strategies as st
 from tests.reference.decode import Options
 from tests.reference.decode import importance as naive_importance
 from tests.reference.decode import select as naive_select
+from tests.reference.decode import window_importance as naive_window
 from vllm_sparse_dllm.cache import saliency
-from vllm_sparse_dllm.cache.saliency import Selection, importance, select_entries
+from vllm_sparse_dllm.cache.saliency import (
+    SALIENCIES,
+    WINDOW,
+    CanvasView,
+    SaliencyInputs,
+    importance,
+)
+from vllm_sparse_dllm.cache.selection import Selection, select_entries
 
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -116,6 +125,75 @@ def test_importance_of_two_ranks_is_that_of_one(layer) -> None:
         )
         reduced = importance(q[start:end, : total // 2], k[:, : kv_heads // 2], spans, total)
     torch.testing.assert_close(reduced, whole, rtol=1e-4, atol=1e-5)
+
+
+def inputs_of(
+    q: torch.Tensor, k: torch.Tensor, block: tuple[int, int], prompt: int, late: bool = False
+) -> SaliencyInputs:
+    """What an attention layer shows of a refresh, or of a late eviction of a whole cache."""
+    start, end = block
+    spans = ((0, start), (end, len(q)))
+    canvas = CanvasView("", np.zeros(len(q)), prompt, block, np.ones(end - start, dtype=bool))
+    if not late:
+        return SaliencyInputs(0, q, 0, k, spans, spans, None, canvas, q.shape[1])
+    entries = torch.cat([k[:start], k[end:]])
+    rows = ((0, len(entries)),)
+    own = q[start:end]
+    return SaliencyInputs(0, own, start, entries, rows, spans, k[start:end], canvas, q.shape[1])
+
+
+@given(layers(), st.floats(0, 1), st.booleans())
+def test_window_is_the_references(layer, share: float, late: bool) -> None:
+    q, k, (start, end) = layer
+    prompt = int(start * share)
+    got = SALIENCIES["window"].score(inputs_of(q, k, (start, end), prompt, late))
+    others = torch.cat([torch.arange(start), torch.arange(end, len(q))])
+    heads_first = q.transpose(0, 1)
+    groups = [heads_first[:, start:end]]
+    if prompt and not late:
+        groups.append(heads_first[:, max(0, prompt - WINDOW) : prompt])
+    naive = naive_window(groups, k.transpose(0, 1), others, prompt)
+    kept_always = torch.arange(len(others)) >= max(0, prompt - WINDOW)
+    kept_always &= torch.arange(len(others)) < prompt
+    torch.testing.assert_close(got[~kept_always], naive[~kept_always], rtol=1e-4, atol=1e-6)
+    assert torch.equal(got[kept_always].argsort(), naive[kept_always].argsort())
+    assert (got[kept_always] >= 3).all() and (got[~kept_always] < 2.01).all()
+
+
+def test_window_by_hand() -> None:
+    """What one head's observer looks at alone counts as much as what all look at."""
+    length, prompt = WINDOW + 6, WINDOW + 3
+    q, k = torch.zeros(length, 2, 2), torch.zeros(length, 2, 2)
+    q[3, 1, 0] = 100.0  # one observer, in one head
+    k[1, 1, 0] = 1.0
+    block = (prompt, prompt + 2)
+    scores = SALIENCIES["window"].score(inputs_of(q, k, block, prompt))
+    evenly = 1 / length  # what the block's queries look at, and the other observers
+    assert scores[:3].tolist() == pytest.approx(
+        [2 * evenly, evenly + (15 * evenly + 1) / 16, 2 * evenly], rel=1e-4
+    )
+    assert scores[3:prompt].tolist() == [3 + i for i in range(WINDOW)]
+    assert len(scores) == length - 2
+
+
+@given(layers(), st.booleans())
+def test_window_of_two_ranks_is_that_of_one(layer, late: bool) -> None:
+    q, k, block = layer
+    heads, kv_heads = q.shape[1] // 2, k.shape[1] // 2
+    if k.shape[1] % 2:
+        return
+    window = SALIENCIES["window"]
+    whole = window.score(inputs_of(q, k, block, block[0], late))
+    second = window.score(inputs_of(q[:, heads:], k[:, kv_heads:], block, block[0], late))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saliency, "get_tensor_model_parallel_world_size", lambda: 2)
+        patch.setattr(
+            saliency,
+            "tensor_model_parallel_all_gather",
+            lambda own, dim: torch.cat([own, second], dim=dim),
+        )
+        both_ranks = window.score(inputs_of(q[:, :heads], k[:, :kv_heads], block, block[0], late))
+    torch.testing.assert_close(both_ranks, whole, rtol=1e-5, atol=1e-6)
 
 
 # Ties are everywhere: few different values, and the pool repeats its maxima.
