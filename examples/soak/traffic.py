@@ -177,6 +177,17 @@ GRAMMARS: tuple[Body, ...] = (
 )
 
 
+PENALTIES: tuple[Body, ...] = (
+    {"presence_penalty": 1.5},
+    {"frequency_penalty": -0.5},
+    {"repetition_penalty": 1.4},
+)
+
+
+def _bias(rng: random.Random) -> dict[str, int]:
+    return {str(rng.choice(TOKENS)): rng.choice((-100, 6)) for _ in range(5)}
+
+
 def _constrain(rng: random.Random, path: str, body: Body, xargs: Body) -> None:
     """Add a grammar, or a canvas, constraints and penalties."""
     if rng.random() < 0.12:
@@ -184,6 +195,10 @@ def _constrain(rng: random.Random, path: str, body: Body, xargs: Body) -> None:
         body.pop("ignore_eos", None)
         for name in ("steps", "remasking", "threshold", "factor", "alg_temp"):
             xargs.pop(f"diffusion_{name}", None)
+        # What leaves a grammar its tokens.
+        for option in (*PENALTIES, {"logit_bias": _bias(rng)}, {"bad_words": ["q", "the file"]}):
+            if rng.random() < 0.25:
+                body |= option
         return
     if rng.random() < 0.12:
         length = rng.randint(1, body["max_tokens"])
@@ -193,10 +208,8 @@ def _constrain(rng: random.Random, path: str, body: Body, xargs: Body) -> None:
     elif rng.random() < 0.1:
         body["min_tokens"] = rng.randint(1, body["max_tokens"])
     options: tuple[Body, ...] = (
-        {"presence_penalty": 1.5},
-        {"frequency_penalty": -0.5},
-        {"repetition_penalty": 1.4},
-        {"logit_bias": {str(rng.choice(TOKENS)): rng.choice((-100, 6)) for _ in range(5)}},
+        *PENALTIES,
+        {"logit_bias": _bias(rng)},
         {"bad_words": rng.sample(WORDS, 3) + ["the file"]},
         {"allowed_token_ids": rng.sample(TOKENS, 40)},
         {"repetition_detection": {"max_pattern_size": 3, "min_pattern_size": 1, "min_count": 4}},
@@ -296,6 +309,14 @@ BAD: tuple[tuple[int, str, Body], ...] = (
     (400, "prompt_logprobs", {"prompt_logprobs": 1}),
     (400, "unclosed group", {"structured_outputs": {"regex": "("}}),
     (400, "ignore_eos", {"structured_outputs": {"regex": "a"}, "ignore_eos": True}),
+    (400, "ends the text", {"structured_outputs": {"regex": "a"}, "allowed_token_ids": [7]}),
+    # Found while it runs.
+    (
+        400,
+        "none at position 0",
+        {"structured_outputs": {"regex": "a"}, "allowed_token_ids": [7, 1]},
+    ),
+    (400, "no token at position 0", {"structured_outputs": {"choice": ["<|mask|>"]}}),
     (400, "temperature", {"temperature": -1}),
     (400, "top_p", {"top_p": 0}),
     (400, "top_k", {"top_k": -3}),

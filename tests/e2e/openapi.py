@@ -56,8 +56,99 @@ ODD: tuple[Any, ...] = (
 )
 
 
+#: Where an odd value goes in `NESTED`; as a key, if it can be one.
+HOLE = "<here>"
+_SCHEMA = ("type", "minimum", "maxLength", "pattern", "enum", "items", "properties", "required")
+_SCHEMA += ("anyOf", "$ref", "additionalProperties")
+_STRUCTURED = ("json", "regex", "choice", "grammar", "json_object", "structural_tag", "_backend")
+_STRUCTURED += ("disable_any_whitespace", "whitespace_pattern", "unheard_of")
+_TAG = {"begin": "a", "schema": {"type": "integer"}, "end": "b"}
+
+
+def _tag(structure: Any, trigger: Any = "a") -> Any:
+    return {"type": "structural_tag", "structures": [structure], "triggers": [trigger]}
+
+
+def _json_schema(**fields: Any) -> Any:
+    given = {"name": "a", "schema": {"type": "integer"}, **fields}
+    return {"response_format": {"type": "json_schema", "json_schema": given}}
+
+
+def _call(**fields: Any) -> Any:
+    function = {"name": "f", "arguments": "{}", **fields}
+    calls = [{"id": "a", "type": "function", "function": function}]
+    return {"messages": [{"role": "assistant", "content": None, "tool_calls": calls}]}
+
+
+def _tool(**fields: Any) -> Any:
+    function = {"name": "f", "parameters": {"type": "object"}, **fields}
+    return {"tools": [{"type": "function", "function": function}], "tool_choice": "none"}
+
+
+#: What a good request of either endpoint gets added, with one value inside it to be odd.
+NESTED: tuple[dict[str, Any], ...] = (
+    *({"structured_outputs": {name: HOLE}} for name in _STRUCTURED),
+    {"structured_outputs": {"choice": [HOLE]}},
+    *({"structured_outputs": {"json": {name: HOLE}}} for name in _SCHEMA),
+    {"structured_outputs": {"json": {"properties": {HOLE: {"const": HOLE}}}}},
+    {"structured_outputs": {"regex": "a"}, "allowed_token_ids": [HOLE]},
+    *({"response_format": {"type": "json_schema", name: HOLE}} for name in ("type", "json_schema")),
+    *(_json_schema(**{name: HOLE}) for name in ("name", "schema", "strict", "description")),
+    *(_json_schema(schema={"type": "object", name: HOLE}) for name in _SCHEMA),
+    *({"response_format": _tag({**_TAG, name: HOLE})} for name in _TAG),
+    {"response_format": _tag(HOLE)},
+    {"response_format": _tag(_TAG, HOLE)},
+    {"response_format": {"type": "structural_tag", "format": HOLE}},
+    {"stream": True, "stream_options": {"include_usage": HOLE}},
+    {"stream": True, "stream_options": {"continuous_usage_stats": HOLE}},
+    {"stream": True, "stream_options": {HOLE: HOLE}},
+    {"logit_bias": {"7": HOLE}},
+    {"logit_bias": {HOLE: 1}},
+    {"vllm_xargs": {HOLE: HOLE}},
+    *({"vllm_xargs": {REQUEST_PREFIX + name: [HOLE]}} for name in ("canvas", "steps")),
+    {"vllm_xargs": {REQUEST_PREFIX + "threshold": {"a": HOLE}}},
+    *(
+        {"repetition_detection": {"max_pattern_size": 2, "min_count": 3, name: HOLE}}
+        for name in ("max_pattern_size", "min_pattern_size", "min_count", "unheard_of")
+    ),
+    *({name: [HOLE]} for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids")),
+    {"kv_transfer_params": {"a": HOLE}},
+    {"metadata": {"a": [HOLE]}},
+)
+NESTED_COMPLETION: tuple[dict[str, Any], ...] = ({"prompt": [HOLE]}, {"prompt": [[7], [HOLE]]})
+NESTED_CHAT: tuple[dict[str, Any], ...] = (
+    {"messages": [HOLE]},
+    *({"messages": [{"role": "user", "content": "a", n: HOLE}]} for n in ("role", "content")),
+    {"messages": [{"role": "user", "content": "a", HOLE: HOLE}]},
+    {"messages": [{"role": "user", "content": [HOLE]}]},
+    {"messages": [{"role": "user", "content": [{"type": "text", "text": HOLE}]}]},
+    {"messages": [{"role": "user", "content": [{"type": HOLE, "text": "a"}]}]},
+    {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": HOLE}]}]},
+    {"messages": [{"role": "assistant", "content": "a", "tool_calls": HOLE}]},
+    *(_call(**{name: HOLE}) for name in ("name", "arguments")),
+    *(_tool(**{name: HOLE}) for name in ("name", "parameters", "description")),
+    {"tools": [HOLE]},
+    {**_tool(), "tool_choice": {"type": "function", "function": {"name": HOLE}}},
+    {"chat_template_kwargs": {"a": HOLE}},
+    {"chat_template_kwargs": {HOLE: 1}},
+    {"documents": [{"title": HOLE, "text": "a"}]},
+)
+
+
+def filled(template: Any, value: Any) -> Any:
+    """Return a template with a value in each `HOLE`."""
+    if isinstance(template, dict):
+        return {
+            (value if key == HOLE and isinstance(value, str) else key): filled(inner, value)
+            for key, inner in template.items()
+        }
+    if isinstance(template, list):
+        return [filled(inner, value) for inner in template]
+    return value if template == HOLE else template
+
+
 def check_odd_values(server: Server, every: int = 1) -> None:
-    """Put each odd value into each field of each endpoint, one at a time.
+    """Put each odd value into each field of each endpoint, and inside it, one at a time.
 
     Args:
         server: Where to.
@@ -69,9 +160,10 @@ def check_odd_values(server: Server, every: int = 1) -> None:
     schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
     small = {"model": "tiny", "temperature": 1.0, "max_tokens": 4}
     requests: list[tuple[str, Any]] = []
-    for path, name, question in (
-        (ENDPOINTS[0], "CompletionRequest", {"prompt": [7, 8, 9]}),
-        (ENDPOINTS[1], "ChatCompletionRequest", {"messages": [{"role": "user", "content": "a"}]}),
+    chat = {"messages": [{"role": "user", "content": "a"}]}
+    for path, name, question, nested in (
+        (ENDPOINTS[0], "CompletionRequest", {"prompt": [7, 8, 9]}, NESTED_COMPLETION),
+        (ENDPOINTS[1], "ChatCompletionRequest", chat, NESTED_CHAT),
     ):
         good = {**small, **question}
         fields = schemas[name]["properties"]
@@ -80,6 +172,11 @@ def check_odd_values(server: Server, every: int = 1) -> None:
             (path, {**good, "vllm_xargs": {REQUEST_PREFIX + field: value}})
             for field in FIELDS
             for value in ODD
+        ]
+        requests += [
+            (path, {**good, **filled(template, value)})
+            for template in NESTED + nested
+            for value in (*ODD, None, "x", -1)
         ]
     with ThreadPoolExecutor(16) as clients:
         found = clients.map(lambda request: _problem(server, *request), requests[::every])

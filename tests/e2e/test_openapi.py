@@ -9,7 +9,7 @@ from tests.e2e.openapi import check_endpoints, check_odd_values
 from tests.e2e.server import poll, running_server, tiny_llada
 
 #: Requests an endpoint and mode, and one of how many odd values; `make soak` sends more.
-EXAMPLES, EVERY = 40, 7
+EXAMPLES, EVERY = 40, 11
 
 
 def test_no_request_gets_a_5xx(tmp_path: Path) -> None:

@@ -675,3 +675,30 @@ def test_structured_output(server: Server, path: str) -> None:
             assert country.keys() == {"name", "size"} and country["size"] in ("small", "large")
     # Those whose language is finite.
     assert sum(reason == "stop" for _, reason, _ in answers) >= 4
+
+
+@pytest.mark.parametrize("path", ["completions", "chat/completions"])
+def test_a_grammar_that_contradicts_other_constraints(server: Server, path: str) -> None:
+    """Found at the third token: 400 with the reason, for all samples; a stream ends with it."""
+    tokens = server.client.post("/tokenize", json={"model": "tiny", "prompt": "c"}).json()["tokens"]
+    request: dict[str, Any] = {"prompt": ids(51, 12), "max_tokens": 9}
+    if path == "chat/completions":
+        request = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 9}
+    request["structured_outputs"] = {"regex": "c{2}[ab]+"}
+    request["allowed_token_ids"] = [EOS, *tokens]
+    counted = "vllm:diffusion_request_failures_total"
+    before = server.metric(counted, cause="grammar")
+    reason = "allowed_token_ids must leave one of the tokens that structured_outputs allows"
+    several = {"n": 3, "temperature": 1.0, "seed": 1}
+    for more in ({}, several):
+        response = server.post(path, **request, **more)
+        assert response.status_code == 400, response.text
+        assert response.json()["error"]["message"].startswith(reason)
+        assert "position 2" in response.json()["error"]["message"]
+    with server.streamed(path, **request) as parts:
+        *pieces, last = parts
+    assert last["error"]["code"] == 400 and last["error"]["message"].startswith(reason)
+    choices = [piece["choices"][0] for piece in pieces]
+    texts = [c.get("text") or c.get("delta", {}).get("content") or "" for c in choices]
+    assert "".join(texts) in ("", "c", "cc")
+    assert server.metric(counted, cause="grammar") >= before + 3

@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.parameters import (
-    ACCEPTED,
-    ACCEPTED_CHAT,
-    ACCEPTED_COMPLETION,
-    REFUSED,
-    REFUSED_CHAT,
-    REFUSED_COMPLETION,
+from tests.e2e.effects import (
+    BASE,
+    EFFECTS,
+    EFFECTS_CHAT,
+    EFFECTS_COMPLETION,
+    TEMPLATE,
+    Effect,
+    Row,
+    changes_nothing,
+    is_accepted,
 )
+from tests.e2e.parameters import REFUSED, REFUSED_CHAT, REFUSED_COMPLETION
 from tests.e2e.server import Server, poll, running_server, tiny_llada
 from tests.reference import load
 from tests.unit.test_readme import PARAMETERS, code, table
@@ -29,11 +33,14 @@ PROMPT = [77, 311, 316]
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One request runs at a time, the least priority value first."""
-    log = tmp_path_factory.mktemp("server") / "server.log"
+    folder = tmp_path_factory.mktemp("server")
+    (folder / "template.jinja").write_text(TEMPLATE)
     settings = {"sparse_dllm": {"default_response_length": 40, "cache_policy": "dual"}}
     options = ["--additional-config", json.dumps(settings), "--max-num-seqs", "1"]
     options += ["--scheduling-policy", "priority"]
-    with running_server(log, tiny_llada(), *options) as started:
+    options += ["--chat-template", str(folder / "template.jinja")]
+    options += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+    with running_server(folder / "server.log", tiny_llada(), *options) as started:
         yield started
 
 
@@ -72,15 +79,26 @@ def test_waiting_requests_run_by_priority(server: Server) -> None:
     poll(lambda: server.gauges() == (0.0, 0.0, 0.0), "the pages to come back")
 
 
+@pytest.mark.parametrize("value", [2**70, -(2**70), 2**64])
+def test_priorities_beyond_what_can_be_sent(server: Server, value: int) -> None:
+    """Of vLLM's messages between its processes, as a field and as vLLM's header."""
+    request = {"prompt": PROMPT, "max_tokens": 2}
+    response = server.post("completions", **request, priority=value)
+    assert response.status_code == 400 and "priority" in response.text
+    content = {"model": "tiny", **request}
+    for given, status in ((str(value), 400), (str(2**63), 200), ("9" * 5000, 200)):
+        headers = {"X-Vllm-Priority": given}
+        response = server.client.post("/v1/completions", json=content, headers=headers)
+        assert response.status_code == status, response.text
+    # Those that are refused are not kept.
+    poll(lambda: server.gauges() == (0.0, 0.0, 0.0), "the pages to come back")
+
+
 # ------------------------------------------------ every row of docs/parameters.md, over HTTP
 
 MESSAGES = [{"role": "user", "content": "hello"}]
-BASE = {
-    "completions": {"prompt": PROMPT, "max_tokens": 4},
-    "chat/completions": {"messages": MESSAGES, "max_tokens": 4},
-}
 LETTERS = {"completions": "C", "chat/completions": "H"}
-OWN_ACCEPTED = {"completions": ACCEPTED_COMPLETION, "chat/completions": ACCEPTED_CHAT}
+OWN_EFFECTS = {"completions": EFFECTS_COMPLETION, "chat/completions": EFFECTS_CHAT}
 OWN_REFUSED = {"completions": REFUSED_COMPLETION, "chat/completions": REFUSED_CHAT}
 
 
@@ -90,8 +108,8 @@ def fields_of(path: str) -> set[str]:
     return {str(code(row["parameter"])) for row in rows if LETTERS[path] in row["of"].split()}
 
 
-def accepted(path: str) -> dict[str, dict[str, Any]]:
-    return {name: f for name, f in ACCEPTED.items() if name in fields_of(path)} | OWN_ACCEPTED[path]
+def effects(path: str) -> dict[str, Effect]:
+    return {name: f for name, f in EFFECTS.items() if name in fields_of(path)} | OWN_EFFECTS[path]
 
 
 def refused(path: str) -> dict[str, tuple[dict[str, Any], str]]:
@@ -100,19 +118,22 @@ def refused(path: str) -> dict[str, tuple[dict[str, Any], str]]:
 
 @pytest.mark.parametrize("path", BASE)
 def test_every_row_is_tried(path: str) -> None:
-    assert accepted(path).keys() | refused(path).keys() == fields_of(path)
+    assert effects(path).keys() | refused(path).keys() == fields_of(path)
     answers = {code(r["parameter"]): r["answer"] for r in table("parameters", PARAMETERS)}
-    assert all(answers[name] in ("honoured", "no effect") for name in accepted(path))
+    for name, effect in effects(path).items():
+        without = effect.shown in (changes_nothing, is_accepted)
+        assert answers[name] == "honoured" or (answers[name] == "no effect" and without)
     wrong = {name for name in refused(path) if answers[name] != "refused"}
     assert wrong <= {"echo", "chat_template"}
 
 
 @pytest.mark.parametrize(
-    ("path", "name"), [(path, name) for path in BASE for name in accepted(path)]
+    ("path", "name"), [(path, name) for path in BASE for name in effects(path)]
 )
 def test_honoured_rows(server: Server, path: str, name: str) -> None:
-    answer = server.answer(path, **{**BASE[path], **accepted(path)[name]})
-    assert answer["choices"] and answer["usage"]["completion_tokens"] > 0
+    """What the table says of a parameter shows in the answer."""
+    effect = effects(path)[name]
+    assert effect.shown(Row(server, path, name, effect.fragment))
 
 
 @pytest.mark.parametrize(
@@ -120,7 +141,7 @@ def test_honoured_rows(server: Server, path: str, name: str) -> None:
 )
 def test_refused_rows(server: Server, path: str, name: str) -> None:
     fragment, named = refused(path)[name]
-    response = server.post(path, **BASE[path], **fragment)
+    response = server.post(path, **BASE[path], max_tokens=4, **fragment)
     assert response.status_code == 400, response.text
     assert named in response.json()["error"]["message"]
 

@@ -419,6 +419,13 @@ def test_a_stop_string_cuts_where_it_says(llm: LLM) -> None:
         ({"regex": "a"}, {"diffusion_canvas": [7, MASK]}, "diffusion_canvas must not be set"),
         ({"regex": "a"}, {"ignore_eos": True}, "ignore_eos must be False"),
         ({"regex": "a"}, {"min_tokens": 3}, "min_tokens must be 0.*3"),
+        (
+            {"regex": "a"},
+            {"allowed_token_ids": [500, 501]},
+            r"allowed_token_ids must hold a token that ends the text .* \[1\]\), got \[500, 501\]",
+        ),
+        ({"regex": "a"}, {"bad_words": ["<|endoftext|>"]}, r"bad_words must leave .* \[1\]\), got"),
+        ({"structural_tag": "{}"}, {}, "structural_tag must be an object .* got {}"),
         ({"regex": "a", "whitespace_pattern": " "}, {}, r"structured_outputs\.whitespace_pattern"),
         ({"regex": "a", "disable_any_whitespace": True}, {}, "disable_any_whitespace must be"),
     ],
@@ -494,19 +501,58 @@ def test_a_grammar_that_allows_nothing_fails_its_request_alone(
 
 
 def test_constraints_that_leave_nothing_fail_their_request_alone(llm: LLM) -> None:
-    params = Wanted("regex", "[abc]+").sampling(allowed_token_ids=[500, 501])
+    """At once, or after what could be written."""
+    [letter] = llm.get_tokenizer().encode("c", add_special_tokens=False)
     failures = scheduler_of(llm).figures.failures
-    before = failures.get("grammar", 0)
-    output = run_beside_others(llm, params)
-    assert output.outputs[0].finish_reason == "error" and not output.outputs[0].token_ids
-    assert failures == {"grammar": before + 1}
+    for options, written in (
+        ({"allowed_token_ids": [500, 501, EOS]}, 0),
+        ({"allowed_token_ids": [letter, EOS], "bad_words": ["zz"]}, 2),
+    ):
+        before = failures.get("grammar", 0)
+        output = run_beside_others(llm, Wanted("regex", "c{2}[ab]+").sampling(**options))
+        [answer] = output.outputs
+        assert answer.finish_reason == "error" and list(answer.token_ids) == [letter] * written
+        names = " and ".join(options)
+        assert str(answer.stop_reason).startswith(f"{names} must leave one of the tokens")
+        assert str(answer.stop_reason).endswith(f"none at position {written} of the response")
+        assert failures == {"grammar": before + 1}
 
 
 @pytest.mark.parametrize("name", ["<|startoftext|>", "<|mask|>"])
 def test_the_name_of_a_special_token_is_no_text(llm: LLM, name: str) -> None:
     """llguidance offers the token itself, whose name the text would not show."""
     output = run_beside_others(llm, Wanted("choice", [name]).sampling())
-    assert output.outputs[0].finish_reason == "error" and not output.outputs[0].token_ids
+    [answer] = output.outputs
+    assert answer.finish_reason == "error" and not answer.token_ids
+    assert "structured_outputs allows no token at position 0" in str(answer.stop_reason)
+
+
+def test_a_grammar_that_its_backend_cannot_follow_says_so(llm: LLM) -> None:
+    output = run_beside_others(llm, Wanted("grammar", "start: <no_such_token>").sampling())
+    assert output.outputs[0].finish_reason == "error"
+    assert "unknown special token" in str(output.outputs[0].stop_reason)
+
+
+def test_a_schema_holds_between_tags(llm: LLM) -> None:
+    """A trigger that looks like a special token and is none, in text that often has it."""
+    tokenizer = llm.get_tokenizer()
+    letters = {letter: tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "<n>/7"}
+    structures = [{"begin": "<n>", "schema": {"type": "integer", "maximum": 99}, "end": "</n>"}]
+    tag = json.dumps({"triggers": ["<n>"], "structures": structures})
+    params = [
+        Wanted("structural_tag", tag, 60).sampling(
+            allowed_token_ids=[EOS, *letters.values()],
+            logit_bias={EOS: -30.0} | {letters[letter]: 9.0 for letter in "<n>"},
+            temperature=2.0,
+            seed=seed,
+        )
+        for seed in range(8)
+    ]
+    texts = [output.outputs[0].text for output in answer(llm, [PROMPTS[0]] * 8, params)]
+    for text in texts:
+        assert regex.fullmatch(r"((?!<n>).)*(<n>7{1,2}</n>((?!<n>).)*)*", text, partial=True), text
+    assert any("</n>" in text for text in texts)
+    assert pool_is_whole(llm)
 
 
 def test_constraints_and_a_grammar_hold_together(llm: LLM) -> None:
@@ -534,6 +580,7 @@ def test_a_grammar_that_does_not_compile_fails_its_request_alone(
     monkeypatch.setattr(backend, "compile_grammar", compile_grammar)
     output = run_beside_others(llm, Wanted("regex", "[abc]+").sampling())
     assert output.outputs[0].finish_reason == "error"
+    assert "backend can follow: too large" in str(output.outputs[0].stop_reason)
 
 
 @pytest.mark.parametrize("aborted", [False, True])

@@ -29,7 +29,7 @@ import vllm_sparse_dllm
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind
 from vllm_sparse_dllm.denoise.timetable import Canvas
-from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
+from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, Failure
 from vllm_sparse_dllm.engine.requests import RequestState
 from vllm_sparse_dllm.engine.scheduler import DiffusionScheduler
 from vllm_sparse_dllm.plugin import register
@@ -175,7 +175,7 @@ class FakeRunner:
             self.kinds[step.kind] += 1
             self.runs[request_id] += 1
             if self.runs[request_id] == self.fails_at.get(request_id):
-                result.failed[request_id] = "the model's logits are not finite"
+                result.failed[request_id] = Failure("logits", "the model's logits are not finite")
                 state.commit(step.candidates[:0], step.candidates[:0], None)
             else:
                 count = step.count

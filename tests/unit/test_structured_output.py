@@ -40,8 +40,15 @@ class Manager:
     def __init__(self, token_ids: set[int] | None) -> None:
         row = np.full(WORDS, -1, np.int32) if token_ids is None else pack(token_ids)
         self.rows = np.stack([row] * 4)
-        added = {SPECIAL: SimpleNamespace(special=True), 33: SimpleNamespace(special=False)}
-        self.tokenizer = SimpleNamespace(added_tokens_decoder=added, all_special_ids=[EOS, MASK])
+        added = {
+            SPECIAL: SimpleNamespace(content="<s>", special=True),
+            33: SimpleNamespace(content="<t>", special=False),
+        }
+        self.tokenizer = SimpleNamespace(
+            added_tokens_decoder=added,
+            all_special_ids=[EOS, MASK],
+            convert_ids_to_tokens=lambda ids: [f"<{token_id}>" for token_id in ids],
+        )
 
     def grammar_bitmask(self, requests: Any, ids: list[str], drafts: Any) -> np.ndarray:
         assert list(requests) == ids and not drafts

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import functools
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -25,7 +26,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_sparse_dllm import metrics
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
-from vllm_sparse_dllm.engine import answers, server
+from vllm_sparse_dllm.engine import answers, failures, server, structural_tag
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig
 from vllm_sparse_dllm.engine.constraints import check_constraints
 from vllm_sparse_dllm.engine.structured_output import check_structured_output
@@ -253,10 +254,23 @@ def _wrap_init() -> None:
         if isinstance(self.model_config, DiffusionModelConfig):
             metrics.install()
             answers.install()
+            failures.install()
             server.install()
             _keep_unknown_fields()
 
     InputProcessor.__init__ = init  # type: ignore[method-assign]
+
+
+@contextmanager
+def _refusals(vllm_config: VllmConfig) -> Iterator[None]:
+    """Count what is refused inside, and let it be a `RequestError`."""
+    try:
+        yield
+    except ValueError as error:
+        metrics.record_refusal(vllm_config)
+        if isinstance(error, RequestError):
+            raise
+        raise RequestError(str(error)) from error
 
 
 def _wrap_process_inputs() -> None:
@@ -266,26 +280,27 @@ def _wrap_process_inputs() -> None:
     def process_inputs(
         self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
     ) -> EngineCoreRequest:
-        request = original(self, request_id, prompt, params, *args, **kwargs)
         model_config = self.model_config
         if not isinstance(model_config, DiffusionModelConfig):
-            return request
+            return original(self, request_id, prompt, params, *args, **kwargs)
+        given = params
+        if isinstance(params, SamplingParams):
+            with _refusals(self.vllm_config):
+                given = structural_tag.write_out(
+                    params, self.structured_outputs_config, self.tokenizer
+                )
+        request = original(self, request_id, prompt, given, *args, **kwargs)
         sampling = request.sampling_params
         if sampling is not None and params.max_tokens is None:
             # vLLM fills up the context where nothing is named.
             assert sampling.max_tokens is not None
             sampling.max_tokens = min(sampling.max_tokens, model_config.default_response_length)
-        try:
+        with _refusals(self.vllm_config):
             if isinstance(params, SamplingParams):
                 # As they were given: vLLM writes into its own copy that watermarking is off.
                 check_sampling(params)
                 _check_unknown_fields(getattr(params, _UNKNOWN_FIELDS, {}))
             check_request(request, self.vllm_config)
-        except ValueError as error:
-            metrics.record_refusal(self.vllm_config)
-            if isinstance(error, RequestError):
-                raise
-            raise RequestError(str(error)) from error
         return request
 
     InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]

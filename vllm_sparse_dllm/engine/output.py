@@ -29,6 +29,19 @@ class DiffusionSchedulerOutput(SchedulerOutput):
     allowed_tokens: dict[str, np.ndarray] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why a request cannot go on.
+
+    Attributes:
+        cause: One of `FAILURE_CAUSES`.
+        reason: In words. Those of a grammar are told to whoever sent it.
+    """
+
+    cause: str
+    reason: str
+
+
 @dataclass
 class DiffusionRunnerOutput(ModelRunnerOutput):
     """vLLM's output and where each request stands.
@@ -36,7 +49,7 @@ class DiffusionRunnerOutput(ModelRunnerOutput):
     Attributes:
         progress: For each request that ran: where it stands now.
         num_steps: Denoising steps that were run.
-        failed: Requests that cannot go on, with the reason.
+        failed: Requests that cannot go on.
         counts: What was run.
         traces: For each request that asked for it and has new final tokens: how they came
             about (`CommitTrace.take`).
@@ -44,6 +57,6 @@ class DiffusionRunnerOutput(ModelRunnerOutput):
 
     progress: dict[str, Progress] = field(default_factory=dict)
     num_steps: int = 1
-    failed: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, Failure] = field(default_factory=dict)
     counts: StepCounts = field(default_factory=StepCounts)
     traces: dict[str, dict[str, Any]] = field(default_factory=dict)

@@ -23,6 +23,7 @@ from vllm_sparse_dllm.denoise.step import Candidates, Logprobs
 from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions, share_steps
 from vllm_sparse_dllm.denoise.traits import ModelTraits
 from vllm_sparse_dllm.engine.constraints import RequestConstraints
+from vllm_sparse_dllm.engine.output import Failure
 from vllm_sparse_dllm.engine.structured_output import has_grammar
 from vllm_sparse_dllm.engine.trace import CommitTrace
 from vllm_sparse_dllm.settings import DecodingSettings
@@ -319,14 +320,29 @@ class RequestState:
             traced=self.trace is not None,
         )
 
-    @property
-    def failure(self) -> str:
-        """Why no token could be chosen, in words."""
+    def failure(self, vocab_size: int) -> Failure:
+        """Return why no token could be chosen for the step that comes next."""
         if self.allowed_tokens is None:
-            return "the model's logits are not finite"
-        if not self.allowed_tokens.any():
-            return "its grammar allows no token"
-        return "its grammar and its other constraints leave no token, or logits are not finite"
+            return Failure("logits", "the model's logits are not finite")
+        step = self.next_step()
+        # Whatever the model says of them.
+        logits = torch.zeros(1, vocab_size, device=self.generator.device)
+        for edit in self.candidates_of(step).edits:
+            edit.apply(logits, 0)
+        if logits.isfinite().any():
+            return Failure("logits", "the model's logits are not finite")
+        where = f"position {step.candidates[0] - self.canvas.prompt_length} of the response"
+        given = [
+            name for name in ("allowed_token_ids", "bad_words") if getattr(self.sampling, name)
+        ]
+        if self.allowed_tokens.any() and given:
+            return Failure(
+                "grammar",
+                f"{' and '.join(given)} must leave one of the tokens that structured_outputs "
+                f"allows, but leaves none at {where}",
+            )
+        names = "; names of special tokens are no text" if self.sampling.skip_special_tokens else ""
+        return Failure("grammar", f"structured_outputs allows no token at {where}{names}")
 
     def commit(self, positions: np.ndarray, tokens: np.ndarray, logprobs: Logprobs | None) -> None:
         """Write committed tokens and go on to the next step that does something."""

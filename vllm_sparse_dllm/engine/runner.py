@@ -237,7 +237,8 @@ class DiffusionModelRunner:
             if failed or not all(state.continues_alone for state in states):
                 break
         for index in failed:
-            output.failed[request_ids[active[index]]] = states[active[index]].failure
+            failure = running[index].failure(self.model.shape.vocab_size)
+            output.failed[request_ids[active[index]]] = failure
         self._report(states, output)
         return output
 

@@ -22,7 +22,12 @@ from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.engine import EngineCoreEventType, EngineCoreOutput, EngineCoreOutputs
+from vllm.v1.engine import (
+    EngineCoreEventType,
+    EngineCoreOutput,
+    EngineCoreOutputs,
+    FinishReason,
+)
 from vllm.v1.metrics.stats import SchedulerStats
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
@@ -31,7 +36,7 @@ from vllm_sparse_dllm.cache.block_manager import SparseBlockManager
 from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind, step_tokens
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.figures import FIGURES, EngineFigures
-from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput
+from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput, Failure
 from vllm_sparse_dllm.engine.structured_output import AllowedTokens
 from vllm_sparse_dllm.engine.trace import TRACE
 from vllm_sparse_dllm.models.configs import model_traits
@@ -324,16 +329,23 @@ class DiffusionScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        failed: dict[str, str] = {}
+        failed: dict[str, Failure] = {}
         traces: dict[str, dict[str, Any]] = {}
+        constrained = {
+            request_id: request
+            for request_id in (
+                *getattr(scheduler_output, "allowed_tokens", ()),
+                *self.grammar_compile_error_reqs,
+            )
+            if (request := self.requests.get(request_id)) is not None
+        }
         if isinstance(model_runner_output, DiffusionRunnerOutput):
             failed = model_runner_output.failed
             traces = model_runner_output.traces
             self.figures.steps.add(model_runner_output.counts)
-            for request_id in failed:
-                if (request := self.requests.get(request_id)) is not None:
-                    cause = "grammar" if request.use_structured_output else "logits"
-                    self.figures.fail(cause)
+            for request_id, failure in failed.items():
+                if request_id in self.requests:
+                    self.figures.fail(failure.cause)
             elapsed = time.monotonic() - self._scheduled_at
             self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
             for request_id, progress in model_runner_output.progress.items():
@@ -349,20 +361,46 @@ class DiffusionScheduler(Scheduler):
                     if output.request_id in traces:
                         # The one field that vLLM carries to a request's output unread.
                         output.kv_transfer_params = {TRACE: traces[output.request_id]}
-        for request_id, reason in failed.items():
-            logger.error("request %s failed: %s", request_id, reason)
+        if constrained:
+            self._explain_ends(constrained, outputs)
+        reasons = {name: self._reason(name, failure) for name, failure in failed.items()}
         for request in self.finish_requests(failed, RequestStatus.FINISHED_ERROR):
+            reason = reasons[request.request_id]
             core_outputs = outputs.setdefault(request.client_index, EngineCoreOutputs())
             core_outputs.outputs.append(
                 EngineCoreOutput(
                     request_id=request.request_id,
                     new_token_ids=[],
                     finish_reason=request.get_finished_reason(),
+                    # The front end tells it to the client.
+                    stop_reason=reason if failed[request.request_id].cause == "grammar" else None,
                     events=request.take_events(),
                     trace_headers=request.trace_headers,
                 )
             )
         return outputs
+
+    def _reason(self, request_id: str, failure: Failure) -> str:
+        """Return why a request failed, and log it."""
+        reason = failure.reason
+        request = self.requests.get(request_id)
+        if request is not None and failure.cause == "grammar":
+            reason = self.allowed_tokens.problem(request) or reason
+        logger.error("request %s failed: %s", request_id, reason)
+        return reason
+
+    def _explain_ends(
+        self, constrained: dict[str, Request], outputs: dict[int, EngineCoreOutputs]
+    ) -> None:
+        """Say why vLLM has ended requests whose grammars could not be compiled or followed."""
+        for client_outputs in outputs.values():
+            for output in client_outputs.outputs:
+                request = constrained.get(output.request_id)
+                if request is None or output.finish_reason != FinishReason.ERROR:
+                    continue
+                output.stop_reason = self.allowed_tokens.problem(request)
+                self.figures.fail("grammar")
+                logger.error("request %s failed: %s", output.request_id, output.stop_reason)
 
     def make_stats(self, *args: Any, **kwargs: Any) -> SchedulerStats | None:
         stats = super().make_stats(*args, **kwargs)

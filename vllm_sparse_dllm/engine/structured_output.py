@@ -41,6 +41,8 @@ _ENGINE_OPTIONS = {
     "whitespace_pattern": None,
 }
 
+#: Characters of a backend's error that are passed on.
+_LONGEST_ERROR = 200
 #: Keywords of a JSON schema that bound a number, lower and upper; the first excludes its own.
 _BOUNDS = (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum"))
 #: llguidance holds numbers as floats, and cuts bounds to 64 bits.
@@ -95,15 +97,36 @@ def check_structured_output(sampling: SamplingParams) -> None:
                 f"structured_outputs.{name} must be {default} in a request, got {value!r}; it is "
                 "an option of the engine (structured_outputs_config)"
             )
+    _check_end_of_text(sampling)
     assert sampling.structured_outputs is not None
-    for name in ("json", "structural_tag"):
-        schema = getattr(sampling.structured_outputs, name)
-        if schema is not None:
-            schema = json.loads(schema) if isinstance(schema, str) else schema
-            _check_schema(schema, f"structured_outputs.{name}")
+    # Structural tags are grammars by now, or of other backends.
+    schema = sampling.structured_outputs.json
+    if schema is not None:
+        schema = json.loads(schema) if isinstance(schema, str) else schema
+        check_schema(schema, "structured_outputs.json")
 
 
-def _check_schema(schema: Any, field: str) -> None:
+def _check_end_of_text(sampling: SamplingParams) -> None:
+    """Refuse constraints under which no text could end where its grammar wants it to."""
+    ends = set(sampling.all_stop_token_ids)
+    if not ends:
+        return
+    words = sampling.bad_words_token_ids or ()
+    possible = ends - {word[0] for word in words if len(word) == 1}
+    if not possible:
+        raise ValueError(
+            "bad_words must leave a token that ends the text with structured_outputs (one of "
+            f"{sorted(ends)}), got {reprlib.repr(sampling.bad_words)}"
+        )
+    allowed = sampling.allowed_token_ids
+    if allowed is not None and possible.isdisjoint(allowed):
+        raise ValueError(
+            "allowed_token_ids must hold a token that ends the text with structured_outputs (one "
+            f"of {sorted(possible)}), got {reprlib.repr(allowed)}"
+        )
+
+
+def check_schema(schema: Any, field: str) -> None:
     """Refuse what llguidance accepts, but does not enforce.
 
     Args:
@@ -115,7 +138,7 @@ def _check_schema(schema: Any, field: str) -> None:
     """
     if isinstance(schema, list):
         for part in schema:
-            _check_schema(part, field)
+            check_schema(part, field)
     if not isinstance(schema, dict):
         return
     if "x-guidance" in schema:
@@ -135,9 +158,9 @@ def _check_schema(schema: Any, field: str) -> None:
         if key in _LITERALS:
             _check_literals(value, key, field)
         elif key in _BY_NAME and isinstance(value, dict):
-            _check_schema(list(value.values()), field)
+            check_schema(list(value.values()), field)
         elif key not in _DATA:
-            _check_schema(value, field)
+            check_schema(value, field)
 
 
 def _check_bounds(schema: dict[str, Any], field: str) -> None:
@@ -183,6 +206,14 @@ def _in_json(value: Any) -> str:
     return "null" if value is None else repr(value)
 
 
+def special_tokens(tokenizer: Any) -> dict[str, int]:
+    """Return the ids of a tokenizer's special tokens by their names."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    named = {token.content: token_id for token_id, token in added.items() if token.special}
+    ids = tokenizer.all_special_ids
+    return named | dict(zip(tokenizer.convert_ids_to_tokens(ids), ids, strict=True))
+
+
 class AllowedTokens:
     """The tokens that constrained requests may commit next, as bit masks.
 
@@ -223,6 +254,20 @@ class AllowedTokens:
                 masks[request.request_id] = self._corrected(request, row.copy())
         return masks
 
+    @staticmethod
+    def problem(request: Request) -> str | None:
+        """Return why a request's grammar could not be followed, None if it could."""
+        structured = request.structured_output_request
+        grammar: Any = structured.grammar if structured is not None else None
+        if isinstance(grammar, Exception):
+            error = str(grammar)
+        elif getattr(grammar, "printed_error", False):
+            error = grammar.ll_matcher.get_error()
+        else:
+            return None
+        told = error.strip().partition("\n")[0][:_LONGEST_ERROR]
+        return f"structured_outputs must be a grammar that its backend can follow: {told}"
+
     def _corrected(self, request: Request, row: np.ndarray) -> np.ndarray:
         """Take out of a grammar's mask what must not be committed."""
         sampling, structured = request.sampling_params, request.structured_output_request
@@ -249,10 +294,7 @@ class AllowedTokens:
 
     def _special_tokens(self, num_words: int) -> np.ndarray:
         if self._special is None:
-            tokenizer = self._manager.tokenizer
-            added = getattr(tokenizer, "added_tokens_decoder", {})
-            special = {token_id for token_id, token in added.items() if token.special}
-            self._special = _bits(special | set(tokenizer.all_special_ids), num_words)
+            self._special = _bits(special_tokens(self._manager.tokenizer).values(), num_words)
         return self._special
 
 
