@@ -5,7 +5,7 @@ from mmengine.config import read_base
 
 with read_base():
     from .benchmarks import chat_datasets as datasets
-    from .served import eval, infer, paper, server, work_dir  # noqa: F401
+    from .served import eval, infer, paper, server, work_dir
 
 models = [
     dict(

@@ -96,9 +96,7 @@ def test_the_commands_ask_for_different_things(exact_match: dict[str, float]) ->
 
 
 @pytest.mark.parametrize("block", COMMANDS, ids=titles(COMMANDS))
-def test_score(
-    block: Block, server: Server, exact_match: dict[str, float], tmp_path: Path
-) -> None:
+def test_score(block: Block, server: Server, exact_match: dict[str, float], tmp_path: Path) -> None:
     """The score that a documented command prints is the one computed offline."""
     done = run(server, block.text, tmp_path)
     assert done.returncode == 0, done.stdout[-6000:]
