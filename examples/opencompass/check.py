@@ -10,6 +10,7 @@ a server one question and prints the answer, one JSON object a configuration.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import tempfile
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Any
 
 from mmengine.config import Config
 from opencompass import registry
-from opencompass.utils.prompt import safe_format
+from opencompass.utils import build_model_from_cfg
+from opencompass.utils.prompt import PromptList, safe_format
 
 FOLDER = Path(__file__).parent
 CONFIGS = ("llada_8b_instruct", "llada_1_5", "dream_v0_base_7b", "dream_v0_instruct_7b")
@@ -38,9 +40,9 @@ def load(name: str) -> Config:
     """Return a configuration as OpenCompass's tasks get it: with names in place of classes."""
     config = Config.fromfile(str(FOLDER / f"{name}.py"), format_python_code=False)
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / "config.py"
-        config.dump(str(copy))
-        return Config.fromfile(str(copy), format_python_code=False)
+        written = Path(folder) / "config.py"
+        config.dump(str(written))
+        return Config.fromfile(str(written), format_python_code=False)
 
 
 def resolve(where: Any, entry: Any, kind: str) -> Any:
@@ -107,13 +109,10 @@ def check(name: str) -> Config:
 
 def ask(model: Any, base_url: str, name: str, tokenizer: str, question: str) -> str:
     """Have a configuration's model class ask a server, return the answer."""
-    from opencompass.utils.prompt import PromptList
-
-    settings = {k: v for k, v in model.items() if k not in ("run_cfg", "abbr", "max_out_len")}
-    settings.pop("batch_size")
-    settings |= {"openai_api_base": base_url, "path": name, "tokenizer_path": tokenizer}
-    client = registry.MODELS.build(settings)
+    model = copy.deepcopy(model)
+    model.update(openai_api_base=base_url, path=name, tokenizer_path=tokenizer)
     prompt = PromptList([{"role": "HUMAN", "prompt": question}])
+    client = build_model_from_cfg(model)
     return client.generate_from_template([prompt], max_out_len=model["max_out_len"])[0]
 
 
