@@ -73,7 +73,7 @@ def test_configurations(server: Server) -> None:
     output = run_program(
         [
             *(str(PYTHON), str(FOLDER / "check.py"), "--question", question),
-            *("--base-url", f"{server.client.base_url}/v1".replace("//v1", "/v1")),
+            *("--base-url", f"http://127.0.0.1:{server.client.base_url.port}/v1"),
             *("--model", "tiny", "--tokenizer", str(tiny_llada())),
         ],
         timeout=300,
