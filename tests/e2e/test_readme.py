@@ -4,7 +4,8 @@
 A fenced ``bash`` or ``python`` block is run unless the line above it is
 ``<!-- not run: reason -->``. The block under ``<!-- server -->`` is started once, with a free
 port added; the ``curl`` and ``vllm bench`` blocks go to it, with that port in place of 8000.
-`test_parallel` runs the blocks under ``<!-- parallel server -->`` and ``<!-- ray -->``.
+`test_parallel` runs the blocks under ``<!-- parallel server -->`` and ``<!-- ray -->``,
+`test_lm_eval` those of lm-evaluation-harness.
 """
 
 from __future__ import annotations
@@ -44,7 +45,12 @@ class Block:
         return " ".join(self.text.split())[:48]
 
 
-BLOCKS = [Block(language, text, comment) for comment, language, text in _FENCE.findall(README)]
+def blocks_of(page: str) -> list[Block]:
+    """Return the fenced blocks of a page."""
+    return [Block(language, text, comment) for comment, language, text in _FENCE.findall(page)]
+
+
+BLOCKS = blocks_of(README)
 SERVERS = [block for block in BLOCKS if block.comment == "server"]
 PARALLEL = [block for block in BLOCKS if block.comment.startswith("parallel server")]
 RAY = [block for block in BLOCKS if block.comment == "ray"]
@@ -52,7 +58,8 @@ NOT_RUN = [block for block in BLOCKS if block.comment.startswith("not run: ")]
 _RUN = [block for block in BLOCKS if not block.comment]
 CURLS = [block for block in _RUN if block.text.startswith("curl ")]
 BENCHMARKS = [block for block in _RUN if block.text.startswith("vllm bench ")]
-COMMANDS = [block for block in _RUN if block not in CURLS + BENCHMARKS]
+SCORES = [block for block in _RUN if block.text.startswith("lm_eval ")]
+COMMANDS = [block for block in _RUN if block not in CURLS + BENCHMARKS + SCORES]
 
 
 def environment() -> dict[str, str]:
@@ -70,6 +77,7 @@ def test_every_block_has_its_place() -> None:
     assert len(SERVERS) == 1
     assert len(CURLS) >= 3
     assert len(BENCHMARKS) == 1
+    assert len(SCORES) == 1
     assert {block.language for block in COMMANDS} == {"bash", "python"}
     assert len(PARALLEL) >= 3
     assert len(RAY) == 1
