@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ REMASKING_RULES = (
     "origin",
 )
 GRANULARITIES = ("token", "page")
+#: Those of the package; `cache.saliency` may be given others.
+SALIENCIES = ("paper",)
 
 
 def _is_int(value: Any) -> bool:
@@ -91,6 +93,7 @@ FIELDS: dict[str, Field] = {
     "delay_steps": Field(
         f"an integer from 0 to {MAX_STEPS}", lambda v: _is_int(v) and 0 <= v <= MAX_STEPS
     ),
+    "saliency": _one_of(SALIENCIES),
     "granularity": _one_of(GRANULARITIES),
     "eviction_delay": Field(
         f"an integer from 0 to {MAX_STEPS}", lambda v: _is_int(v) and 0 <= v <= MAX_STEPS
@@ -153,6 +156,7 @@ class DecodingSettings:
         keep_ratio: Fraction of prefix and suffix keys that ``sparse`` keeps, 0 < r <= 1.
         kernel_size: Odd width of the max-pool over saliency (Sparse-dLLM, section 3.2).
         delay_steps: Full forwards of a block before the one that fills the sparse cache.
+        saliency: What ``sparse`` ranks keys by.
         granularity: ``token`` selects positions, ``page`` runs of a page of positions.
         eviction_delay: Block steps that ``sparse`` runs on the whole cache before it evicts;
             0 evicts at the refresh.
@@ -175,6 +179,7 @@ class DecodingSettings:
     keep_ratio: float = 0.5
     kernel_size: int = 3
     delay_steps: int = 1
+    saliency: str = "paper"
     granularity: str = "token"
     eviction_delay: int = 0
     refresh_interval: int = 1
@@ -254,6 +259,11 @@ def request_settings(
             f"got {settings.cfg_scale}"
         )
     return settings
+
+
+def allow_saliencies(names: Iterable[str]) -> None:
+    """Let settings name these saliencies; `cache.saliency` calls it when its registry changes."""
+    FIELDS["saliency"] = _one_of(tuple(names))
 
 
 def _names(scope: str) -> str:

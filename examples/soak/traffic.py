@@ -265,6 +265,7 @@ BAD: tuple[tuple[int, str, Body], ...] = (
     _setting("keep_ratio", 0),
     _setting("kernel_size", 2),
     _setting("delay_steps", -1),
+    _setting("saliency", "mine"),
     _setting("granularity", "line"),
     _setting("eviction_delay", 0.5),
     _setting("refresh_interval", 0),

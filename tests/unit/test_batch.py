@@ -18,7 +18,7 @@ from tests.unit.helpers import traits_of
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.plan import Fill
 from vllm_sparse_dllm.cache.policies import POLICIES, StepKind, visible_end
-from vllm_sparse_dllm.cache.saliency import Selection
+from vllm_sparse_dllm.cache.selection import Selection
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import StepBatch, build_batch
@@ -177,7 +177,7 @@ def test_a_refresh_fills_the_slots_behind_those_of_the_fresh_keys() -> None:
     state = make_state(cache_policy="dual", first_page=7)
     batch, _ = build(state)
     (fill,) = batch.plan.fills
-    assert fill.block == (5, 9)
+    assert fill.canvas.block == (5, 9)
     assert fill.candidates == ((0, 5), (9, 13))
     # Pages 7, 8, ...: slots 28, 29, ...; four for the block, then the kept.
     assert fill.slots.tolist() == list(range(28 + 4, 28 + 4 + 9))
@@ -421,11 +421,13 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
     evicted = [entry for entry in cached if entry[2].kind is StepKind.EVICT]
     assert len(plan.evictions) == len(evicted)
     for eviction, (state, sequence, step) in zip(plan.evictions, evicted, strict=True):
-        rows = slice(eviction.first_token, eviction.first_token + eviction.num_tokens)
+        rows = slice(eviction.first_token, eviction.first_token + step.block[1] - step.block[0])
         assert batch.positions[rows].tolist() == list(range(*step.block))
         others = sum(
             hi - lo for lo, hi in state.policy.candidates(state.canvas, step.block, state.settings)
         )
+        spans = state.policy.candidates(state.canvas, step.block, state.settings)
+        assert eviction.candidates == spans
         first = sequence.num_fresh
         assert eviction.slots.tolist() == sequence.slots[first : first + others].tolist()
         assert eviction.selection.keep == int(others * state.settings.keep_ratio)
@@ -491,7 +493,8 @@ def test_late_eviction_holds_everything_for_a_while() -> None:
     # The step itself attends to everything.
     assert batch.plan.cached is not None
     assert batch.plan.cached.plans == (([4], [17], [sequence.page_ids.tolist()]),)
-    assert (eviction.first_token, eviction.num_tokens) == (0, 4)
+    assert eviction.first_token == 0
+    assert eviction.canvas.block == step.block
     assert eviction.selection == Selection(keep=6, kernel_size=3, run_length=1)
     assert eviction.slots.tolist() == list(range(8, 21))
     advance(state)

@@ -12,7 +12,8 @@ from tests.reference.decode import Options
 from tests.reference.decode import importance as naive_importance
 from tests.reference.decode import select as naive_select
 from vllm_sparse_dllm.cache import saliency
-from vllm_sparse_dllm.cache.saliency import Selection, importance, select_entries
+from vllm_sparse_dllm.cache.saliency import importance
+from vllm_sparse_dllm.cache.selection import Selection, select_entries
 
 SEEDS = st.integers(0, 2**32 - 1)
 

@@ -18,6 +18,7 @@ from vllm_sparse_dllm.settings import (
     GRANULARITIES,
     REMASKING_RULES,
     REQUEST_PREFIX,
+    SALIENCIES,
     DecodingSettings,
     EngineSettings,
     request_settings,
@@ -26,7 +27,7 @@ from vllm_sparse_dllm.settings import (
 LLADA, DREAM = traits_of("llada"), traits_of("dream")
 BOTH = pytest.mark.parametrize("traits", [LLADA, DREAM], ids=["llada", "dream"])
 
-NAMES = ["cache_policy", "granularity", "remasking"]
+NAMES = ["cache_policy", "saliency", "granularity", "remasking"]
 INTEGERS = [
     *("kernel_size", "delay_steps", "eviction_delay", "refresh_interval", "suffix_window"),
     *("block_length", "steps", "default_response_length", "trace"),
@@ -40,6 +41,7 @@ GOOD: dict[str, list[Any]] = {
     "keep_ratio": [1e-9, 0.5, 1, 1.0],
     "kernel_size": [1, 3, 99],
     "delay_steps": [0, 1, 7],
+    "saliency": list(SALIENCIES),
     "granularity": list(GRANULARITIES),
     "eviction_delay": [0, 1, 7, 65536],
     "refresh_interval": [1, 2, 65536],
@@ -64,6 +66,7 @@ BAD: dict[str, list[Any]] = {
     "keep_ratio": [*NOT_A_REAL, 0, 0.0, -0.5, 1.0000001, 2],
     "kernel_size": [*NOT_AN_INTEGER, 0, -1, -3, 2, 4],
     "delay_steps": [*NOT_AN_INTEGER, -1],
+    "saliency": ["", "Paper", "none", 1, True, ["paper"]],
     "granularity": ["", "tokens", "none", 1, True, ["page"]],
     "eviction_delay": [*NOT_AN_INTEGER, -1, 65537],
     "refresh_interval": [*NOT_AN_INTEGER, 0, -1, 65537],
@@ -86,6 +89,7 @@ ALLOWED = {
     "keep_ratio": "a number with 0 < r <= 1",
     "kernel_size": "an odd integer from 1 to 65535",
     "delay_steps": "an integer from 0 to 65536",
+    "saliency": "one of paper",
     "granularity": "one of token, page",
     "eviction_delay": "an integer from 0 to 65536",
     "refresh_interval": "an integer from 1 to 65536",
@@ -140,6 +144,7 @@ def test_defaults_are_those_of_the_public_interface() -> None:
         keep_ratio=0.5,
         kernel_size=3,
         delay_steps=1,
+        saliency="paper",
         granularity="token",
         eviction_delay=0,
         refresh_interval=1,

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 
 import vllm_sparse_dllm
+from vllm_sparse_dllm import settings
 from vllm_sparse_dllm.cache.policies import POLICIES
+from vllm_sparse_dllm.cache.saliency import SALIENCIES
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.settings import CACHE_POLICIES, REMASKING_RULES
 
@@ -59,6 +61,7 @@ WALLS: dict[str, tuple[str, ...]] = {
         *own("denoise.rules", "denoise.sampling", "denoise.step", "denoise.traits"),
     ),
     "cache/saliency.py": own("models", "engine", "denoise", "attention"),
+    "cache/selection.py": ("vllm", *own("models", "engine", "denoise", "attention")),
     "cache/block_manager.py": ("torch", *own("models", "engine", "denoise", "attention")),
     # Which tokens a step commits.
     "denoise/rules.py": ("vllm", *own("cache", "engine", "models", "attention")),
@@ -82,11 +85,12 @@ WALLS: dict[str, tuple[str, ...]] = {
     "engine/trace.py": ("torch", "vllm", *own("models", "attention", "cache", "denoise")),
     # Devices.
     "attention/interface.py": ("vllm", *own("cache", "engine", "models", "denoise")),
-    # How a layer chooses (`Selection`) is part of the plan, which entries is not.
+    # How a layer chooses (`Selection`, `CanvasView`) is part of the plan, which entries is not.
     "attention/plan.py": (
         "vllm",
         *own("cache.policies", "cache.block_manager", "cache.pages"),
-        *own("cache.saliency.importance", "cache.saliency.select_entries"),
+        *own("cache.saliency.SALIENCIES", "cache.saliency.importance"),
+        *own("cache.selection.select_entries"),
         *own("engine", "models", "denoise"),
     ),
     "attention/cpu.py": own("cache", "engine", "models", "denoise"),
@@ -121,11 +125,13 @@ def test_tables_name_what_the_code_has() -> None:
     """A table in the README, in the settings and in the code is the same list."""
     assert tuple(POLICIES) == CACHE_POLICIES
     assert tuple(RULES) == REMASKING_RULES
+    assert tuple(SALIENCIES) == settings.SALIENCIES
+    assert all(saliency.name == name for name, saliency in SALIENCIES.items())
     assert all(policy.name == name for name, policy in POLICIES.items())
     assert all(rule.name == name for name, rule in RULES.items())
 
 
 def test_the_scanner_sees_imports() -> None:
-    assert offending("cache/saliency.py", "torch") == {"torch", "torch.nn.functional"}
+    assert offending("cache/selection.py", "torch") == {"torch", "torch.nn.functional"}
     assert offending("denoise/timetable.py", "torch") == {"torch"}  # inside a function
     assert offending("engine/scheduler.py", *own("cache")) >= set(own("cache.policies"))

@@ -9,7 +9,8 @@ from torch import nn
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.plan import Eviction, Fill, ForwardPlan
-from vllm_sparse_dllm.cache.saliency import importance, select_entries
+from vllm_sparse_dllm.cache.saliency import SALIENCIES, SaliencyInputs
+from vllm_sparse_dllm.cache.selection import select_entries
 
 
 class BidirectionalAttention(nn.Module):
@@ -109,10 +110,19 @@ class BidirectionalAttention(nn.Module):
         if fill.selection.keep == 0:
             fill.num_kept[layer] = 0
             return
-        block_start, block_end = fill.block
-        block_queries = q[first + block_start : first + block_end]
-        saliency = importance(block_queries, k, fill.candidates, self.total_heads)
+        inputs = SaliencyInputs(
+            layer=layer,
+            queries=q[first : first + fill.length],
+            first_query=0,
+            keys=k,
+            rows=fill.candidates,
+            candidates=fill.candidates,
+            canvas=fill.canvas,
+            total_heads=self.total_heads,
+        )
+        saliency = SALIENCIES[fill.selection.saliency].score(inputs)
         kept = select_entries(saliency, fill.selection)
+        block_start, block_end = fill.canvas.block
         # Candidates are everything but the block: behind its start they are shifted by it.
         kept = torch.where(kept < block_start, kept, kept + (block_end - block_start))
         num_kept = kept.shape[0]
@@ -129,9 +139,18 @@ class BidirectionalAttention(nn.Module):
         kept = eviction.slots[:0]
         if eviction.selection.keep:
             keys = backend.read_keys(layer, eviction.slots)
-            block_queries = q[first : first + eviction.num_tokens]
-            everything = ((0, keys.shape[0]),)
-            saliency = importance(block_queries, keys, everything, self.total_heads)
+            start, end = eviction.canvas.block
+            inputs = SaliencyInputs(
+                layer=layer,
+                queries=q[first : first + end - start],
+                first_query=start,
+                keys=keys,
+                rows=((0, keys.shape[0]),),
+                candidates=eviction.candidates,
+                canvas=eviction.canvas,
+                total_heads=self.total_heads,
+            )
+            saliency = SALIENCIES[eviction.selection.saliency].score(inputs)
             kept = select_entries(saliency, eviction.selection)
             num_kept = kept.shape[0]
             backend.write(

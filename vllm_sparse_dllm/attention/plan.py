@@ -10,7 +10,8 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend
-from vllm_sparse_dllm.cache.saliency import Selection
+from vllm_sparse_dllm.cache.saliency import CanvasView
+from vllm_sparse_dllm.cache.selection import Selection
 
 Span = tuple[int, int]
 
@@ -54,7 +55,7 @@ class Fill:
     Attributes:
         first_token: Row of the sequence's position 0 in the batch.
         length: Positions of the sequence that take part.
-        block: Positions [start, end) of the current block.
+        canvas: The sequence's canvas.
         candidates: Position ranges that may be kept, in order.
         slots: ``[most]`` slots of the kept entries, in the order they are written.
         selection: Which candidates are kept, None for all.
@@ -65,7 +66,7 @@ class Fill:
 
     first_token: int
     length: int
-    block: Span
+    canvas: CanvasView
     candidates: tuple[Span, ...]
     slots: torch.Tensor
     selection: Selection | None
@@ -79,7 +80,8 @@ class Eviction:
 
     Attributes:
         first_token: Row of the block's first query in the batch.
-        num_tokens: Queries of the block.
+        canvas: The sequence's canvas.
+        candidates: Position ranges of the entries, in order.
         slots: ``[n]`` slots of the entries, in order of their positions; the first ones are
             those of the kept entries afterwards.
         selection: Which of them are kept.
@@ -88,7 +90,8 @@ class Eviction:
     """
 
     first_token: int
-    num_tokens: int
+    canvas: CanvasView
+    candidates: tuple[Span, ...]
     slots: torch.Tensor
     selection: Selection
     num_kept: np.ndarray

@@ -1,18 +1,89 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cache entries a block keeps (Sparse-dLLM, arXiv 2508.02558, section 3.2)."""
+"""What cache entries are worth to a block: the published score, and others."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import ClassVar
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_gather,
 )
 
+from vllm_sparse_dllm.settings import allow_saliencies
+
 Span = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class CanvasView:
+    """What a choice may know of the canvas it is made for.
+
+    The arrays are the engine's own: not to be changed, nor kept beyond the call.
+
+    Attributes:
+        request_id: vLLM's, of the request; the engine adds to the one that a client gave.
+        token_ids: ``[L]`` ids as the pass saw them.
+        prompt_length: Positions of the prompt.
+        block: Positions [start, end) of the current block.
+        masked: ``[block]`` which of its positions were masks in the pass.
+    """
+
+    request_id: str
+    token_ids: np.ndarray
+    prompt_length: int
+    block: Span
+    masked: np.ndarray
+
+
+@dataclass(frozen=True)
+class SaliencyInputs:
+    """What a choice may look at: one layer of one sequence in one pass.
+
+    Attributes:
+        layer: 0-based layer.
+        queries: ``[rows, heads, head_size]`` this rank's rotated queries of the pass: of all
+            positions in a refresh, of the block in a late eviction.
+        first_query: Position of the first of them.
+        keys: ``[m, kv_heads, head_size]`` this rank's rotated keys, the candidates' among them.
+        rows: Ranges of ``keys`` that are the candidates', in order.
+        candidates: Their position ranges, in order.
+        canvas: The canvas.
+        total_heads: Query heads over all tensor-parallel ranks.
+    """
+
+    layer: int
+    queries: torch.Tensor
+    first_query: int
+    keys: torch.Tensor
+    rows: tuple[Span, ...]
+    candidates: tuple[Span, ...]
+    canvas: CanvasView
+    total_heads: int
+
+    @property
+    def block_queries(self) -> torch.Tensor:
+        """``[block, heads, head_size]`` queries of the block."""
+        start, end = self.canvas.block
+        return self.queries[start - self.first_query : end - self.first_query]
+
+
+class Saliency(ABC):
+    """One way to rank keys; stateless, asked once a layer where a choice is made."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def score(self, inputs: SaliencyInputs) -> torch.Tensor:
+        """Return ``[n]`` scores of the candidates in position order, the highest kept first.
+
+        Tensor-parallel ranks must return the same, bit for bit: each has some of the heads, and
+        has to exchange what it makes of them.
+        """
 
 
 def importance(
@@ -46,6 +117,39 @@ def importance(
     return scores / total_heads
 
 
+class Paper(Saliency):
+    """Sparse-dLLM: raw dot products with the block's mean query."""
+
+    name = "paper"
+
+    def score(self, inputs: SaliencyInputs) -> torch.Tensor:
+        return importance(inputs.block_queries, inputs.keys, inputs.rows, inputs.total_heads)
+
+
+SALIENCIES: dict[str, Saliency] = {saliency.name: saliency for saliency in (Paper(),)}
+
+
+def register_saliency(saliency: Saliency) -> None:
+    """Let settings name a further saliency, in this process.
+
+    Engines of several processes need it in each of them, as from an own entry point of vLLM's
+    group ``vllm.general_plugins``.
+
+    Raises:
+        ValueError: If the name is taken.
+    """
+    if saliency.name in SALIENCIES:
+        raise ValueError(f"saliency {saliency.name!r} is registered already")
+    SALIENCIES[saliency.name] = saliency
+    allow_saliencies(SALIENCIES)
+
+
+def unregister_saliency(name: str) -> None:
+    """Take a registered saliency back; no request may be using it."""
+    del SALIENCIES[name]
+    allow_saliencies(SALIENCIES)
+
+
 def _sum_of_ranks(scores: torch.Tensor, world_size: int) -> torch.Tensor:
     """Add up what each tensor-parallel rank has, with the very same result on all of them.
 
@@ -54,48 +158,3 @@ def _sum_of_ranks(scores: torch.Tensor, world_size: int) -> torch.Tensor:
     """
     parts = tensor_model_parallel_all_gather(scores, dim=0).view(world_size, -1)
     return parts.float().sum(dim=0).to(scores.dtype)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """How entries are chosen by saliency.
-
-    Attributes:
-        keep: Entries to keep, at most as many as there are.
-        kernel_size: Odd width of the max-pool over saliency.
-        run_length: 1 to select entries; more to select whole runs of that many, each by its
-            maximum, ``ceil(keep / run_length)`` of them (the last run may be short).
-    """
-
-    keep: int
-    kernel_size: int
-    run_length: int
-
-
-def select_entries(saliency: torch.Tensor, selection: Selection) -> torch.Tensor:
-    """Choose entries by max-pooled saliency.
-
-    Ties decide results, and `torch.topk` breaks them by the whole vector: it is called on
-    exactly the ``[1, n]`` vector, neither padded nor sorted.
-
-    Args:
-        saliency: ``[n]``.
-        selection: How, with 1 <= keep <= n.
-
-    Returns:
-        Indices of the kept entries, in order of falling importance.
-    """
-    keep, run_length = selection.keep, selection.run_length
-    pooled = saliency.unsqueeze(0)
-    # A wider window sees no more, but costs its width.
-    kernel_size = min(selection.kernel_size, 2 * saliency.shape[0] - 1)
-    if kernel_size > 1:
-        pooled = F.max_pool1d(pooled, kernel_size, stride=1, padding=kernel_size // 2)
-    if run_length == 1:
-        return torch.topk(pooled, keep).indices[0]
-    n = saliency.shape[0]
-    runs = F.max_pool1d(pooled, run_length, stride=run_length, ceil_mode=True)
-    chosen = torch.topk(runs, -(-keep // run_length)).indices[0]
-    offsets = torch.arange(run_length, device=saliency.device)
-    entries = (chosen.unsqueeze(1) * run_length + offsets).flatten()
-    return entries[entries < n] if n % run_length else entries

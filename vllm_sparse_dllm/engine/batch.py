@@ -19,7 +19,8 @@ from vllm_sparse_dllm.attention.plan import (
     FullSegment,
 )
 from vllm_sparse_dllm.cache.policies import StepKind
-from vllm_sparse_dllm.cache.saliency import Selection
+from vllm_sparse_dllm.cache.saliency import CanvasView
+from vllm_sparse_dllm.cache.selection import Selection
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState, Sequence
 
 
@@ -239,7 +240,7 @@ def _fill(
     return Fill(
         first_token=entry.first_token,
         length=entry.step.queries[1],
-        block=block,
+        canvas=_canvas_view(request, entry),
         candidates=spans,
         slots=to_device(sequence.slots[sequence.num_fresh : sequence.num_fresh + most]),
         selection=selection,
@@ -252,12 +253,14 @@ def _eviction(
     request: RequestState, entry: _Entry, to_device: Callable[[np.ndarray], torch.Tensor]
 ) -> Eviction:
     sequence = entry.sequence
+    block = entry.step.block
     # The cache is whole: all layers hold the same entries.
     num_kept = int(sequence.num_kept[0])
     first = sequence.num_fresh
     return Eviction(
         first_token=entry.first_token,
-        num_tokens=entry.step.queries[1] - entry.step.queries[0],
+        canvas=_canvas_view(request, entry),
+        candidates=request.policy.candidates(request.canvas, block, request.settings),
         slots=to_device(sequence.slots[first : first + num_kept]),
         selection=_selection(request, num_kept),
         num_kept=sequence.num_kept,
@@ -270,7 +273,20 @@ def _selection(request: RequestState, num_candidates: int) -> Selection:
     return Selection(
         keep=int(num_candidates * settings.keep_ratio),
         kernel_size=settings.kernel_size,
+        saliency=settings.saliency,
         run_length=request.page_size if settings.granularity == "page" else 1,
+    )
+
+
+def _canvas_view(request: RequestState, entry: _Entry) -> CanvasView:
+    first = request.canvas.prompt_length
+    start, end = entry.step.block
+    return CanvasView(
+        request_id=request.request_id,
+        token_ids=entry.sequence.token_ids,
+        prompt_length=first,
+        block=entry.step.block,
+        masked=request.masked[start - first : end - first],
     )
 
 

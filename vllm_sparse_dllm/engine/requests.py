@@ -136,6 +136,7 @@ class RequestState:
         generator: The request's own noise.
         num_delivered: Tokens that were delivered before a preemption; they are computed
             again, identically, and not delivered twice.
+        request_id: vLLM's.
 
     Attributes:
         allowed_tokens: Where a grammar constrains the request: the bit mask of its next token,
@@ -153,8 +154,10 @@ class RequestState:
         num_layers: int,
         generator: torch.Generator,
         num_delivered: int = 0,
+        request_id: str = "",
     ) -> None:
         assert sampling.max_tokens is not None
+        self.request_id = request_id
         self.settings = settings
         self.sampling = sampling
         self.traits = traits

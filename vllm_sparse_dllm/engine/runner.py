@@ -277,6 +277,7 @@ class DiffusionModelRunner:
             self._num_layers,
             torch.Generator(self.device).manual_seed(seed % 2**63),
             num_delivered=new.num_computed_tokens,
+            request_id=new.req_id,
         )
 
     def _forward(self, states: list[RequestState], steps: list[NextStep]) -> Commits | None:

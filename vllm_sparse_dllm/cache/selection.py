@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which cache entries a block keeps, by what they are worth (Sparse-dLLM, arXiv 2508.02558)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass(frozen=True)
+class Selection:
+    """How entries are chosen by saliency.
+
+    Attributes:
+        keep: Entries to keep, at most as many as there are.
+        kernel_size: Odd width of the max-pool over saliency.
+        run_length: 1 to select entries; more to select whole runs of that many, each by its
+            maximum, ``ceil(keep / run_length)`` of them (the last run may be short).
+        saliency: What they are ranked by, of `SALIENCIES`.
+    """
+
+    keep: int
+    kernel_size: int
+    run_length: int
+    saliency: str = "paper"
+
+
+def select_entries(saliency: torch.Tensor, selection: Selection) -> torch.Tensor:
+    """Choose entries by max-pooled saliency.
+
+    Ties decide results, and `torch.topk` breaks them by the whole vector: it is called on
+    exactly the ``[1, n]`` vector, neither padded nor sorted.
+
+    Args:
+        saliency: ``[n]``.
+        selection: How, with 1 <= keep <= n.
+
+    Returns:
+        Indices of the kept entries, in order of falling importance.
+    """
+    keep, run_length = selection.keep, selection.run_length
+    pooled = saliency.unsqueeze(0)
+    # A wider window sees no more, but costs its width.
+    kernel_size = min(selection.kernel_size, 2 * saliency.shape[0] - 1)
+    if kernel_size > 1:
+        pooled = F.max_pool1d(pooled, kernel_size, stride=1, padding=kernel_size // 2)
+    if run_length == 1:
+        return torch.topk(pooled, keep).indices[0]
+    n = saliency.shape[0]
+    runs = F.max_pool1d(pooled, run_length, stride=run_length, ceil_mode=True)
+    chosen = torch.topk(runs, -(-keep // run_length)).indices[0]
+    offsets = torch.arange(run_length, device=saliency.device)
+    entries = (chosen.unsqueeze(1) * run_length + offsets).flatten()
+    return entries[entries < n] if n % run_length else entries
