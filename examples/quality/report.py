@@ -102,7 +102,7 @@ def sweep_table(sweeps: Json, name: str) -> str:
         rows.append(line)
     head = ["", *(f"{task} {length}" for task, length in columns)]
     if none is not None:
-        head += [f"{task} - none" for task in tasks]
+        head += [f"{task} − none" for task in tasks]
     head += [*(f"tokens/s at {length}" for length in lengths), "tokens/step"]
     return table(head, rows)
 
