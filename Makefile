@@ -12,6 +12,7 @@ PYTHON ?=
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+QUALITY_ARGS ?=
 SOAK_ARGS ?=
 
 TORCH := $(shell sed -n 's/^torch==//p' constraints.txt)
@@ -21,7 +22,7 @@ OPENCOMPASS := .venv-opencompass
 OPENCOMPASS_STAMP := $(OPENCOMPASS)/.installed
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: help install demo test bench soak opencompass-check lint clean
+.PHONY: help install demo test bench quality soak opencompass-check lint clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -37,6 +38,9 @@ test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
 
 bench: $(BENCH_STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
 	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)
+
+quality: $(BENCH_STAMP) ## Count right answers under each cache policy (QUALITY_ARGS=...)
+	$(BIN)/python examples/quality/run.py $(QUALITY_ARGS)
 
 soak: $(STAMP) ## Put a server under random load and compare its answers with offline ones (SOAK_ARGS=...)
 	$(BIN)/python examples/soak/run.py $(SOAK_ARGS)

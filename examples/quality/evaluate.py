@@ -8,44 +8,76 @@ block, without a cache unless told otherwise.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 # Only errors, unless asked for more. Must be set before vLLM is imported.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from tasks import RESPONSE, TASKS, Item, Vocabulary, held_out
+from tasks import END, PADDING, RESPONSE, TASKS, Item, Vocabulary, held_out
 
 from vllm_sparse_dllm.assets import embedded_model, embedded_models
 
 if TYPE_CHECKING:
-    from vllm import LLM
+    from vllm import LLM, CompletionOutput
 
 LENGTHS = (64, 128, 256, 512, 1024)
 
 
 @dataclass(frozen=True)
 class Score:
-    """How many of a cell's items were answered right."""
+    """What came out of a cell: items of one task and length, asked together.
+
+    Attributes:
+        right: For each item, whether its answer was right.
+        passes: For each item, the forward passes that filled the response.
+        seconds: For all items.
+    """
 
     task: str
     length: int
-    num_right: int
-    num_items: int
+    right: tuple[bool, ...]
+    passes: tuple[int, ...]
+    seconds: float
+
+    @property
+    def num_items(self) -> int:
+        return len(self.right)
 
     @property
     def exact_match(self) -> float:
-        return self.num_right / self.num_items
+        return sum(self.right) / self.num_items
 
     @property
     def standard_error(self) -> float:
         return math.sqrt(self.exact_match * (1 - self.exact_match) / self.num_items)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all responses; most of them are padding behind the answer."""
+        return RESPONSE * self.num_items
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "task": self.task,
+            "length": self.length,
+            "num_items": self.num_items,
+            "num_right": sum(self.right),
+            "exact_match": self.exact_match,
+            "standard_error": self.standard_error,
+            "tokens_per_second": self.num_tokens / self.seconds,
+            "tokens_per_step": self.num_tokens / sum(self.passes),
+            "num_steps": sum(self.passes),
+            "seconds": self.seconds,
+            "right": "".join("01"[one] for one in self.right),
+        }
 
     def __str__(self) -> str:
         return f"{self.exact_match:.3f} ± {self.standard_error:.3f}"
@@ -57,36 +89,60 @@ class Evaluator:
     def __init__(self, llm: LLM, model: Path) -> None:
         self.llm = llm
         self.vocabulary = Vocabulary(model)
+        self._ends = {self.vocabulary[END], self.vocabulary[PADDING]}
 
-    def answers(self, items: Sequence[Item], **settings: Any) -> list[str]:
-        """Return the text of each answer; ``settings`` are parameters without ``diffusion_``."""
+    def ask(self, items: Sequence[Item], **settings: Any) -> list[CompletionOutput]:
+        """Return the responses; ``settings`` are parameters without ``diffusion_``.
+
+        Every response is filled to its last position, so that all are the same work.
+        """
         from vllm import SamplingParams
 
         extra = {f"diffusion_{name}": value for name, value in settings.items()}
-        params = SamplingParams(temperature=0, max_tokens=RESPONSE, extra_args=extra)
+        params = SamplingParams(
+            temperature=0,
+            max_tokens=RESPONSE,
+            ignore_eos=True,
+            detokenize=False,
+            extra_args={**extra, "diffusion_trace": 1},
+        )
         prompts = [{"prompt_token_ids": self.vocabulary.encode(item.prompt)} for item in items]
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
-        return [output.outputs[0].text for output in outputs]
+        return [output.outputs[0] for output in outputs]
+
+    def is_right(self, item: Item, response: Sequence[int]) -> bool:
+        """Return whether a response is the answer, up to where it says that it ends."""
+        answer = itertools.takewhile(lambda token: token not in self._ends, response)
+        return list(answer) == self.vocabulary.encode(item.answer)
 
     def score(self, task: str, length: int, num: int, seed: int, **settings: Any) -> Score:
         items = held_out(task, length, num, seed)
-        answers = self.answers(items, **settings)
-        right = sum(a == item.answer_text for a, item in zip(answers, items, strict=True))
-        return Score(task, length, right, num)
+        start = time.perf_counter()
+        responses = self.ask(items, **settings)
+        seconds = time.perf_counter() - start
+        pairs = zip(items, responses, strict=True)
+        right = tuple(self.is_right(item, response.token_ids) for item, response in pairs)
+        passes = tuple(response.diffusion_trace["nfe"] for response in responses)
+        return Score(task, length, right, passes, seconds)
 
 
-def start_engine(model: str, dtype: str) -> LLM:
-    """Start an engine for the longest prompts of `LENGTHS`."""
+def start_engine(model: str, dtype: str, longest: int = max(LENGTHS)) -> LLM:
+    """Start an engine for prompts of at most ``longest`` tokens."""
     from vllm import LLM
 
     return LLM(
         model,
         dtype=dtype,
-        max_model_len=max(LENGTHS) + RESPONSE,
+        max_model_len=longest + RESPONSE,
         max_num_seqs=16,
         kv_cache_memory_bytes=256 << 20,
         use_tqdm_on_load=False,
     )
+
+
+def model_path(name: str) -> str:
+    """Return where a model is: an embedded one by its name, any other by its path."""
+    return embedded_model(name) if name in embedded_models() else name
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -116,8 +172,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse_arguments()
-    named = arguments.model in embedded_models()
-    model = embedded_model(arguments.model) if named else arguments.model
+    model = model_path(arguments.model)
     evaluator = Evaluator(start_engine(model, arguments.dtype), Path(model))
     print(f"{arguments.model}: exact match ± standard error, {arguments.items} items a cell")
     print(f"| prompt | {' | '.join(arguments.tasks)} | seconds |")
@@ -138,7 +193,7 @@ def main() -> None:
             "settings": arguments.settings,
             "dtype": arguments.dtype,
             "seed": arguments.seed,
-            "scores": [asdict(s) | {"standard_error": s.standard_error} for s in scores],
+            "scores": [score.as_json() for score in scores],
         }
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
 

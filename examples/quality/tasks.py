@@ -28,7 +28,8 @@ VALUES = [f"{number:02d}" for number in range(100)]
 OPEN, CLOSE, SPACE, PLUS = " [", " ]", " ", "+"
 #: What the chat template puts around a prompt.
 HEAD, TAIL = ("<|startoftext|>", "<|user|>"), ("<|eot_id|>", "<|assistant|>")
-END = "<|eot_id|>"
+#: What follows an answer, and what fills the rest of a response.
+END, PADDING = "<|eot_id|>", "<|endoftext|>"
 #: Positions of a response that the models are trained for, most of the time.
 RESPONSE = 32
 #: The shortest prompt any task fits in.
@@ -55,6 +56,12 @@ class Item:
     def content(self) -> str:
         """The user's message; the chat template adds the rest."""
         return "".join(self.prompt[len(HEAD) : -len(TAIL)])
+
+    @property
+    def template(self) -> tuple[int, ...]:
+        """Positions of what the chat template adds."""
+        length = len(self.prompt)
+        return (*range(len(HEAD)), *range(length - len(TAIL), length))
 
     @cached_property
     def answer_text(self) -> str:
@@ -178,7 +185,7 @@ class Vocabulary:
         digits = [str(digit) for digit in range(10)]
         words = [*WORDS, *VALUES, *digits, OPEN, CLOSE, SPACE, PLUS, " get", " copy", " reverse"]
         self._ids = {piece: self._only_id(tokenizer, piece) for piece in [*words, " add"]}
-        for name in {*HEAD, *TAIL, END, "<|endoftext|>", "<|mask|>"}:
+        for name in {*HEAD, *TAIL, END, PADDING, "<|mask|>"}:
             self._ids[name] = tokenizer.token_to_id(name)
         self.size = tokenizer.get_vocab_size()
 

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure what cache policies do to right answers, through the engine.
+
+Exact match with its standard error, tokens a second and tokens a step, on items that no training
+saw; for each policy and keep ratio, beside controls that choose at random or know the answer.
+Without options: the embedded models, all sweeps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+# Controls are registered in this process. Must be set before vLLM is imported.
+os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+# Threads that spin while they wait take the cores from whatever else runs.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import report
+from controls import Control, registered
+from evaluate import Evaluator, model_path, start_engine
+from sweeps import QUICK, SWEEPS, Row, Scale, Sweep, make_sweeps
+from tasks import MIN_LENGTH, held_out
+
+from vllm_sparse_dllm.assets import embedded_model, embedded_models
+from vllm_sparse_dllm.cache.saliency import SALIENCIES
+
+ROOT = Path(__file__).parents[2]
+Json = dict[str, Any]
+
+
+@contextmanager
+def running_evaluator(model: str, dtype: str, longest: int) -> Iterator[Evaluator]:
+    """Run an engine in this process, and let go of all it has afterwards."""
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    llm = start_engine(model, dtype, longest)
+    try:
+        yield Evaluator(llm, Path(model))
+    finally:
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        cleanup_dist_env_and_memory()
+
+
+class Measurement:
+    """Sweeps of one model."""
+
+    def __init__(
+        self, evaluator: Evaluator, controls: dict[str, Control], scale: Scale, seed: int
+    ) -> None:
+        self.evaluator = evaluator
+        self.controls = controls
+        self.scale = scale
+        self.seed = seed
+
+    def warm_up(self) -> None:
+        """Answer some items that are not measured: the first ones of an engine are slow."""
+        for length in self.scale.lengths:
+            for policy in ("none", "sparse"):
+                items = held_out(self.scale.tasks[0], length, 16, self.seed + 1)
+                self.evaluator.ask(items, cache_policy=policy, steps=4)
+
+    def run(self, sweep: Sweep) -> Json:
+        """Measure a sweep and print it on the way."""
+        print(f"  {sweep.title}")
+        start = time.perf_counter()
+        rows = [self._row(row, sweep) for row in sweep.rows]
+        seconds = time.perf_counter() - start
+        return {"title": sweep.title, "seconds": seconds, "rows": rows}
+
+    def _row(self, row: Row, sweep: Sweep) -> Json:
+        cells = []
+        control = self.controls.get(row.settings.get("saliency", ""))
+        for task in sweep.tasks:
+            for length in sweep.lengths:
+                if control is not None:
+                    items = held_out(task, length, row.num_items, self.seed)
+                    control.expect(items, self.evaluator.vocabulary)
+                cells.append(
+                    self.evaluator.score(task, length, row.num_items, self.seed, **row.settings)
+                )
+        figures = ", ".join(f"{cell.task} {cell.length}: {cell}" for cell in cells)
+        print(f"    {row.name}: {figures}", flush=True)
+        return {
+            "name": row.name,
+            "series": row.series,
+            "label": row.label,
+            "control": control is not None,
+            "settings": row.settings,
+            "cells": [cell.as_json() for cell in cells],
+        }
+
+
+def measure(arguments: argparse.Namespace, scale: Scale) -> Json:
+    """Measure all models; what is done is written after each sweep."""
+    result: Json = {"models": {}}
+    saliencies = list(SALIENCIES)
+    with registered(arguments.seed) as controls:
+        sweeps = make_sweeps(scale, saliencies, controls)
+        for name in arguments.model:
+            print(name, flush=True)
+            about = {
+                "dtype": arguments.dtype,
+                "seed": arguments.seed,
+                "cores": len(os.sched_getaffinity(0)),
+                "processor": _processor(),
+                "quick": arguments.quick,
+            }
+            result["models"][Path(name).name] = measured = {"about": about, "sweeps": {}}
+            longest = max(scale.lengths)
+            with running_evaluator(model_path(name), arguments.dtype, longest) as evaluator:
+                measurement = Measurement(evaluator, controls, scale, arguments.seed)
+                measurement.warm_up()
+                for sweep in arguments.sweeps:
+                    measured["sweeps"][sweep] = measurement.run(sweeps[sweep])
+                    write(arguments.output, result)
+    return result
+
+
+def write(folder: Path, result: Json) -> list[Path]:
+    """Write tables and figures, return the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text, data = folder / "quality.md", folder / "quality.json"
+    text.write_text(report.markdown(result), encoding="utf-8")
+    data.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return [text, data]
+
+
+def _processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return "unknown"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add(
+        "--model",
+        action="append",
+        help=f"one of {', '.join(embedded_models())}, or a checkpoint's directory; may be "
+        "repeated (default: all of those; quick: the first)",
+    )
+    add("--quick", action="store_true", help="few items and settings: does it work?")
+    add(
+        "--sweeps",
+        nargs="+",
+        choices=SWEEPS,
+        default=list(SWEEPS),
+        metavar="SWEEP",
+        help=f"some of {', '.join(SWEEPS)} (default: all)",
+    )
+    add("--items", type=int, help="of a cell of the policies' rows; other rows have half as many")
+    add("--lengths", nargs="+", type=int, help="of prompts; side sweeps take the first")
+    add("--dtype", help="default: bfloat16; quick: float32")
+    add("--seed", type=int, default=3, help="of items and controls; default: %(default)s")
+    add("--output", type=Path, default=ROOT / "build" / "quality", help="default: %(default)s")
+    add(
+        "--results",
+        nargs="+",
+        type=Path,
+        metavar="JSON",
+        help="report these, of earlier runs, instead of measuring",
+    )
+    add("--page", type=Path, help="also replace the measured parts of this page, and its plots")
+    arguments = parser.parse_args(argv)
+    if arguments.items is not None and arguments.items < 2:
+        parser.error(f"--items must be at least 2, got {arguments.items}")
+    if any(length < MIN_LENGTH for length in arguments.lengths or ()):
+        parser.error(f"--lengths must be at least {MIN_LENGTH}, got {arguments.lengths}")
+    arguments.dtype = arguments.dtype or ("float32" if arguments.quick else "bfloat16")
+    arguments.model = arguments.model or (
+        [Path(embedded_model()).name] if arguments.quick else embedded_models()
+    )
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    scale = QUICK if arguments.quick else Scale()
+    if arguments.items is not None:
+        half = arguments.items // 2
+        scale = replace(scale, num_items=arguments.items, num_side_items=half)
+    if arguments.lengths is not None:
+        scale = replace(scale, lengths=tuple(arguments.lengths))
+    if arguments.results:
+        results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
+        result = report.merge(results)
+    else:
+        result = measure(arguments, scale)
+    files = write(arguments.output, result) + report.write_plots(arguments.output, result)
+    if arguments.page:
+        page = arguments.page.read_text(encoding="utf-8")
+        arguments.page.write_text(report.update_page(page, result), encoding="utf-8")
+        files += [arguments.page, *report.write_plots(arguments.page.parent, result)]
+    print("Written:", *map(str, files))
+
+
+if __name__ == "__main__":
+    main()

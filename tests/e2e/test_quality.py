@@ -1,0 +1,159 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The quality harness in its quick mode: complete, consistent, and its page can be refreshed."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.server import ROOT, run_program
+from tests.scripts import EXAMPLES, load
+from vllm_sparse_dllm.cache.saliency import SALIENCIES
+
+FOLDER = EXAMPLES / "quality"
+PAGE = ROOT / "docs" / "quality.md"
+
+Json = dict[str, Any]
+
+controls, report, sweeps, tasks = load(FOLDER, "controls", "report", "sweeps", "tasks")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the folder with the report of a run, and the documentation as that left it."""
+    folder = tmp_path_factory.mktemp("quality")
+    (folder / "page.md").write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    command = [sys.executable, str(FOLDER / "run.py"), "--quick", "--output", str(folder)]
+    run_program([*command, "--page", str(folder / "page.md")])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def measured(folder: Path) -> Json:
+    """Return the sweeps of the only model."""
+    result = json.loads((folder / "quality.json").read_text(encoding="utf-8"))
+    (model,) = result["models"].values()
+    return model["sweeps"]
+
+
+def cells(sweep: Json, name: str) -> dict[str, Json]:
+    (row,) = (row for row in sweep["rows"] if row["name"] == name)
+    return {cell["task"]: cell for cell in row["cells"]}
+
+
+def test_everything_is_there(measured: Json) -> None:
+    names = [control.name for control in controls.CONTROLS]
+    planned = sweeps.make_sweeps(sweeps.QUICK, SALIENCIES, names)
+    assert measured.keys() == planned.keys() == set(sweeps.SWEEPS)
+    for name, sweep in planned.items():
+        assert len({row.name for row in sweep.rows}) == len(sweep.rows)
+        expected = [
+            (row.name, row.settings, task, length, row.num_items)
+            for row in sweep.rows
+            for task in sweep.tasks
+            for length in sweep.lengths
+        ]
+        got = [
+            (row["name"], row["settings"], cell["task"], cell["length"], cell["num_items"])
+            for row in measured[name]["rows"]
+            for cell in row["cells"]
+        ]
+        assert got == expected
+
+
+def test_figures_follow_from_the_items(measured: Json) -> None:
+    for sweep in measured.values():
+        for cell in (cell for row in sweep["rows"] for cell in row["cells"]):
+            num, num_right = len(cell["right"]), cell["right"].count("1")
+            assert (cell["num_items"], cell["num_right"]) == (num, num_right)
+            value, num_tokens = num_right / num, num * tasks.RESPONSE
+            assert cell["exact_match"] == pytest.approx(value)
+            assert cell["standard_error"] == pytest.approx(math.sqrt(value * (1 - value) / num))
+            assert cell["tokens_per_step"] == pytest.approx(num_tokens / cell["num_steps"])
+            assert cell["tokens_per_second"] == pytest.approx(num_tokens / cell["seconds"])
+
+
+def test_steps_are_counted(measured: Json) -> None:
+    """One for each position of a response, or fewer under a threshold."""
+    rows = measured["parallel"]["rows"]
+    steps = {
+        row["name"]: row["cells"][0]["num_steps"] / sweeps.QUICK.num_side_items for row in rows
+    }
+    for series in {row["series"] for row in rows}:
+        assert steps[f"{series} one a step"] == tasks.RESPONSE
+        assert steps[f"{series} threshold 0.9"] < tasks.RESPONSE / 2
+
+
+def test_keeping_all_without_delay_is_dual(measured: Json) -> None:
+    one, other = (
+        cells(measured["delay"], name)["copy"] for name in ("sparse keep 1 delay 0", "dual")
+    )
+    assert (one["right"], one["num_steps"]) == (other["right"], other["num_steps"])
+
+
+def test_who_keeps_all_makes_no_difference(measured: Json) -> None:
+    """In float32, up to the order of sums."""
+    sweep = measured["keep"]
+    whole = cells(sweep, "sparse keep 1")
+    for row in sweep["rows"]:
+        if row["label"] == "keep 1":
+            for task, cell in cells(sweep, row["name"]).items():
+                assert cell["right"] == whole[task]["right"][: cell["num_items"]]
+
+
+def test_knowing_what_is_asked_is_best(measured: Json) -> None:
+    right = {
+        name: cells(measured["keep"], f"{name} keep 0.5")["copy"]["exact_match"]
+        for name in ("random", "framed", "oracle")
+    }
+    none = cells(measured["keep"], "none")["copy"]["exact_match"]
+    assert max(right["random"], right["framed"]) < none / 2 < right["oracle"]
+
+
+def test_report_has_all_tables(folder: Path, measured: Json) -> None:
+    text = (folder / "quality.md").read_text(encoding="utf-8")
+    for name, sweep in measured.items():
+        table = report.sweep_table(measured, name)
+        assert f"## {sweep['title']}\n" in text and table in text
+        assert table.count("\n") == len(sweep["rows"]) + 2
+        assert "copy − none" in table
+
+
+def test_paired_differences() -> None:
+    mean, error, num = report.paired_difference("1100", "101010")
+    assert (mean, num) == (0.0, 4)
+    assert error == pytest.approx(math.sqrt(2 / 4 / 4))
+    assert report.paired_difference("11", "11") == (0.0, 0.0, 2)
+
+
+def test_page_is_refreshed(folder: Path, measured: Json) -> None:
+    """The documentation has a place for each sweep, and nothing else of it changes."""
+    before, after = (path.read_text(encoding="utf-8") for path in (PAGE, folder / "page.md"))
+    for name in measured:
+        assert report.sweep_table(measured, name) in after
+
+    def written(page: str) -> list[str]:
+        first, *others = page.split("<!-- measured: ")
+        return [first, *(part.partition("<!-- end -->")[2] for part in others)]
+
+    assert written(before) == written(after)
+
+
+def test_page_without_a_place(measured: Json) -> None:
+    result = {"models": {"one": {"about": {}, "sweeps": measured}}}
+    with pytest.raises(ValueError, match="no place for delay, "):
+        report.update_page("<!-- measured: keep -->\n<!-- end -->", result)
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_items_know_their_parts(task: str) -> None:
+    (item,) = tasks.held_out(task, 64, 1)
+    assert [item.prompt[p] for p in item.template] == [*tasks.HEAD, *tasks.TAIL]
+    assert item.prompt[item.question[0]] in (" get", " copy", " reverse", " add")
+    if task != "addition":
+        assert {item.prompt[p] for p in item.pivots} >= set(item.answer)
