@@ -135,7 +135,8 @@ def test_models() -> None:
     "page",
     [
         *("README.md", "patches/README.md"),
-        *("docs/deployment.md", "docs/metrics.md", "docs/parameters.md", "docs/trace.md"),
+        *("docs/deployment.md", "docs/metrics.md", "docs/parameters.md"),
+        *("docs/quality_saliency.md", "docs/trace.md"),
     ],
 )
 def test_links_and_paths(page: str) -> None:
