@@ -33,6 +33,17 @@ from vllm_sparse_dllm.settings import (
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for pattern in (
+        "*.md",
+        "docs/*.md",
+        "patches/*.md",
+        "examples/**/*.md",
+        "vllm_sparse_dllm/**/*.md",
+    )
+    for page in ROOT.glob(pattern)
+)
 PARAMETERS = (ROOT / "docs" / "parameters.md").read_text(encoding="utf-8")
 
 
@@ -131,14 +142,7 @@ def test_models() -> None:
     assert {code(row["architecture"]): code(row["own rule"]) for row in table("models")} == rules
 
 
-@pytest.mark.parametrize(
-    "page",
-    [
-        *("README.md", "patches/README.md"),
-        *("docs/deployment.md", "docs/evaluation.md", "docs/metrics.md", "docs/parameters.md"),
-        "docs/trace.md",
-    ],
-)
+@pytest.mark.parametrize("page", PAGES)
 def test_links_and_paths(page: str) -> None:
     text = (ROOT / page).read_text(encoding="utf-8")
     for target in re.findall(r"\]\(([^)#:]+)\)", text):
