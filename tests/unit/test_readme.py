@@ -136,7 +136,7 @@ def test_models() -> None:
     [
         *("README.md", "patches/README.md"),
         *("docs/deployment.md", "docs/evaluation.md", "docs/metrics.md", "docs/parameters.md"),
-        "docs/trace.md",
+        *("docs/quality.md", "docs/trace.md"),
     ],
 )
 def test_links_and_paths(page: str) -> None:
