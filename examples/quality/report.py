@@ -12,8 +12,11 @@ from typing import Any
 
 Json = dict[str, Any]
 
-#: Points of the plots: accuracy against what is kept, and against tokens a step.
-KEEP_PLOT, STEPS_PLOT = "quality-keep.png", "quality-steps.png"
+#: The plots of sweeps: file and what it shows.
+PLOTS = {
+    "keep": ("quality-keep.png", "Exact match against the part of the keys that is kept"),
+    "parallel": ("quality-steps.png", "Exact match against tokens a step"),
+}
 _SECTION = re.compile(r"(<!-- measured: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -145,11 +148,11 @@ def markdown(result: Json) -> str:
     return "\n".join(parts)
 
 
-def update_page(page: str, result: Json) -> str:
+def update_page(page: str, result: Json, plots: Iterable[Path]) -> str:
     """Return a page with its measured parts replaced by those of the result.
 
     A part stands between ``<!-- measured: SWEEP -->`` and ``<!-- end -->``; parts that the
-    result does not have stay.
+    result does not have stay. Plots lie beside the page.
 
     Raises:
         ValueError: If the result has a sweep that the page has no place for.
@@ -157,13 +160,18 @@ def update_page(page: str, result: Json) -> str:
     places = {match[2] for match in _SECTION.finditer(page)}
     measured = _sweep_titles(result)
     missing = measured.keys() - places
+    files = {plot.name for plot in plots}
     if missing:
         raise ValueError(f"the page has no place for {', '.join(sorted(missing))}")
 
     def replace(match: re.Match[str]) -> str:
         if match[2] not in measured:
             return match[0]
-        return f"{match[1]}\n{section(result, match[2])}\n{match[3]}"
+        parts = [match[1], section(result, match[2])]
+        file, shows = PLOTS.get(match[2], ("", ""))
+        if file in files:
+            parts.append(f"![{shows}]({file})\n")
+        return "\n".join([*parts, match[3]])
 
     return _SECTION.sub(replace, page)
 
@@ -188,10 +196,7 @@ def write_plots(folder: Path, result: Json) -> list[Path]:
     matplotlib.use("Agg")
     pyplot: Any = importlib.import_module("matplotlib.pyplot")
     files = []
-    for name, sweep, draw in (
-        (KEEP_PLOT, "keep", _draw_keep),
-        (STEPS_PLOT, "parallel", _draw_steps),
-    ):
+    for sweep, draw in (("keep", _draw_keep), ("parallel", _draw_steps)):
         models = {
             m: d["sweeps"][sweep] for m, d in result["models"].items() if sweep in d["sweeps"]
         }
@@ -212,7 +217,7 @@ def write_plots(folder: Path, result: Json) -> list[Path]:
         handles, labels = axes[0][0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside right upper", fontsize="small")
         figure.set_layout_engine("constrained")
-        files.append(folder / name)
+        files.append(folder / PLOTS[sweep][0])
         figure.savefig(files[-1], dpi=110)
         pyplot.close(figure)
     return files

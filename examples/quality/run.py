@@ -200,8 +200,10 @@ def main(argv: list[str] | None = None) -> None:
     files = write(arguments.output, result) + report.write_plots(arguments.output, result)
     if arguments.page:
         page = arguments.page.read_text(encoding="utf-8")
-        arguments.page.write_text(report.update_page(page, result), encoding="utf-8")
-        files += [arguments.page, *report.write_plots(arguments.page.parent, result)]
+        plots = report.write_plots(arguments.page.parent, result)
+        page = report.update_page(page, result, plots)
+        arguments.page.write_text(page, encoding="utf-8")
+        files += [arguments.page, *plots]
     print("Written:", *map(str, files))
 
 

@@ -147,7 +147,7 @@ def test_page_is_refreshed(folder: Path, measured: Json) -> None:
 def test_page_without_a_place(measured: Json) -> None:
     result = {"models": {"one": {"about": {}, "sweeps": measured}}}
     with pytest.raises(ValueError, match="no place for delay, "):
-        report.update_page("<!-- measured: keep -->\n<!-- end -->", result)
+        report.update_page("<!-- measured: keep -->\n<!-- end -->", result, [])
 
 
 @pytest.mark.parametrize("task", tasks.TASKS)
