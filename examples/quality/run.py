@@ -189,7 +189,9 @@ def main(argv: list[str] | None = None) -> None:
     scale = QUICK if arguments.quick else Scale()
     if arguments.items is not None:
         half = arguments.items // 2
-        scale = replace(scale, num_items=arguments.items, num_side_items=half)
+        scale = replace(
+            scale, num_items=arguments.items, num_side_items=half, num_control_items=half
+        )
     if arguments.lengths is not None:
         scale = replace(scale, lengths=tuple(arguments.lengths))
     if arguments.results:

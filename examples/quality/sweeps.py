@@ -11,6 +11,8 @@ from tasks import RESPONSE
 
 Settings = dict[str, Any]
 
+#: The late eviction that is tried with everything.
+LATE = (4,)
 #: Schedules of the cache that do not evict.
 WHOLE = ("none", "prefix", "dual")
 
@@ -24,7 +26,8 @@ class Scale:
         lengths: Of the prompts in the main table; side sweeps take the first.
         side_tasks: Those of the side sweeps.
         num_items: Of a cell of the main table.
-        num_side_items: Of a cell of controls, and of side sweeps.
+        num_side_items: Of a cell of other saliencies than the paper's, and of side sweeps.
+        num_control_items: Of a cell of controls.
         keep_ratios: Of the main table.
         side_keep_ratios: Of the side sweeps; those of one ratio take the first.
         tried_keep_ratios: Of saliencies that are not the paper's.
@@ -36,6 +39,7 @@ class Scale:
     lengths: tuple[int, ...] = (256, 512)
     num_items: int = 100
     num_side_items: int = 48
+    num_control_items: int = 32
     keep_ratios: tuple[float, ...] = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1)
     side_keep_ratios: tuple[float, ...] = (0.5, 0.3)
     tried_keep_ratios: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
@@ -54,6 +58,7 @@ QUICK = Scale(
     lengths=(96,),
     num_items=16,
     num_side_items=8,
+    num_control_items=8,
     keep_ratios=(1.0, 0.5, 0.3),
     side_keep_ratios=(0.5,),
     tried_keep_ratios=(0.5,),
@@ -144,7 +149,7 @@ def _keep(scale: Scale, saliencies: Iterable[str], controls: Iterable[str]) -> S
             sweep.add(
                 control,
                 _kept(ratio),
-                scale.num_side_items,
+                scale.num_control_items,
                 cache_policy="sparse",
                 keep_ratio=ratio,
                 saliency=control,
@@ -196,7 +201,8 @@ def _late(scale: Scale, saliencies: Iterable[str]) -> Sweep:
             settings = {"cache_policy": "sparse", "keep_ratio": ratio, "saliency": saliency}
             sweep.add(series, "as published", num_items, **settings)
             settings["delay_steps"] = 0
-            for delay in scale.eviction_delays:
+            delays = scale.eviction_delays if saliency == "paper" else LATE
+            for delay in delays:
                 sweep.add(series, f"late {delay}", num_items, **settings, eviction_delay=delay)
     return sweep
 
@@ -231,7 +237,6 @@ def _parallel(scale: Scale) -> Sweep:
     kept = {"cache_policy": "sparse", "keep_ratio": ratio}
     methods: dict[str, Settings] = {name: {"cache_policy": name} for name in ("none", "dual")}
     methods[f"sparse {_kept(ratio)}"] = kept
-    methods[f"sparse {_kept(ratio)} delay 0"] = kept | {"delay_steps": 0}
     methods[f"sparse {_kept(ratio)} late 4"] = kept | {"delay_steps": 0, "eviction_delay": 4}
     for method, settings in methods.items():
         for label, rule in rules.items():
