@@ -28,7 +28,7 @@ setup(
         "bench": ["matplotlib"],
         "dev": [
             *("pytest", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil", "schemathesis"),
-            *("websockets", "pyyaml", "lm-eval[api]", RAY),
+            *("websockets", "pyyaml", "lm-eval[api]", "triton", RAY),
         ],
     },
     entry_points={

@@ -35,6 +35,7 @@ REMASKING_RULES = (
 GRANULARITIES = ("token", "page")
 #: Those of the package; `cache.saliency` may be given others.
 SALIENCIES = ("paper", "window")
+ATTENTION_BACKENDS = ("auto", "triton", "flash_attn", "xformers", "portable")
 
 
 def _is_int(value: Any) -> bool:
@@ -125,6 +126,7 @@ FIELDS: dict[str, Field] = {
     "default_response_length": Field(
         "an integer >= 1", lambda v: _is_int(v) and v >= 1, scope="engine"
     ),
+    "attention_backend": replace(_one_of(ATTENTION_BACKENDS), scope="engine"),
     "alg_temp": Field(
         "0, or a number from 1e-9 to 1e9",
         lambda v: _is_real(v) and (v == 0 or 1e-9 <= v <= 1e9),
@@ -207,10 +209,12 @@ class EngineSettings:
     Attributes:
         decoding: What a request gets that overrides nothing.
         default_response_length: Response length when a request names no ``max_tokens``.
+        attention_backend: Whose kernels compute attention; ``auto`` for the device's own.
     """
 
     decoding: DecodingSettings = DecodingSettings()
     default_response_length: int = 256
+    attention_backend: str = "auto"
 
     @classmethod
     def from_additional_config(cls, additional_config: Any) -> EngineSettings:
@@ -228,8 +232,9 @@ class EngineSettings:
             raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be a mapping, got {given!r}")
         values = _parse(given, scope="engine", prefix="")
         default_length = values.pop("default_response_length", cls.default_response_length)
+        attention_backend = values.pop("attention_backend", cls.attention_backend)
         decoding = _consistent(replace(DecodingSettings(), **values), prefix="")
-        return cls(decoding, default_length)
+        return cls(decoding, default_length, attention_backend)
 
 
 def request_settings(

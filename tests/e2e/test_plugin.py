@@ -643,6 +643,12 @@ def test_dream_chats(dream_with_tokenizer: Path) -> None:
         ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype"),
         ({"kv_offloading_size": 1.0}, "kv_offloading_size"),
         ({"runner": "pooling"}, "runner"),
+        ({"attention_backend": "FLASH_ATTN"}, "attention_backend must be auto"),
+        ({"attention_config": {"flash_attn_version": 2}}, "attention_config.flash_attn_version"),
+        (
+            {"additional_config": {"sparse_dllm": {"attention_backend": "triton"}}},
+            "attention_backend triton cannot be used here",
+        ),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls"),
         (

@@ -75,7 +75,7 @@ def in_json(value: Any) -> str:
 
 def test_settings() -> None:
     engine = EngineSettings()
-    defaults = asdict(engine.decoding) | {"default_response_length": engine.default_response_length}
+    defaults = asdict(engine) | asdict(engine.decoding)
     expected = [
         (
             name if field.scope in ("both", "engine") else None,

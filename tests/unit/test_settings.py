@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from tests.unit.helpers import traits_of
 from vllm_sparse_dllm.settings import (
+    ATTENTION_BACKENDS,
     CACHE_POLICIES,
     CONFIG_KEY,
     FIELDS,
@@ -27,7 +28,7 @@ from vllm_sparse_dllm.settings import (
 LLADA, DREAM = traits_of("llada"), traits_of("dream")
 BOTH = pytest.mark.parametrize("traits", [LLADA, DREAM], ids=["llada", "dream"])
 
-NAMES = ["cache_policy", "saliency", "granularity", "remasking"]
+NAMES = ["cache_policy", "saliency", "granularity", "remasking", "attention_backend"]
 INTEGERS = [
     *("kernel_size", "delay_steps", "eviction_delay", "refresh_interval", "suffix_window"),
     *("block_length", "steps", "default_response_length", "trace"),
@@ -52,6 +53,7 @@ GOOD: dict[str, list[Any]] = {
     "threshold": [1e-9, 0.9, 1, 1.0],
     "factor": [1e-9, 1, 2.5],
     "default_response_length": [1, 512],
+    "attention_backend": list(ATTENTION_BACKENDS),
     "alg_temp": [0, 0.0, 0.2, 3],
     "cfg_scale": [0, 0.0, 1, 1.5],
     "canvas": [(3,), (0, 5, 2**40, -1)],
@@ -77,6 +79,7 @@ BAD: dict[str, list[Any]] = {
     "threshold": [*NOT_A_REAL, 0, 0.0, -0.1, 1.1],
     "factor": [*NOT_A_REAL, 0, 0.0, -1],
     "default_response_length": [*NOT_AN_INTEGER, 0, -1],
+    "attention_backend": ["", "cpu", "FLASH_ATTN", "none", 0, True, ["triton"]],
     "alg_temp": [*NOT_A_REAL, -0.1],
     "cfg_scale": [*NOT_A_REAL, -1],
     "canvas": ["", "1 2", True, 3, 0.5, [], (), {}, [0.5], [3, True], [3, "4"], [None], [[3]]],
@@ -101,6 +104,7 @@ ALLOWED = {
     "threshold": "a number with 0 < t <= 1, or null",
     "factor": "a number > 0, or null",
     "default_response_length": "an integer >= 1",
+    "attention_backend": "one of auto, triton, flash_attn, xformers, portable",
     "alg_temp": "0, or a number from 1e-9 to 1e9",
     "cfg_scale": "a number with 0 <= w <= 1000",
     "canvas": "a list of token ids, not empty",
@@ -124,7 +128,7 @@ def in_scope(name: str, scope: str) -> bool:
 
 GOOD_PAIRS = [(n, v) for n, values in GOOD.items() for v in values]
 BAD_PAIRS = [(n, v) for n, values in BAD.items() for v in values]
-ENGINE_ONLY = ["default_response_length"]
+ENGINE_ONLY = ["default_response_length", "attention_backend"]
 REQUEST_ONLY = ["alg_temp", "cfg_scale", "canvas", "trace"]
 
 
@@ -139,6 +143,7 @@ def test_the_tables_of_this_file_have_every_field() -> None:
 def test_defaults_are_those_of_the_public_interface() -> None:
     defaults = engine()
     assert defaults.default_response_length == 256
+    assert defaults.attention_backend == "auto"
     assert defaults.decoding == DecodingSettings(
         cache_policy="sparse",
         keep_ratio=0.5,

@@ -10,10 +10,11 @@ import pytest
 
 import vllm_sparse_dllm
 from vllm_sparse_dllm import settings
+from vllm_sparse_dllm.attention.backends import BACKENDS
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.cache.saliency import SALIENCIES
 from vllm_sparse_dllm.denoise.rules import RULES
-from vllm_sparse_dllm.settings import CACHE_POLICIES, REMASKING_RULES
+from vllm_sparse_dllm.settings import ATTENTION_BACKENDS, CACHE_POLICIES, REMASKING_RULES
 
 ROOT = Path(vllm_sparse_dllm.__file__).parent
 PACKAGE = ROOT.name
@@ -67,6 +68,7 @@ WALLS: dict[str, tuple[str, ...]] = {
     "denoise/rules.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/sampling.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/constraints.py": ("vllm", *own("cache", "engine", "models", "attention")),
+    "denoise/fused.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/step.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/timetable.py": ("vllm", *own("cache", "engine", "models", "attention")),
     # Which network runs.
@@ -95,6 +97,18 @@ WALLS: dict[str, tuple[str, ...]] = {
     ),
     "attention/cpu.py": own("cache", "engine", "models", "denoise"),
     "attention/portable.py": ("vllm", *own("cache", "engine", "models", "denoise")),
+    "attention/slots.py": ("vllm", *own("cache", "engine", "models", "denoise")),
+    "attention/packing.py": ("vllm", *own("cache", "engine", "models", "denoise")),
+    # These run, and are tested, where there is no vLLM. `flash_attn` imports its part late.
+    **{
+        f"attention/{name}.py": ("vllm", *own("cache", "engine", "models", "denoise"))
+        for name in ("triton", "flash_attn", "xformers")
+    },
+    **{
+        file: ("vllm", *own("attention", "cache", "engine", "models", "denoise"))
+        for file in FILES
+        if file.startswith("kernels/")
+    },
     # Everybody reads the settings; at run time they read nobody.
     "settings.py": ("torch", "vllm", *own("cache", "engine", "models", "attention")),
 }
@@ -127,6 +141,7 @@ def test_tables_name_what_the_code_has() -> None:
     assert tuple(RULES) == REMASKING_RULES
     assert tuple(SALIENCIES) == settings.SALIENCIES
     assert all(saliency.name == name for name, saliency in SALIENCIES.items())
+    assert ("auto", *BACKENDS) == ATTENTION_BACKENDS
     assert all(policy.name == name for name, policy in POLICIES.items())
     assert all(rule.name == name for name, rule in RULES.items())
 

@@ -5,18 +5,58 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse_dllm.attention.flash_attn import FlashAttentionBackend
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.portable import PortableBackend
+from vllm_sparse_dllm.attention.triton import TritonBackend
+from vllm_sparse_dllm.attention.xformers import XFormersBackend
+
+#: By their names in the settings, where `auto` stands for the best of a device.
+BACKENDS: dict[str, type[AttentionBackend]] = {
+    "triton": TritonBackend,
+    "flash_attn": FlashAttentionBackend,
+    "xformers": XFormersBackend,
+    "portable": PortableBackend,
+}
 
 
-def make_backend(
-    shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
-) -> AttentionBackend:
-    """Return the backend for a device."""
+def choose_backend(
+    name: str, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
+) -> type[AttentionBackend]:
+    """Return the backend of a name.
+
+    `auto` is vLLM's kernel on a CPU and Triton's on CUDA, plain PyTorch where they do not fit.
+
+    Raises:
+        ValueError: If it cannot run here.
+    """
+    if name != "auto":
+        backend = BACKENDS[name]
+        reason = backend.why_not(shape, page_size, dtype, device)
+        if reason is not None:
+            raise ValueError(f"attention_backend {name} cannot be used here: {reason}")
+        return backend
     if device.type == "cpu":
         # Only here: the module needs vLLM's CPU build.
         from vllm_sparse_dllm.attention.cpu import CPUBackend
 
         if CPUBackend.supports(shape, page_size, dtype):
-            return CPUBackend(shape, page_size, dtype, device)
-    return PortableBackend(shape, page_size, dtype, device)
+            return CPUBackend
+    elif TritonBackend.why_not(shape, page_size, dtype, device) is None:
+        return TritonBackend
+    return PortableBackend
+
+
+def make_backend(
+    shape: AttentionShape,
+    page_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str = "auto",
+) -> AttentionBackend:
+    """Return the backend for a device.
+
+    Raises:
+        ValueError: If the one that is asked for cannot run here.
+    """
+    return choose_backend(name, shape, page_size, dtype, device)(shape, page_size, dtype, device)

@@ -5,10 +5,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
+
+from vllm_sparse_dllm.kernels.plain import PLAIN, SelectionKernels
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,14 @@ class AttentionBackend(ABC):
 
     Plans are built once per step from host arrays and read by every layer; what they hold is
     the backend's own affair.
+
+    Attributes:
+        static_plans: Whether there are plans that can be rewritten in place, which CUDA graphs
+            need: see `static_paged_plan`. Then a slot below 0 is written nowhere, and `write`
+            and `attend_paged` neither allocate memory nor wait for the device.
     """
+
+    static_plans: ClassVar[bool] = False
 
     def __init__(
         self, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
@@ -42,9 +51,19 @@ class AttentionBackend(ABC):
         self.device = device
         self.scale = shape.head_size**-0.5
 
+    @classmethod
+    def why_not(
+        cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        """Return what keeps the backend from running, None if nothing is known to."""
+        return None
+
     @abstractmethod
     def bind_pages(self, layers: list[torch.Tensor]) -> None:
         """Take the pool: for each layer a flat byte buffer of all its pages."""
+
+    def prepare(self) -> None:  # noqa: B027 (most have nothing to compile)
+        """Compile what steps may launch, once pages are bound, so that no step waits for it."""
 
     @abstractmethod
     def clear(self, page_ids: np.ndarray) -> None:
@@ -67,6 +86,35 @@ class AttentionBackend(ABC):
     def read_values(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
         """Return the values ``[n, kv_heads, head_size]`` in slots ``[n]``."""
 
+    @property
+    def selection(self) -> SelectionKernels:
+        """How keys are scored and scores pooled here."""
+        return PLAIN
+
+    def move(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        entries: torch.Tensor,
+        slots: torch.Tensor,
+        gap: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Write some of the keys and values of a sequence to slots.
+
+        Args:
+            layer: 0-based layer.
+            keys: ``[positions, kv_heads, head_size]``, rotated.
+            values: ``[positions, kv_heads, head_size]``.
+            entries: ``[n]`` which positions, counted without those of the gap.
+            slots: ``[n]`` where each goes.
+            gap: Start and length of the positions that entries do not count.
+        """
+        start, length = gap
+        if length:
+            entries = torch.where(entries < start, entries, entries + length)
+        self.write(layer, keys.index_select(0, entries), values.index_select(0, entries), slots)
+
     @abstractmethod
     def plan_paged(
         self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
@@ -84,6 +132,37 @@ class AttentionBackend(ABC):
         self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any
     ) -> None:
         """Write attention of ``queries`` ``[n, heads, head_size]`` to ``output``."""
+
+    def static_paged_plan(self, num_sequences: int, num_queries: int, width: int) -> Any:
+        """Return a plan that `rewrite_paged_plan` fills, whose tensors never move.
+
+        Which kernels `attend_paged` launches with it, on which tensors and with how many
+        programs, is fixed by these three numbers, so that it can be captured once and replayed.
+        Until it is filled it holds no sequence. Memory it needs is allocated here.
+
+        Args:
+            num_sequences: Most sequences.
+            num_queries: Most queries of a sequence.
+            width: Most pages of a sequence.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no static plans")
+
+    def rewrite_paged_plan(
+        self,
+        plan: Any,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+    ) -> None:
+        """Fill a static plan; arguments as those of `plan_paged`, as many as it holds or fewer.
+
+        One copy in the order of the current stream. Rows of queries behind those of the
+        sequences are left out: `attend_paged` does not write their output.
+
+        Raises:
+            ValueError: If the plan is too small.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no static plans")
 
     @abstractmethod
     def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> Any:

@@ -120,19 +120,19 @@ class BidirectionalAttention(nn.Module):
             fresh_keys=None,
             canvas=fill.canvas,
             total_heads=self.total_heads,
+            kernels=backend.selection,
         )
         saliency = SALIENCIES[fill.selection.saliency].score(inputs)
-        kept = select_entries(saliency, fill.selection)
         block_start, block_end = fill.canvas.block
-        # Candidates are everything but the block: behind its start they are shifted by it.
-        kept = torch.where(kept < block_start, kept, kept + (block_end - block_start))
+        kept = select_entries(saliency, fill.selection, backend.selection)
         num_kept = kept.shape[0]
-        backend.write(
-            layer, k.index_select(0, kept), v.index_select(0, kept), fill.slots[:num_kept]
-        )
+        # Candidates are everything but the block: behind its start they are shifted by it.
+        block_length = block_end - block_start
+        backend.move(layer, k, v, kept, fill.slots[:num_kept], (block_start, block_length))
         fill.num_kept[layer] = num_kept
         if fill.positions is not None:
-            fill.positions[layer, :num_kept] = kept.cpu().numpy()
+            positions = kept.cpu().numpy()
+            fill.positions[layer, :num_kept] = positions + block_length * (positions >= block_start)
 
     def _evict(
         self, q: torch.Tensor, k: torch.Tensor, eviction: Eviction, backend: AttentionBackend
@@ -153,9 +153,10 @@ class BidirectionalAttention(nn.Module):
                 fresh_keys=k[first : first + end - start],
                 canvas=eviction.canvas,
                 total_heads=self.total_heads,
+                kernels=backend.selection,
             )
             saliency = SALIENCIES[eviction.selection.saliency].score(inputs)
-            kept = select_entries(saliency, eviction.selection)
+            kept = select_entries(saliency, eviction.selection, backend.selection)
             num_kept = kept.shape[0]
             backend.write(
                 layer,

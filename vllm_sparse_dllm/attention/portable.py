@@ -10,7 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from vllm_sparse_dllm.attention.interface import AttentionBackend
+from vllm_sparse_dllm.attention.slots import SlotBackend
 
 
 @dataclass(frozen=True)
@@ -25,31 +25,8 @@ class _FullPlan:
     sequences: tuple[tuple[int, int, int, int], ...]
 
 
-class PortableBackend(AttentionBackend):
+class PortableBackend(SlotBackend):
     """scaled_dot_product_attention over gathered keys."""
-
-    def bind_pages(self, layers: list[torch.Tensor]) -> None:
-        shape = self.shape
-        # [2, slots, kv_heads, head_size]: keys of all slots, then values.
-        self._slots = [
-            layer.view(self.dtype).view(2, -1, shape.num_kv_heads, shape.head_size)
-            for layer in layers
-        ]
-
-    def clear(self, page_ids: np.ndarray) -> None:
-        """Only filled slots are ever gathered."""
-
-    def write(
-        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
-    ) -> None:
-        self._slots[layer][0].index_copy_(0, slots, keys)
-        self._slots[layer][1].index_copy_(0, slots, values)
-
-    def read_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
-        return self._slots[layer][0].index_select(0, slots)
-
-    def read_values(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
-        return self._slots[layer][1].index_select(0, slots)
 
     def plan_paged(
         self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray

@@ -14,6 +14,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_gather,
 )
 
+from vllm_sparse_dllm.kernels.plain import PLAIN, SelectionKernels
 from vllm_sparse_dllm.settings import allow_saliencies
 
 Span = tuple[int, int]
@@ -59,6 +60,7 @@ class SaliencyInputs:
         fresh_keys: ``[block, kv_heads, head_size]`` keys of the block where ``keys`` lacks them,
             in a late eviction.
         total_heads: Query heads over all tensor-parallel ranks.
+        kernels: The device's.
     """
 
     layer: int
@@ -70,6 +72,7 @@ class SaliencyInputs:
     fresh_keys: torch.Tensor | None
     canvas: CanvasView
     total_heads: int
+    kernels: SelectionKernels = PLAIN
 
     @property
     def block_queries(self) -> torch.Tensor:
@@ -109,26 +112,21 @@ def importance(
     keys: torch.Tensor,
     candidates: tuple[Span, ...],
     total_heads: int,
+    kernels: SelectionKernels = PLAIN,
 ) -> torch.Tensor:
     """Score the candidates: raw dot products with the block's mean query, mean over heads.
-
-    The mean over heads of ``q[h] . k[kv(h)]`` is one matrix-vector product, of the keys with
-    the queries summed over the heads that share a key head.
 
     Args:
         block_queries: ``[block, heads, head_size]``, rotated.
         keys: ``[L, kv_heads, head_size]``, rotated.
         candidates: Position ranges, in order.
         total_heads: Query heads over all tensor-parallel ranks.
+        kernels: The device's.
 
     Returns:
         ``[n]`` importance of the candidates in position order, in the keys' dtype.
     """
-    num_kv_heads = keys.shape[1]
-    mean_query = block_queries.mean(dim=0)
-    grouped = mean_query.view(num_kv_heads, -1, mean_query.shape[-1]).sum(dim=1)
-    scores = torch.mv(keys.reshape(keys.shape[0], -1), grouped.view(-1))
-    scores = torch.cat([scores[start:end] for start, end in candidates])
+    scores = kernels.scores(block_queries, keys, candidates)
     world_size = get_tensor_model_parallel_world_size()
     if world_size > 1:
         scores = _sum_of_ranks(scores, world_size)
@@ -141,7 +139,9 @@ class Paper(Saliency):
     name = "paper"
 
     def score(self, inputs: SaliencyInputs) -> torch.Tensor:
-        return importance(inputs.block_queries, inputs.keys, inputs.rows, inputs.total_heads)
+        return importance(
+            inputs.block_queries, inputs.keys, inputs.rows, inputs.total_heads, inputs.kernels
+        )
 
 
 class Window(Saliency):

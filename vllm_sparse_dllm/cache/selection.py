@@ -6,7 +6,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+from vllm_sparse_dllm.kernels.plain import PLAIN, SelectionKernels
 
 
 @dataclass(frozen=True)
@@ -27,7 +28,9 @@ class Selection:
     saliency: str = "paper"
 
 
-def select_entries(saliency: torch.Tensor, selection: Selection) -> torch.Tensor:
+def select_entries(
+    saliency: torch.Tensor, selection: Selection, kernels: SelectionKernels = PLAIN
+) -> torch.Tensor:
     """Choose entries by max-pooled saliency.
 
     Ties decide results, and `torch.topk` breaks them by the whole vector: it is called on
@@ -36,21 +39,19 @@ def select_entries(saliency: torch.Tensor, selection: Selection) -> torch.Tensor
     Args:
         saliency: ``[n]``.
         selection: How, with 1 <= keep <= n.
+        kernels: The device's.
 
     Returns:
         Indices of the kept entries, in order of falling importance.
     """
     keep, run_length = selection.keep, selection.run_length
-    pooled = saliency.unsqueeze(0)
-    # A wider window sees no more, but costs its width.
-    kernel_size = min(selection.kernel_size, 2 * saliency.shape[0] - 1)
-    if kernel_size > 1:
-        pooled = F.max_pool1d(pooled, kernel_size, stride=1, padding=kernel_size // 2)
-    if run_length == 1:
-        return torch.topk(pooled, keep).indices[0]
     n = saliency.shape[0]
-    runs = F.max_pool1d(pooled, run_length, stride=run_length, ceil_mode=True)
-    chosen = torch.topk(runs, -(-keep // run_length)).indices[0]
+    # A wider window sees no more, but costs its width.
+    kernel_size = min(selection.kernel_size, 2 * n - 1)
+    pooled = kernels.pool(saliency, kernel_size, run_length).unsqueeze(0)
+    chosen = torch.topk(pooled, -(-keep // run_length)).indices[0]
+    if run_length == 1:
+        return chosen
     offsets = torch.arange(run_length, device=saliency.device)
     entries = (chosen.unsqueeze(1) * run_length + offsets).flatten()
     return entries[entries < n] if n % run_length else entries

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import methodcaller
 
 import torch
 
@@ -30,11 +31,11 @@ class UnmaskingRule:
 RULES: dict[str, UnmaskingRule] = {
     rule.name: rule
     for rule in (
-        UnmaskingRule("low_confidence", TokenDistribution.probability),
+        UnmaskingRule("low_confidence", methodcaller("probability")),
         UnmaskingRule("random", None),
-        UnmaskingRule("maskgit_plus", TokenDistribution.probability),
-        UnmaskingRule("topk_margin", TokenDistribution.margin),
-        UnmaskingRule("entropy", TokenDistribution.negative_entropy),
+        UnmaskingRule("maskgit_plus", methodcaller("probability")),
+        UnmaskingRule("topk_margin", methodcaller("margin")),
+        UnmaskingRule("entropy", methodcaller("negative_entropy")),
         UnmaskingRule("origin", None, independent=True),
     )
 }

@@ -110,7 +110,14 @@ class Commits:
 #: tensor each time.
 LogitsOf = Callable[[np.ndarray], torch.Tensor]
 
+#: What a device makes of rows of logits at temperature 0, in any dtype, without their
+#: probabilities: ``[n, vocab]`` logits and the mask id.
+GreedyDistribution = Callable[[torch.Tensor, int], TokenDistribution]
+
 Span = tuple[int, int]
+
+#: Of tokens, confidences, and of whether logits are usable.
+_DECIDED = (torch.int64, torch.float32, torch.bool)
 
 
 def denoise(
@@ -120,6 +127,7 @@ def denoise(
     sampler: TokenSampler,
     device: torch.device,
     max_rows: int,
+    greedy: GreedyDistribution | None = None,
 ) -> Commits:
     """Choose tokens, rank the candidates of each request and commit the surest.
 
@@ -134,6 +142,7 @@ def denoise(
         sampler: How the model family draws at ``temperature > 0``.
         device: Where the logits are.
         max_rows: At least 1.
+        greedy: The device's own way at temperature 0, or None for PyTorch's.
     """
     sizes = np.array([request.num for request in requests])
     ends = np.cumsum(sizes)
@@ -147,14 +156,14 @@ def denoise(
         first, last = parts[0][1][0], parts[-1][1][1]
         own_requests = [requests[number] for number, _ in parts]
         own_spans = [(start - first, end - first) for _, (start, end) in parts]
-        logits = logits_of(np.arange(first, last)).float()
+        logits = logits_of(np.arange(first, last))
+        if greedy is None or any(request.edits for request in own_requests):
+            logits = logits.float()
         for number, (start, end) in parts:
             for edit in requests[number].edits:
                 edit.apply(logits[start - first : end - first], start - spans[number][0])
-        distribution = _choose(logits, own_requests, own_spans, mask_token_id, sampler)
-        tokens[first:last] = distribution.tokens
-        confidence[first:last] = _confidence(distribution, own_requests, own_spans)
-        finite[first:last] = torch.isfinite(distribution.probability())
+        decided = _decide(logits, own_requests, own_spans, mask_token_id, sampler, greedy)
+        tokens[first:last], confidence[first:last], finite[first:last] = decided
     confidences = None
     if any(request.traced for request in requests):
         confidences = confidence.cpu().numpy().copy()  # `_add_draws` writes to its argument
@@ -205,6 +214,43 @@ def _chunks(spans: list[Span], max_rows: int) -> Iterator[list[tuple[int, Span]]
             num_rows += end - start
     if chunk:
         yield chunk
+
+
+def _decide(
+    logits: torch.Tensor,
+    requests: Sequence[Candidates],
+    spans: list[Span],
+    mask_token_id: int,
+    sampler: TokenSampler,
+    greedy: GreedyDistribution | None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Return ``[rows]`` tokens, their confidences, and whether the logits were usable."""
+    drawing = {request.temperature > 0 for request in requests}
+    if greedy is not None and len(drawing) == 2:
+        # A row's result must not depend on who else is in the batch: each goes its own way.
+        parts = (torch.empty(logits.shape[0], dtype=d, device=logits.device) for d in _DECIDED)
+        decided = tuple(parts)
+        for draws in drawing:
+            group = [n for n, request in enumerate(requests) if (request.temperature > 0) is draws]
+            own = [requests[number] for number in group]
+            rows = torch.from_numpy(np.concatenate([np.arange(*spans[n]) for n in group]))
+            rows = rows.to(logits.device)
+            sizes = np.array([spans[n][1] - spans[n][0] for n in group])
+            ends = np.cumsum(sizes)
+            own_spans = list(zip((ends - sizes).tolist(), ends.tolist(), strict=True))
+            results = _decide(logits[rows], own, own_spans, mask_token_id, sampler, greedy)
+            for whole, result in zip(decided, results, strict=True):
+                whole[rows] = result
+        return decided
+    if greedy is None or True in drawing:
+        distribution = _choose(logits.float(), requests, spans, mask_token_id, sampler)
+    else:
+        distribution = greedy(logits, mask_token_id)
+    return (
+        distribution.tokens,
+        _confidence(distribution, requests, spans),
+        torch.isfinite(distribution.probability()),
+    )
 
 
 def _choose(

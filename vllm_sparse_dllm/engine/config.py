@@ -6,6 +6,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING, Any
 
+import torch
 from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
@@ -15,7 +16,7 @@ from vllm_sparse_dllm.engine import cpu_cores
 from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
 from vllm_sparse_dllm.models.configs import check_config
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
-from vllm_sparse_dllm.settings import EngineSettings
+from vllm_sparse_dllm.settings import ATTENTION_BACKENDS, CONFIG_KEY, EngineSettings
 
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
@@ -71,6 +72,7 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         settings = EngineSettings.from_additional_config(vllm_config.additional_config)
         _refuse(vllm_config)
         _check_tensor_parallel(vllm_config)
+        _check_attention_backend(vllm_config, settings.attention_backend)
 
         model_config.__class__ = DiffusionModelConfig
         assert isinstance(model_config, DiffusionModelConfig)
@@ -112,6 +114,7 @@ def _refuse(vllm_config: VllmConfig) -> None:
         vllm_config.cache_config,
         vllm_config.parallel_config,
     )
+    attention = vllm_config.attention_config
     dtype = str(model.dtype).removeprefix("torch.")
     options: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("runner", model.runner_type, ("generate",)),
@@ -126,6 +129,8 @@ def _refuse(vllm_config: VllmConfig) -> None:
         ("logprobs_mode", model.logprobs_mode, ("raw_logprobs",)),
         ("logits_processors", model.logits_processors, (None, [])),
         ("watermark_config", getattr(vllm_config, "watermark_config", None), (None,)),
+        ("attention_config.backend_per_kind", attention.backend_per_kind, ({},)),
+        ("attention_config.flash_attn_version", attention.flash_attn_version, (None,)),
         ("scheduler_cls", vllm_config.scheduler_config.scheduler_cls, (None, _SCHEDULER)),
     )
     for name, value, allowed in options:
@@ -160,6 +165,31 @@ def _check_tensor_parallel(vllm_config: VllmConfig) -> None:
             f"tensor_parallel_size must divide the {rows} rows of this model's padded vocabulary, "
             f"got {ranks}"
         )
+
+
+def _check_attention_backend(vllm_config: VllmConfig, name: str) -> None:
+    """Refuse vLLM's own choice of attention, and one of ours that cannot run here."""
+    from vllm_sparse_dllm.attention.backends import choose_backend
+    from vllm_sparse_dllm.attention.interface import AttentionShape
+
+    chosen = vllm_config.attention_config.backend
+    if chosen is not None:
+        raise ValueError(
+            f"attention_backend must be auto for diffusion models, got {chosen.name}; they have "
+            f'their own: additional_config["{CONFIG_KEY}"]["attention_backend"], one of '
+            f"{', '.join(ATTENTION_BACKENDS)}"
+        )
+    if name == "auto":
+        return
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    shape = AttentionShape(
+        model.get_num_attention_heads(parallel),
+        model.get_num_kv_heads(parallel),
+        model.get_head_size(),
+    )
+    device = torch.device("cpu" if current_platform.is_cpu() else "cuda")
+    assert isinstance(model.dtype, torch.dtype)
+    choose_backend(name, shape, vllm_config.cache_config.block_size, model.dtype, device)
 
 
 def _shown(value: Any) -> str:

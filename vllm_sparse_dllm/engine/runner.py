@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -27,6 +28,7 @@ from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShap
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.pages import allocate_pages
 from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
+from vllm_sparse_dllm.denoise.fused import greedy_distribution
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.step import Candidates, Commits, denoise
 from vllm_sparse_dllm.denoise.timetable import Canvas
@@ -56,6 +58,7 @@ class DiffusionModelRunner:
         self.device = device
         self.engine_settings = EngineSettings.from_additional_config(vllm_config.additional_config)
         self.traits = model_traits(self.model_config.hf_config)
+        self._greedy = greedy_distribution(device)
         self.requests: dict[str, RequestState] = {}
         self.kv_caches: list[torch.Tensor] = []
         self.model_memory_usage = 0
@@ -83,6 +86,7 @@ class DiffusionModelRunner:
             self.cache_config.block_size,
             self._dtype,
             self.device,
+            self.engine_settings.attention_backend,
         )
 
     @property
@@ -134,6 +138,7 @@ class DiffusionModelRunner:
         with kv_cache_allocation_context or nullcontext():
             self.kv_caches = allocate_pages(kv_cache_config, self._num_layers, self.device)
         self.backend.bind_pages(self.kv_caches)
+        self.backend.prepare()
 
     def shutdown(self) -> None:
         """Forget all requests; the worker releases the rest."""
@@ -200,14 +205,20 @@ class DiffusionModelRunner:
             generator=torch.Generator(self.device),
             num_logprobs=None,
         )
-        denoise(
-            partial(self._head, hidden, everything),
-            [candidates],
-            self.traits.mask_token_id,
-            self.traits.sampler,
-            self.device,
-            rows,
-        )
+        kinds = [candidates]
+        if self._greedy is not None:
+            # So that its kernels are compiled now.
+            kinds.append(replace(candidates, temperature=0.0))
+        for kind in kinds:
+            denoise(
+                partial(self._head, hidden, everything),
+                [kind],
+                self.traits.mask_token_id,
+                self.traits.sampler,
+                self.device,
+                rows,
+                self._greedy,
+            )
 
     @torch.inference_mode()
     def execute_model(
@@ -298,6 +309,7 @@ class DiffusionModelRunner:
             self.traits.sampler,
             self.device,
             self._max_logits_rows,
+            self._greedy,
         )
 
     @property

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pool as rows of slots: what all backends but the CPU's own share."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from vllm_sparse_dllm.attention.interface import AttentionBackend
+
+
+class SlotBackend(AttentionBackend):
+    """Keys of all slots of a layer in one tensor, then the values."""
+
+    def bind_pages(self, layers: list[torch.Tensor]) -> None:
+        shape = self.shape
+        # [2, slots, kv_heads, head_size]: keys of all slots, then values.
+        self._slots = [
+            layer.view(self.dtype).view(2, -1, shape.num_kv_heads, shape.head_size)
+            for layer in layers
+        ]
+
+    def clear(self, page_ids: np.ndarray) -> None:
+        """Only filled slots are ever read."""
+
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        self._slots[layer][0].index_copy_(0, slots, keys)
+        self._slots[layer][1].index_copy_(0, slots, values)
+
+    def read_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        return self._slots[layer][0].index_select(0, slots)
+
+    def read_values(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        return self._slots[layer][1].index_select(0, slots)
+
+
+class ZeroedSlotBackend(SlotBackend):
+    """For kernels that may multiply what lies behind a sequence's last slot by 0."""
+
+    def clear(self, page_ids: np.ndarray) -> None:
+        pages = torch.from_numpy(np.asarray(page_ids, dtype=np.int64)).to(
+            self.device, non_blocking=True
+        )
+        for slots in self._slots:
+            heads_and_channels = slots.shape[2:]
+            slots.view(2, -1, self.page_size, *heads_and_channels).index_fill_(1, pages, 0)

@@ -1,0 +1,269 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Attention by the Triton kernels of this package."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from vllm_sparse_dllm.attention.interface import AttentionShape
+from vllm_sparse_dllm.attention.packing import (
+    PackedArrays,
+    check_room,
+    row_tiles,
+    starts_of,
+)
+from vllm_sparse_dllm.attention.slots import SlotBackend
+from vllm_sparse_dllm.kernels import interpreted, why_unavailable
+from vllm_sparse_dllm.kernels.plain import SelectionKernels
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOST_CHANNELS = 256
+
+
+@dataclass(frozen=True)
+class _FullPlan:
+    arrays: PackedArrays
+    config: Any
+
+
+@dataclass(frozen=True)
+class TritonPagedPlan:
+    """Attention over pages.
+
+    Attributes:
+        arrays: Tiles, query starts, key lengths and page table on the device.
+        config: Launch parameters that the tiles were made for.
+        num_splits: Programs that share the keys of a tile.
+        partial: Work space of the kernels; a static plan has its own.
+        statistics: Work space of the kernels; a static plan has its own.
+        num_queries: Most queries of a sequence.
+    """
+
+    arrays: PackedArrays
+    config: Any
+    num_splits: int
+    partial: torch.Tensor
+    statistics: torch.Tensor
+    num_queries: int
+
+
+class TritonBackend(SlotBackend):
+    """Triton kernels for attention, page writes and the scores of a choice.
+
+    Nothing waits for the device: a plan is one copy from pinned memory, and `attend_full`,
+    `attend_paged`, `write` and `move` only launch kernels, without allocating memory. So they
+    may be captured in CUDA graphs, with plans of `static_paged_plan`.
+    """
+
+    static_plans = True
+
+    def __init__(
+        self, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(shape, page_size, dtype, device)
+        # Not before somebody wants them: a machine may have no Triton.
+        from vllm_sparse_dllm.kernels import full_attention, paged_attention, pages, saliency
+
+        self._full, self._paged, self._pages = full_attention, paged_attention, pages
+        self._selection = saliency.TRITON
+        self._group = shape.num_heads // shape.num_kv_heads
+        self._num_cores = 8
+        if device.type == "cuda":
+            self._num_cores = torch.cuda.get_device_properties(device).multi_processor_count
+        self._space = [self._floats(1), self._floats(1)]
+
+    def _floats(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.float32, device=self.device)
+
+    @classmethod
+    def why_not(
+        cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        if dtype not in _DTYPES:
+            return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
+        if shape.head_size > _MOST_CHANNELS:
+            return f"its head sizes are at most {_MOST_CHANNELS}, got {shape.head_size}"
+        return why_unavailable(device)
+
+    def prepare(self) -> None:
+        """Launch each kernel in each of its shapes on next to nothing; pages stay as they are."""
+        if interpreted():
+            return
+        shape = self.shape
+        q = torch.zeros(1, shape.num_heads, shape.head_size, dtype=self.dtype, device=self.device)
+        k = q.new_zeros(4, shape.num_kv_heads, shape.head_size)
+        one, keys, page = np.array([1]), np.array([4]), np.zeros((1, 1), dtype=np.int64)
+        for count in self._full.QUERY_COUNTS:
+            config = self._full.choose_config(shape.head_size, self.dtype, count)
+            arrays = [row_tiles(one, config.block_m), starts_of(one), starts_of(keys)]
+            plan = _FullPlan(PackedArrays.of(arrays, self.device), config)
+            self.attend_full(q, k, k, q.clone(), plan)
+        for count in self._paged.ROW_COUNTS:
+            config = self._paged.choose_config(shape.head_size, self.dtype, count)
+            tiles = row_tiles(one * self._group, config.block_m)
+            arrays = [tiles, starts_of(one), keys, page]
+            for num_splits in (1, 2):
+                sizes = self._paged.work_space(
+                    len(tiles), shape.num_kv_heads, num_splits, config, shape.head_size
+                )
+                space = [self._floats(size) for size in sizes]
+                plan = TritonPagedPlan(
+                    PackedArrays.of(arrays, self.device), config, num_splits, *space, num_queries=1
+                )
+                self.attend_paged(0, q, q.clone(), plan)
+        nowhere = torch.full((4,), -1, dtype=torch.int64, device=self.device)
+        self.write(0, k, k, nowhere)
+        self.move(0, k, k, nowhere, nowhere)
+        scores = self.selection.scores(q, k, ((0, 1), (2, 4)))
+        self.selection.pool(scores, 3, 1)
+        self.selection.pool(scores, 3, self.page_size)
+
+    @property
+    def selection(self) -> SelectionKernels:
+        return self._selection
+
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Write keys and values to slots; those whose slot is below 0 nowhere."""
+        self._pages.write_rows(keys, values, slots, *self._slots[layer])
+
+    def move(
+        self,
+        layer: int,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        entries: torch.Tensor,
+        slots: torch.Tensor,
+        gap: tuple[int, int] = (0, 0),
+    ) -> None:
+        self._pages.write_rows(keys, values, slots, *self._slots[layer], entries, gap)
+
+    # Whole sequences.
+
+    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _FullPlan:
+        num_queries = int(query_lengths.max(initial=0))
+        config = self._full.choose_config(self.shape.head_size, self.dtype, num_queries)
+        tiles = row_tiles(query_lengths, config.block_m)
+        # The longest first, so that none is left to the end.
+        order = np.argsort(-key_lengths[tiles[:, 0]], kind="stable")
+        arrays = [tiles[order], starts_of(query_lengths), starts_of(key_lengths)]
+        return _FullPlan(PackedArrays.of(arrays, self.device), config)
+
+    def attend_full(
+        self,
+        queries: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        output: torch.Tensor,
+        plan: Any,
+    ) -> None:
+        self._full.full_attention(
+            queries, keys, values, output, *plan.arrays.views, self.scale, plan.config
+        )
+
+    # Pages.
+
+    def _paged_plan(
+        self,
+        num_queries: int,
+        num_tiles_of: Callable[[int], int],
+        num_sequences: int,
+        width: int,
+        num_keys: int,
+        static: bool = False,
+    ) -> TritonPagedPlan:
+        config = self._paged.choose_config(
+            self.shape.head_size, self.dtype, num_queries * self._group
+        )
+        num_tiles = num_tiles_of(config.block_m)
+        kv_heads = self.shape.num_kv_heads
+        num_splits = self._paged.choose_splits(
+            num_tiles * kv_heads, num_keys, self.dtype, self._num_cores
+        )
+        sizes = self._paged.work_space(
+            num_tiles, kv_heads, num_splits, config, self.shape.head_size
+        )
+        if static:
+            space = [self._floats(size) for size in sizes]
+        else:
+            # Plans of a step follow each other on one stream.
+            for number, size in enumerate(sizes):
+                if self._space[number].shape[0] < size:
+                    self._space[number] = self._floats(size)
+            space = self._space
+        shapes = [(num_tiles, 2), (num_sequences + 1,), (num_sequences,), (num_sequences, width)]
+        return TritonPagedPlan(
+            PackedArrays(shapes, self.device),
+            config,
+            num_splits,
+            *space,
+            num_queries=num_queries,
+        )
+
+    def plan_paged(
+        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
+    ) -> TritonPagedPlan:
+        plan = self._paged_plan(
+            int(query_lengths.max(initial=0)),
+            lambda rows: int((-(-query_lengths * self._group // rows)).sum()),
+            *page_table.shape,
+            num_keys=int(key_lengths.max(initial=0)),
+        )
+        self.rewrite_paged_plan(plan, query_lengths, key_lengths, page_table)
+        return plan
+
+    def static_paged_plan(
+        self, num_sequences: int, num_queries: int, width: int
+    ) -> TritonPagedPlan:
+        def most_tiles(rows: int) -> int:
+            return num_sequences * -(-num_queries * self._group // rows)
+
+        num_keys = width * self.page_size
+        plan = self._paged_plan(
+            num_queries, most_tiles, num_sequences, width, num_keys, static=True
+        )
+        nothing = np.zeros(0, dtype=np.int64)
+        self.rewrite_paged_plan(plan, nothing, nothing, np.zeros((0, 0), dtype=np.int64))
+        return plan
+
+    def rewrite_paged_plan(
+        self,
+        plan: TritonPagedPlan,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+    ) -> None:
+        tiles, starts, lengths, table = (np.zeros(v.shape, np.int32) for v in plan.arrays.views)
+        num_sequences, width = page_table.shape
+        check_room(table.shape, plan.num_queries, query_lengths, page_table)
+        own = row_tiles(query_lengths * self._group, plan.config.block_m)
+        tiles[: len(own)] = own
+        # What is left of a static plan's tiles belongs to nobody.
+        tiles[len(own) :] = -1
+        starts[: num_sequences + 1] = starts_of(query_lengths)
+        starts[num_sequences + 1 :] = starts[num_sequences]
+        lengths[:num_sequences] = key_lengths
+        table[:num_sequences, :width] = page_table
+        plan.arrays.rewrite([tiles, starts, lengths, table])
+
+    def attend_paged(
+        self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any
+    ) -> None:
+        self._paged.paged_attention(
+            queries,
+            *self._slots[layer],
+            output,
+            *plan.arrays.views,
+            self.page_size,
+            self.scale,
+            plan.config,
+            plan.num_splits,
+            plan.partial,
+            plan.statistics,
+        )

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several kernels share."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_sparse_dllm.kernels import interpreted
+
+#: The interpreter multiplies the bits of bfloat16 as integers; widened first, the products are
+#: the same as those of the tensor cores, which are exact too.
+WIDEN_DOTS = tl.constexpr(interpreted())
+
+
+@triton.jit
+def dot(a, b):
+    """Return ``a @ b`` with float32 sums; float32 operands are not rounded to tf32."""
+    if WIDEN_DOTS:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def attend_tile(q, k, v, acc, largest, total, valid, scale, MASKED: tl.constexpr):
+    """Add a tile of keys to the online softmax of a tile of queries.
+
+    Args:
+        q: ``[m, d]`` queries.
+        k: ``[n, d]`` keys.
+        v: ``[n, d]`` values, finite where not valid.
+        acc: ``[m, d]`` float32 sums of weighted values.
+        largest: ``[m]`` largest score so far, in units of log 2.
+        total: ``[m]`` sum of weights.
+        valid: ``[n]`` which keys count; at least one of the first tile does.
+        scale: Softmax scale times log2(e).
+        MASKED: Whether any key does not count.
+    """
+    scores = dot(q, tl.trans(k)) * scale
+    if MASKED:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    new_largest = tl.maximum(largest, tl.max(scores, 1))
+    weights = tl.exp2(scores - new_largest[:, None])
+    kept = tl.exp2(largest - new_largest)
+    total = total * kept + tl.sum(weights, 1)
+    acc = acc * kept[:, None] + dot(weights.to(v.dtype), v)
+    return acc, new_largest, total
+
+
+def head_strides(tensor: torch.Tensor) -> tuple[int, int]:
+    """Return the strides of rows and heads of ``[n, heads, head_size]``.
+
+    Raises:
+        ValueError: If the channels of a head do not lie side by side.
+    """
+    if tensor.stride(2) != 1:
+        raise ValueError(f"channels must lie side by side, got strides {tensor.stride()}")
+    return tensor.stride(0), tensor.stride(1)
