@@ -147,6 +147,6 @@ def test_tables_name_what_the_code_has() -> None:
 
 
 def test_the_scanner_sees_imports() -> None:
-    assert offending("cache/selection.py", "torch") == {"torch", "torch.nn.functional"}
+    assert offending("kernels/plain.py", "torch") == {"torch", "torch.nn.functional"}
     assert offending("denoise/timetable.py", "torch") == {"torch"}  # inside a function
     assert offending("engine/scheduler.py", *own("cache")) >= set(own("cache.policies"))

@@ -104,18 +104,22 @@ class TritonBackend(SlotBackend):
             plan = _FullPlan(PackedArrays.of(arrays, self.device), config)
             self.attend_full(q, k, k, q.clone(), plan)
         for count in self._paged.ROW_COUNTS:
-            config = self._paged.choose_config(shape.head_size, self.dtype, count)
-            tiles = row_tiles(one * self._group, config.block_m)
+            paged_config = self._paged.choose_config(shape.head_size, self.dtype, count)
+            tiles = row_tiles(one * self._group, paged_config.block_m)
             arrays = [tiles, starts_of(one), keys, page]
             for num_splits in (1, 2):
                 sizes = self._paged.work_space(
-                    len(tiles), shape.num_kv_heads, num_splits, config, shape.head_size
+                    len(tiles), shape.num_kv_heads, num_splits, paged_config, shape.head_size
                 )
-                space = [self._floats(size) for size in sizes]
-                plan = TritonPagedPlan(
-                    PackedArrays.of(arrays, self.device), config, num_splits, *space, num_queries=1
+                paged_plan = TritonPagedPlan(
+                    arrays=PackedArrays.of(arrays, self.device),
+                    config=paged_config,
+                    num_splits=num_splits,
+                    partial=self._floats(sizes[0]),
+                    statistics=self._floats(sizes[1]),
+                    num_queries=1,
                 )
-                self.attend_paged(0, q, q.clone(), plan)
+                self.attend_paged(0, q, q.clone(), paged_plan)
         nowhere = torch.full((4,), -1, dtype=torch.int64, device=self.device)
         self.write(0, k, k, nowhere)
         self.move(0, k, k, nowhere, nowhere)
@@ -131,7 +135,8 @@ class TritonBackend(SlotBackend):
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> None:
         """Write keys and values to slots; those whose slot is below 0 nowhere."""
-        self._pages.write_rows(keys, values, slots, *self._slots[layer])
+        key_slots, value_slots = self._slots[layer].unbind(0)
+        self._pages.write_rows(keys, values, slots, key_slots, value_slots)
 
     def move(
         self,
@@ -142,7 +147,8 @@ class TritonBackend(SlotBackend):
         slots: torch.Tensor,
         gap: tuple[int, int] = (0, 0),
     ) -> None:
-        self._pages.write_rows(keys, values, slots, *self._slots[layer], entries, gap)
+        key_slots, value_slots = self._slots[layer].unbind(0)
+        self._pages.write_rows(keys, values, slots, key_slots, value_slots, entries, gap)
 
     # Whole sequences.
 
@@ -163,8 +169,17 @@ class TritonBackend(SlotBackend):
         output: torch.Tensor,
         plan: Any,
     ) -> None:
+        tiles, query_start, key_start = plan.arrays.views
         self._full.full_attention(
-            queries, keys, values, output, *plan.arrays.views, self.scale, plan.config
+            queries,
+            keys,
+            values,
+            output,
+            tiles,
+            query_start,
+            key_start,
+            self.scale,
+            plan.config,
         )
 
     # Pages.
@@ -189,20 +204,18 @@ class TritonBackend(SlotBackend):
         sizes = self._paged.work_space(
             num_tiles, kv_heads, num_splits, config, self.shape.head_size
         )
-        if static:
-            space = [self._floats(size) for size in sizes]
-        else:
-            # Plans of a step follow each other on one stream.
-            for number, size in enumerate(sizes):
-                if self._space[number].shape[0] < size:
-                    self._space[number] = self._floats(size)
-            space = self._space
+        space = [self._floats(1), self._floats(1)] if static else self._space
+        for number, size in enumerate(sizes):
+            # Plans of a step share theirs: they follow each other on one stream.
+            if space[number].shape[0] < size:
+                space[number] = self._floats(size)
         shapes = [(num_tiles, 2), (num_sequences + 1,), (num_sequences,), (num_sequences, width)]
         return TritonPagedPlan(
-            PackedArrays(shapes, self.device),
-            config,
-            num_splits,
-            *space,
+            arrays=PackedArrays(shapes, self.device),
+            config=config,
+            num_splits=num_splits,
+            partial=space[0],
+            statistics=space[1],
             num_queries=num_queries,
         )
 
@@ -212,7 +225,8 @@ class TritonBackend(SlotBackend):
         plan = self._paged_plan(
             int(query_lengths.max(initial=0)),
             lambda rows: int((-(-query_lengths * self._group // rows)).sum()),
-            *page_table.shape,
+            page_table.shape[0],
+            page_table.shape[1],
             num_keys=int(key_lengths.max(initial=0)),
         )
         self.rewrite_paged_plan(plan, query_lengths, key_lengths, page_table)
@@ -255,11 +269,17 @@ class TritonBackend(SlotBackend):
     def attend_paged(
         self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any
     ) -> None:
+        tiles, query_start, key_lengths, page_table = plan.arrays.views
+        key_slots, value_slots = self._slots[layer].unbind(0)
         self._paged.paged_attention(
             queries,
-            *self._slots[layer],
+            key_slots,
+            value_slots,
             output,
-            *plan.arrays.views,
+            tiles,
+            query_start,
+            key_lengths,
+            page_table,
             self.page_size,
             self.scale,
             plan.config,

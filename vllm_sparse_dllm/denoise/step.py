@@ -228,8 +228,9 @@ def _decide(
     drawing = {request.temperature > 0 for request in requests}
     if greedy is not None and len(drawing) == 2:
         # A row's result must not depend on who else is in the batch: each goes its own way.
-        parts = (torch.empty(logits.shape[0], dtype=d, device=logits.device) for d in _DECIDED)
-        decided = tuple(parts)
+        tokens, confidence, finite = (
+            torch.empty(logits.shape[0], dtype=dtype, device=logits.device) for dtype in _DECIDED
+        )
         for draws in drawing:
             group = [n for n, request in enumerate(requests) if (request.temperature > 0) is draws]
             own = [requests[number] for number in group]
@@ -239,9 +240,8 @@ def _decide(
             ends = np.cumsum(sizes)
             own_spans = list(zip((ends - sizes).tolist(), ends.tolist(), strict=True))
             results = _decide(logits[rows], own, own_spans, mask_token_id, sampler, greedy)
-            for whole, result in zip(decided, results, strict=True):
-                whole[rows] = result
-        return decided
+            tokens[rows], confidence[rows], finite[rows] = results
+        return tokens, confidence, finite
     if greedy is None or True in drawing:
         distribution = _choose(logits.float(), requests, spans, mask_token_id, sampler)
     else:
