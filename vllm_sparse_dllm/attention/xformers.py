@@ -78,8 +78,9 @@ class XFormersBackend(ZeroedSlotBackend):
         for operator in (None, self._library.triton_splitk.FwOp):
             try:
                 self._run(query, keys, keys, query.clone(), mask, operator)
-            except (NotImplementedError, ValueError) as error:
-                reasons.append(str(error))
+            except Exception as error:
+                # A kernel that does not compile with this Triton is no kernel either.
+                reasons.append(f"{type(error).__name__}: {error}")
             else:
                 return operator
         raise ValueError(
