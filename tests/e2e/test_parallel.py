@@ -108,9 +108,9 @@ def _near_tie(model: Model, case: Case, output: list[int]) -> bool:
 def test_layouts_have_every_policy_and_choice() -> None:
     for layout in LAYOUTS.values():
         options = [case.options for case in layout.cases]
-        assert {own["cache_policy"] for own in options} == set(POLICIES)
-        sparse = [own for own in options if own["cache_policy"] == "sparse"]
-        assert {own["granularity"] for own in sparse} == {"token", "page"}
+        assert {own.get("cache_policy", "sparse") for own in options} == set(POLICIES)
+        sparse = [own for own in options if own.get("cache_policy", "sparse") == "sparse"]
+        assert {own.get("granularity", "token") for own in sparse} == {"token", "page"}
         assert any(own.get("eviction_delay") for own in sparse)
         assert any("threshold" in own for own in options)
         assert any(own.get("temperature") for own in options)

@@ -684,7 +684,7 @@ def test_a_grammar_that_contradicts_other_constraints(server: Server, path: str)
     request: dict[str, Any] = {"prompt": ids(51, 12), "max_tokens": 9}
     if path == "chat/completions":
         request = {"messages": [{"role": "user", "content": QUESTION}], "max_tokens": 9}
-    request["structured_outputs"] = {"regex": "c{2}[ab]+"}
+    request["structured_outputs"] = {"regex": "[cd]{2}[ab]+"}
     request["allowed_token_ids"] = [EOS, *tokens]
     counted = "vllm:diffusion_request_failures_total"
     before = server.metric(counted, cause="grammar")

@@ -422,7 +422,7 @@ def test_a_stop_string_cuts_where_it_says(llm: LLM) -> None:
         (
             {"regex": "a"},
             {"allowed_token_ids": [500, 501]},
-            r"allowed_token_ids must hold a token that ends the text .* \[1\]\), got \[500, 501\]",
+            r"allowed_token_ids must hold a token that ends the text .*, got \[500, 501\]",
         ),
         ({"regex": "a"}, {"bad_words": ["<|endoftext|>"]}, r"bad_words must leave .* \[1\]\), got"),
         ({"structural_tag": "{}"}, {}, "structural_tag must be an object .* got {}"),
@@ -431,8 +431,10 @@ def test_a_stop_string_cuts_where_it_says(llm: LLM) -> None:
     ],
 )
 def test_refusals(
-    llm: LLM, structured: dict[str, Any], options: dict[str, Any], message: str
+    llm: LLM, family: str, structured: dict[str, Any], options: dict[str, Any], message: str
 ) -> None:
+    if family == "dream" and "bad_words" in options:
+        pytest.skip("its checkpoint has a second end of text, which no word names")
     params = StructuredOutputsParams(**structured)
     with pytest.raises(Exception, match=message) as caught:
         generate(
@@ -509,7 +511,7 @@ def test_constraints_that_leave_nothing_fail_their_request_alone(llm: LLM) -> No
         ({"allowed_token_ids": [letter, EOS], "bad_words": ["zz"]}, 2),
     ):
         before = failures.get("grammar", 0)
-        output = run_beside_others(llm, Wanted("regex", "c{2}[ab]+").sampling(**options))
+        output = run_beside_others(llm, Wanted("regex", "[cd]{2}[ab]+").sampling(**options))
         [answer] = output.outputs
         assert answer.finish_reason == "error" and list(answer.token_ids) == [letter] * written
         names = " and ".join(options)
@@ -542,8 +544,9 @@ def test_a_schema_holds_between_tags(llm: LLM) -> None:
     params = [
         Wanted("structural_tag", tag, 60).sampling(
             allowed_token_ids=[EOS, *letters.values()],
-            logit_bias={EOS: -30.0} | {letters[letter]: 9.0 for letter in "<n>"},
-            temperature=2.0,
+            # Among these three a draw is nearly even.
+            logit_bias={EOS: -100.0} | {letters[letter]: 100.0 for letter in "<n>"},
+            temperature=50.0,
             seed=seed,
         )
         for seed in range(8)
