@@ -161,7 +161,7 @@ EFFECTS: dict[str, Effect] = {
     "top_p": Effect({"top_p": 1e-6, **DRAWN}),
     "top_k": Effect({"top_k": 1, **DRAWN}),
     "min_p": Effect({"min_p": 1.0, **DRAWN}),
-    "seed": Effect({"ignore_eos": True, **DRAWN}, _seed),
+    "seed": Effect({**DRAWN, **FEW, "frequency_penalty": 2.0, "max_tokens": 60}, _seed),
     "max_tokens": Effect({"max_tokens": 3, "ignore_eos": True}, lambda row: len(row.tokens) == 3),
     "max_completion_tokens": Effect(
         {"max_completion_tokens": 3, "max_tokens": None, "ignore_eos": True},
@@ -198,7 +198,9 @@ EFFECTS: dict[str, Effect] = {
     "response_format": Effect(
         {"response_format": {"type": "json_object"}}, lambda row: row.text.startswith("{")
     ),
-    "presence_penalty": Effect({"presence_penalty": 2.0, **FEW, **DRAWN}),
+    "presence_penalty": Effect(
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0, "max_tokens": 60, **FEW}
+    ),
     "frequency_penalty": Effect({"frequency_penalty": 2.0, **FEW}),
     "repetition_penalty": Effect({"repetition_penalty": 50.0, **FEW}),
     "return_tokens_as_token_ids": Effect(
