@@ -298,7 +298,8 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
 
         poll(healthy, "the server to answer")
         yield connection
-        process.send_signal(signal.SIGINT)
+        # Not SIGINT, which programs started from a background job ignore.
+        process.send_signal(signal.SIGTERM)
         process.wait(timeout=120)
 
 
