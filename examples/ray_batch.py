@@ -6,7 +6,8 @@ all optional, ``id`` (anything, it comes back), ``diffusion_*`` and the names of
 OUTPUT is a folder. While the job runs it holds a file for each finished batch; at the end
 ``results.jsonl``: a line for each request, in the order of the input, with ``line`` (where it
 stands there, from 1), ``id``, and either ``text``, ``token_ids`` and ``finish_reason``, or
-``error``. A request that fails harms no other.
+``error``. A request that fails harms no other. What is ``null`` counts as left out, except an
+``id`` and a ``diffusion_*``.
 
 The job can be ended at any moment, also by a crash: the same command goes on where it was, and
 does nothing if all is done. Only this process writes, a batch at a time by renaming a whole file,
@@ -122,17 +123,20 @@ class Replica:
         self._ready.set_result(None)
         #: Batch and line of each request in the engine, by the engine's name for it.
         batches: dict[str, tuple[Batch, int]] = {}
+        unanswered: list[Batch] = []
         try:
             while True:
                 while not batches or not self._inbox.empty():
-                    self._admit(self._inbox.get(), batches)
+                    unanswered = [batch for batch in unanswered if not batch.answered.done()]
+                    unanswered.append(self._inbox.get())
+                    self._admit(unanswered[-1], batches)
                 for output in self._llm.llm_engine.step():
                     if output.finished:
                         batch, line = batches.pop(output.request_id)
                         batch.answer(line, result_of(output))
         except BaseException as error:
             # The engine is broken, which is no fault of single requests: the job ends.
-            for batch, _ in batches.values():
+            for batch in unanswered:
                 if not batch.answered.done():
                     batch.answered.set_exception(error)
             while True:
@@ -140,15 +144,14 @@ class Replica:
 
     def _admit(self, batch: Batch, batches: dict[str, tuple[Batch, int]]) -> None:
         """Give the engine a batch; requests that cannot be run are answered at once."""
-        from vllm.exceptions import VLLMClientError
-
         for line, text in batch.requests.items():
             try:
                 request = parse(text)
                 batch.identities[line] = {"id": request["id"]} if "id" in request else {}
                 name = self._enqueue(request, sampling(request, self._defaults, line))
-            except (VLLMClientError, ValueError, TypeError, OverflowError, RecursionError) as error:
-                batch.answer(line, {"error": str(error)})
+            except Exception as error:
+                # Whatever it is: vLLM's renderers raise all kinds of errors for odd messages.
+                batch.answer(line, {"error": str(error) or type(error).__name__})
             else:
                 batches[name] = (batch, line)
 
@@ -178,13 +181,30 @@ def parse(text: bytes) -> Row:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(request, dict):
         raise ValueError(f"a request must be an object, got {type(request).__name__}")
+    optional = {*PROMPTS, *PARAMETERS}
+    request = {k: v for k, v in request.items() if v is not None or k not in optional}
     if sum(name in request for name in PROMPTS) != 1:
         raise ValueError(f"a request must have one of {', '.join(PROMPTS)}")
+    if "messages" in request:
+        _check_messages(request["messages"])
     known = {"id", *PROMPTS, *PARAMETERS}
     for name in request:
         if name not in known and not name.startswith(PREFIX):
             raise ValueError(f"{name!r} must be one of {', '.join(sorted(known))} or {PREFIX}...")
     return request
+
+
+def _check_messages(messages: Any) -> None:
+    """Refuse what is not one conversation; vLLM would take a list of lists for several.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages must be a list of at least one object, got {messages!r:.80}")
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError(f"each of messages must be an object with a role, got {message!r:.80}")
 
 
 def sampling(request: Row, defaults: Row, line: int) -> Any:
@@ -273,7 +293,15 @@ class Output:
         parts = [folder / RESULTS] if self.complete else sorted(folder.glob("part-*.jsonl"))
         for part in parts:
             for text in part.read_text(encoding="utf-8").splitlines():
-                self.results[json.loads(text)["line"]] = text
+                try:
+                    self.results[int(json.loads(text)["line"])] = text
+                except (ValueError, TypeError, KeyError):
+                    raise SystemExit(
+                        f"error: {part} is damaged: {text[:80]!r} is no result; delete it, and "
+                        "run the command again"
+                    ) from None
+        if self.complete:
+            self._remove_parts()
 
     @property
     def complete(self) -> bool:
@@ -289,6 +317,10 @@ class Output:
         """Make one file of all results, in the order of the input."""
         lines = "".join(f"{self.results[line]}\n" for line in sorted(self.results))
         write(self._folder / RESULTS, lines)
+        self._remove_parts()
+
+    def _remove_parts(self) -> None:
+        """Remove what is in the one file, also where a job ended before it could."""
         for part in self._folder.glob("part-*"):
             part.unlink()
 

@@ -21,13 +21,13 @@ from contextlib import AsyncExitStack
 from types import SimpleNamespace
 from typing import Any
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray_cluster import REPLICA_ENVIRONMENT, connect
 
 
-class Settings(BaseModel, extra="forbid"):
+class Settings(BaseModel, extra="forbid", allow_inf_nan=False, validate_default=True):
     """Settings of the deployment.
 
     Attributes:
@@ -52,6 +52,14 @@ class Settings(BaseModel, extra="forbid"):
     downscale_delay_s: float = Field(300, ge=0)
     num_cpus: float = Field(1, ge=0)
     num_gpus: float = Field(0, ge=0)
+
+    @field_validator("max_replicas")
+    @classmethod
+    def _no_fewer_than_the_least(cls, most: int, info: ValidationInfo) -> int:
+        least = info.data.get("min_replicas", 0)
+        if most < least:
+            raise ValueError(f"must be at least min_replicas, {least}")
+        return most
 
 
 def vllm_arguments(arguments: list[str]) -> argparse.Namespace:
@@ -114,8 +122,12 @@ def application(args: dict[str, Any]) -> serve.Application:
     Raises:
         ValueError: If a field is unknown or has a value that is not allowed.
     """
+    from vllm.platforms import current_platform
+
     settings = Settings(**args)
-    vllm_arguments(settings.vllm)
+    # A head without a GPU cannot read them: vLLM asks for a device first. The replicas do.
+    if not current_platform.is_unspecified():
+        vllm_arguments(settings.vllm)
     return OpenAIServer.options(
         autoscaling_config=AutoscalingConfig(
             min_replicas=settings.min_replicas,

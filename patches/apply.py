@@ -42,13 +42,14 @@ def apply(patches: list[str], target: Path, revert: bool, check: bool) -> str | 
         Why they do not fit, None if they do.
     """
     command = ["git", "apply", *(["--reverse"] if revert else []), *(["--check"] if check else [])]
-    files = [str(FOLDER / f"{name}.patch") for name in patches]
+    # As one patch: of several git writes the first before it looks at the second.
+    together = "".join((FOLDER / f"{name}.patch").read_text("utf-8") for name in patches)
     # An environment inside a repository is no part of it.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(target.parent)}
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
         environment.pop(name, None)
     done = subprocess.run(
-        [*command, *files], cwd=target, env=environment, capture_output=True, text=True
+        command, input=together, cwd=target, env=environment, capture_output=True, text=True
     )
     return None if done.returncode == 0 else done.stderr.strip()
 
@@ -61,7 +62,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing")
     parser.add_argument("--target", type=Path, help="the folder that vllm/ lies in")
     given = parser.parse_args(arguments)
-    target = given.target or installed_in()
+    target = given.target.resolve() if given.target else installed_in()
+    if not target.is_dir():
+        parser.error(f"there is no folder {target}")
     trouble = apply(given.patches, target, given.revert, given.check)
     if trouble is not None:
         print(f"error: not {'reverted' if given.revert else 'applied'}: {trouble}", file=sys.stderr)

@@ -15,7 +15,7 @@ def platform() -> str | None:
     The ``vllm.platform_plugins`` entry point. vLLM calls it in every process, before it knows
     what it runs on; what it raises is lost in a debug log.
     """
-    if os.environ.get(RAY_ON_CPU, "0") in ("", "0"):
+    if os.environ.get(RAY_ON_CPU) != "1":
         return None
     from vllm.platforms import cpu_platform_plugin
 

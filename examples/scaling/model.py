@@ -129,6 +129,11 @@ class Workload:
     tokens_per_pass: int = 8192
 
     def __post_init__(self) -> None:
+        for name in ("prompt", "response", "block", "steps", "tokens_per_pass"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"keep must be above 0 and at most 1, got {self.keep}")
         if self.response % self.block:
             raise ValueError(f"response must be a multiple of block, got {self.response}")
         if not 0 <= self.full_passes <= self.steps:
@@ -162,7 +167,8 @@ class Measured:
         for name in ("block", "full"):
             points = getattr(self, name)
             rows = [row for row, _ in points]
-            if not points or rows != sorted(set(rows)) or min(min(p) for p in points) <= 0:
+            positive = all(number > 0 for point in points for number in point)
+            if not points or rows != sorted(set(rows)) or not positive:
                 raise ValueError(
                     f"{name} must be pairs of rows and seconds above 0, by rising rows, "
                     f"got {points!r}"

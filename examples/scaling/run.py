@@ -11,7 +11,6 @@ import argparse
 import json
 from dataclasses import asdict, fields, replace
 from pathlib import Path
-from typing import Any
 
 from model import Estimate, Link, Machine, Measured, Model, Workload, estimate, room, stops_growing
 
@@ -40,8 +39,16 @@ CPU = Machine(
 MACHINES = {"h100": H100, "cpu": CPU}
 
 
-def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:
-    """Return the times in a file of `measure.py`'s, and the sizes of the model they are of.
+def at_least_one(text: str) -> int:
+    """Return the number in an argument."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def read_measured(path: Path) -> tuple[Measured, Model]:
+    """Return the times in a file of `measure.py`'s, and the model they are of.
 
     Raises:
         SystemExit: If it is none.
@@ -52,7 +59,8 @@ def read_measured(path: Path) -> tuple[Measured, dict[str, Any]]:
             name: tuple((int(rows), float(seconds)) for rows, seconds in content[name])
             for name in ("block", "full")
         }
-        return Measured(points["block"], points["full"]), content.get("model", {})
+        sizes = content.get("model", {})
+        return Measured(points["block"], points["full"]), replace(Model(), **sizes)
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise SystemExit(f"error: {path} has no measured times: {error}") from error
 
@@ -86,11 +94,15 @@ def layouts(devices: int, most_ranks: int) -> list[tuple[int, int]]:
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--machine", choices=MACHINES, default="h100", help="default: %(default)s")
-    parser.add_argument("--devices", type=int, default=8, help="of one node; default: %(default)s")
-    parser.add_argument("--most-devices", type=int, default=64, help="default: %(default)s")
+    parser.add_argument(
+        "--devices", type=at_least_one, default=8, help="of one node; default: %(default)s"
+    )
+    parser.add_argument(
+        "--most-devices", type=at_least_one, default=64, help="default: %(default)s"
+    )
     parser.add_argument(
         "--requests",
-        type=lambda text: [int(number) for number in text.split(",")],
+        type=lambda text: [at_least_one(number) for number in text.split(",")],
         default=[1, 8, 32, 128, 512],
         help="requests at once; default: 1,8,32,128,512",
     )
@@ -114,8 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     if options.no_host:
         machine = replace(machine, host_layer=0.0, host_request=0.0, host_step=0.0)
     if options.measured:
-        measured, sizes = read_measured(options.measured)
-        model = replace(model, **sizes)
+        measured, model = read_measured(options.measured)
     try:
         given = {field.name: getattr(options, field.name) for field in fields(Workload)}
         workload = Workload(**given)

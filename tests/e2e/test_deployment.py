@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -14,6 +15,7 @@ import yaml
 from vllm.benchmarks.serve import add_cli_args
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from tests.e2e.server import clean_environment, run_program
 from tests.scripts import EXAMPLES, load
 
 ROOT = Path(__file__).parents[2]
@@ -105,6 +107,17 @@ def test_ray_service_yaml() -> None:
     assert application["args"]["max_replicas"] == workers["maxReplicas"]
 
 
+def test_the_application_is_built_on_a_head_without_a_gpu() -> None:
+    """As in ray-service.yaml. In a process of its own: vLLM keeps the platform it has found."""
+    program = (
+        "import vllm.platforms as platforms; platforms.builtin_platform_plugins.clear(); "
+        "import ray_serve; ray_serve.application({'vllm': ['a/model', '--max-model-len=4096']}); "
+        "assert platforms.current_platform.is_unspecified()"
+    )
+    path = os.pathsep.join([str(EXAMPLES), str(ROOT)])
+    run_program([sys.executable, "-c", program], environment=clean_environment(PYTHONPATH=path))
+
+
 def test_ray_batch_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (document,) = documents("ray-batch.yaml")
     python, script, *arguments = shlex.split(document["spec"]["entrypoint"])
@@ -113,6 +126,14 @@ def test_ray_batch_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     workers = _check_cluster(document["spec"]["rayClusterSpec"])
     replicas = arguments[arguments.index("--replicas") + 1]
     assert int(replicas) == workers["replicas"]
+
+
+def test_the_image_has_the_ray_of_the_clusters() -> None:
+    (version,) = re.findall(
+        r"^ray==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    image = (KUBERNETES / "Dockerfile").read_text(encoding="utf-8")
+    assert re.findall(r"\bray==(\S+)", image) == [version]
 
 
 def _check_cluster(cluster: dict[str, Any]) -> dict[str, Any]:
@@ -140,6 +161,8 @@ def _check_volumes(pod: dict[str, Any]) -> None:
     [
         ({"min_replicas": -1}, "min_replicas"),
         ({"max_replicas": 0}, "max_replicas"),
+        ({"min_replicas": 3}, "max_replicas"),
+        ({"num_gpus": float("inf")}, "num_gpus"),
         ({"replicas": 2}, "replicas"),
         ({"target_ongoing_requests": 0}, "target_ongoing_requests"),
     ],

@@ -198,7 +198,7 @@ def test_ranks_share_the_cores(name: str, results: dict[str, Result]) -> None:
         (
             {"heads": 4},
             {"pipeline_parallel_size": 2},
-            "pipeline_parallel_size must be 1 for diffusion models, got 2",
+            "pipeline_parallel_size must be 1 for diffusion models, got 2: a step needs the tokens",
         ),
     ],
 )

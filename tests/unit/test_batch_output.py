@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import contextlib
 import json
+import queue
+import threading
+from concurrent.futures import Future
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -40,6 +44,25 @@ def test_a_job_goes_on_with_what_was_kept(tmp_path: Path) -> None:
     assert ray_batch.Output(tmp_path, JOB).results.keys() == {1, 4, 5}
 
 
+def test_an_end_between_the_results_and_the_parts(tmp_path: Path) -> None:
+    first = ray_batch.Output(tmp_path, JOB)
+    first.add([1], [result(1)])
+    kept = (tmp_path / "part-000000001.jsonl").read_bytes()
+    first.finish()
+    (tmp_path / "part-000000001.jsonl").write_bytes(kept)
+    del first
+    assert ray_batch.Output(tmp_path, JOB).results == {1: result(1)}
+    assert {path.name for path in tmp_path.iterdir()} == {"job.json", "lock", "results.jsonl"}
+
+
+@pytest.mark.parametrize("text", ['{"line": 1, "te', "", "5", "{}", '{"line": "x"}'])
+@pytest.mark.parametrize("name", ["part-000000001.jsonl", "results.jsonl"])
+def test_damaged_results_are_told(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(f"{result(1)}\n{text}\n")
+    with pytest.raises(SystemExit, match=f"{name} is damaged"):
+        ray_batch.Output(tmp_path, JOB)
+
+
 def test_a_folder_is_of_one_process(tmp_path: Path) -> None:
     output = ray_batch.Output(tmp_path, JOB)
     with pytest.raises(SystemExit, match="another process is at work in"):
@@ -66,11 +89,64 @@ def test_lines_are_numbered_as_editors_do(tmp_path: Path) -> None:
         (b"[]", "a request must be an object, got list"),
         (b"{}", "a request must have one of prompt, prompt_token_ids, messages"),
         (b'{"prompt": "a", "model": "b"}', "'model' must be one of"),
+        (b'{"prompt_token_ids": null}', "a request must have one of prompt"),
+        (b'{"prompt": "a", "messages": [{"role": "user"}]}', "a request must have one of prompt"),
+        (b'{"messages": []}', r"messages must be a list of at least one object, got \[\]"),
+        (b'{"messages": {"role": "user"}}', "messages must be a list of at least one object"),
+        (b'{"messages": [{"content": "a"}]}', "messages must be an object with a role, got {'con"),
+        (b'{"messages": [[{"role": "user"}]]}', "messages must be an object with a role, got \\["),
     ],
 )
 def test_refused(text: bytes, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ray_batch.parse(text)
+
+
+def test_null_counts_as_left_out() -> None:
+    text = (
+        b'{"id": null, "prompt": "a", "messages": null, "seed": null, "diffusion_threshold": null}'
+    )
+    assert ray_batch.parse(text) == {"id": None, "prompt": "a", "diffusion_threshold": None}
+
+
+def test_whatever_a_request_raises_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = ray_batch.Replica.__new__(ray_batch.Replica)
+    replica._defaults = {"max_tokens": 7, "temperature": 0.0, "seed": 0}
+    errors = iter([KeyError("role"), AssertionError()])
+
+    def enqueue(request: Any, params: Any) -> str:
+        if request["prompt"] == "bad":
+            raise next(errors)
+        return "0"
+
+    monkeypatch.setattr(replica, "_enqueue", enqueue)
+    texts = (b'{"prompt": "bad", "id": 5}', b'{"prompt": "bad"}', b'{"prompt": "good"}')
+    batch, running = ray_batch.Batch(dict(enumerate(texts, start=1))), {}
+    replica._admit(batch, running)
+    assert running == {"0": (batch, 3)}
+    batch.answer(3, {"text": ""})
+    assert [json.loads(text) for text in batch.answered.result(0)] == [
+        {"line": 1, "id": 5, "error": "'role'"},
+        {"line": 2, "error": "AssertionError"},
+        {"line": 3, "text": ""},
+    ]
+
+
+def test_a_broken_engine_leaves_no_batch_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    replica = ray_batch.Replica.__new__(ray_batch.Replica)
+    replica._inbox, replica._ready = queue.SimpleQueue(), Future()
+    replica._model, replica._engine, replica._defaults = "model", {}, {"seed": 0}
+    monkeypatch.setattr("vllm.LLM", lambda *args, **kwargs: None)
+
+    def admit(batch: Any, batches: Any) -> None:
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(replica, "_admit", admit)
+    threading.Thread(target=replica._run, daemon=True).start()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="broken"):
+            replica._inbox.put(batch := ray_batch.Batch({1: b"{}"}))
+            batch.answered.result(60)
 
 
 @given(st.binary())

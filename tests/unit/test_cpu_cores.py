@@ -8,11 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sparse_dllm.engine import cpu_cores
-from vllm_sparse_dllm.engine.cpu_cores import BINDING, bind_workers, shares
+from vllm_sparse_dllm.engine.cpu_cores import BINDING, bind_ray_worker, bind_workers, shares
 
 
 def machine(num_nodes: int, cores_of_a_node: int, threads: int) -> list[Any]:
@@ -81,3 +82,44 @@ def test_what_a_user_set_wins(two_cores: pytest.MonkeyPatch) -> None:
 def test_workers_on_ray_bind_themselves(two_cores: pytest.MonkeyPatch) -> None:
     bind_workers(parallel(2, use_ray=True))
     assert BINDING not in os.environ
+
+
+@pytest.fixture
+def bound(two_cores: pytest.MonkeyPatch) -> list[list[int]]:
+    """Take this process for the second of two workers of Ray's; return the cores it gets."""
+    context = SimpleNamespace(
+        get_accelerator_ids=lambda: {"GPU": ["1"]}, get_node_id=lambda: "this"
+    )
+    nodes = [{"NodeID": "that", "Resources": {}}, {"NodeID": "this", "Resources": {"GPU": 2.0}}]
+    found: list[list[int]] = []
+    two_cores.setattr(ray, "get_runtime_context", lambda: context)
+    two_cores.setattr(ray, "nodes", lambda: nodes)
+    two_cores.setattr(cpu_cores, "current_platform", SimpleNamespace(ray_device_key="GPU"))
+    two_cores.setattr(cpu_cores.torch, "set_num_threads", lambda number: None)
+    two_cores.setattr(os, "sched_setaffinity", lambda process, ids: found.append(list(ids)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("binding", "cores"),
+    [(None, [[1]]), ("", [[1]]), ("auto", [[1]]), ("1|0", [[0]]), ("nobind", [])],
+)
+def test_cores_of_a_worker_on_ray(
+    binding: str | None,
+    cores: list[list[int]],
+    bound: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if binding is not None:
+        monkeypatch.setenv(BINDING, binding)
+    bind_ray_worker()
+    assert bound == cores
+
+
+def test_a_worker_on_ray_without_a_list(
+    bound: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BINDING, "0-1")
+    with pytest.raises(ValueError, match=f"{BINDING} must have a list .* got '0-1' for worker 1"):
+        bind_ray_worker()
+    assert not bound

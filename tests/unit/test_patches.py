@@ -63,5 +63,29 @@ def test_goes_in_and_out(name: str, copies: dict[Path, bytes], tmp_path: Path) -
     assert run("--revert", *target).returncode == 1
 
 
+def test_in_a_repository_by_a_relative_path(
+    name: str, copies: dict[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with an environment in a checkout, which git must not take for the target."""
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "--quiet"], check=True)
+    (tmp_path / "packages").mkdir()
+    (tmp_path / "vllm").rename(tmp_path / "packages" / "vllm")
+    assert run("--target", "packages", name).returncode == 0
+    for path, before in copies.items():
+        assert (tmp_path / "packages" / path.relative_to(tmp_path)).read_bytes() != before
+
+
+def test_all_or_none(name: str, copies: dict[Path, bytes], tmp_path: Path) -> None:
+    done = run("--target", str(tmp_path), name, name)
+    assert done.returncode == 1 and "not applied" in done.stderr
+    assert {path: path.read_bytes() for path in copies} == copies
+
+
+def test_a_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
+    done = run("--target", str(tmp_path / "none"), name)
+    assert done.returncode == 2 and "there is no folder" in done.stderr
+
+
 def test_is_described(name: str) -> None:
     assert f"| `{name}.patch` |" in (PATCHES / "README.md").read_text(encoding="utf-8")

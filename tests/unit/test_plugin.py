@@ -10,7 +10,7 @@ from vllm.platforms import current_platform
 from vllm_sparse_dllm.plugin import RAY_ON_CPU, platform
 
 
-@pytest.mark.parametrize("value", [None, "", "0"])
+@pytest.mark.parametrize("value", [None, "", "0", "false"])
 def test_vllm_keeps_its_own_platform(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(RAY_ON_CPU, raising=False)
     if value is not None:

@@ -163,6 +163,28 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     one = next(one for one in content["node"] if one["ranks"] == 1 and one["requests"] == 1)
     assert one["throughput"] == pytest.approx(32 / (30 * 0.01 + 2 * 0.1))
-    measured.write_text("{}")
-    with pytest.raises(SystemExit, match="has no measured times"):
-        run.main(["--measured", str(measured)])
+    times = '"block": [[32, 0.01]], "full": [[1280, 0.1]]'
+    named, odd = f'{{{times}, "model": {{"name": 1}}}}', f"{{{times}}}".replace("0.1", "NaN")
+    for other in ("{}", "[]", named, odd):
+        measured.write_text(other)
+        with pytest.raises(SystemExit, match="has no measured times"):
+            run.main(["--measured", str(measured)])
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("--requests=8,0", "--requests: must be at least 1, got 0"),
+        ("--devices=0", "--devices: must be at least 1, got 0"),
+        ("--block=0", "block must be at least 1, got 0"),
+        ("--prompt=-1", "prompt must be at least 1, got -1"),
+        ("--keep=5", "keep must be above 0 and at most 1, got 5.0"),
+        ("--keep=nan", "keep must be above 0 and at most 1, got nan"),
+    ],
+)
+def test_arguments_are_checked(
+    argument: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        run.main([argument])
+    assert message in f"{end.value} {capsys.readouterr().err}"

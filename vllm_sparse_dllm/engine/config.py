@@ -30,6 +30,10 @@ _WORKERS = {
 }
 #: The smallest page that vLLM's CPU attention kernel runs at full speed.
 _CPU_PAGE_SIZE = 32
+#: Why an option is refused, where that is not plain.
+_REASONS = {
+    "pipeline_parallel_size": ": a step needs the tokens of the last one, so stages would idle",
+}
 #: What vLLM's own processes take before the pool is allocated, in bytes, with some room.
 _MEMORY_OF_PROCESSES = 2 << 30
 
@@ -136,7 +140,10 @@ def _refuse(vllm_config: VllmConfig) -> None:
     for name, value, allowed in options:
         if value not in allowed:
             choices = " or ".join(repr(choice) for choice in allowed if choice != [])
-            raise ValueError(f"{name} must be {choices} for diffusion models, got {_shown(value)}")
+            why = _REASONS.get(name, "")
+            raise ValueError(
+                f"{name} must be {choices} for diffusion models, got {_shown(value)}{why}"
+            )
 
 
 def _check_tensor_parallel(vllm_config: VllmConfig) -> None:

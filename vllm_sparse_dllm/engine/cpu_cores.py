@@ -64,7 +64,7 @@ def bind_ray_worker() -> None:
     """
     import ray
 
-    binding = os.environ.get(BINDING, "auto")
+    binding = os.environ.get(BINDING) or "auto"
     if binding == "nobind":
         return
     context = ray.get_runtime_context()
