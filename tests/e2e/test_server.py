@@ -421,6 +421,7 @@ BAD_PARAMETERS = [
     refused("logit_bias", logit_bias={"100000": 1}),
     refused("logit_bias", logit_bias={"x": 1}),
     refused("bad_words", bad_words=[""]),
+    refused("bad_words", bad_words=["\ud800"]),
     refused("allowed_token_ids", allowed_token_ids=[]),
     refused("allowed_token_ids", allowed_token_ids=[100_000]),
     refused("allowed_token_ids", allowed_token_ids=[EOS], min_tokens=1),

@@ -89,13 +89,17 @@ def _check_transport(request: EngineCoreRequest, sampling: SamplingParams) -> No
     del fields["sampling_params"]
     fields |= {name: getattr(sampling, name) for name in SamplingParams.__struct_fields__}
     for name, value in fields.items():
-        if not _fits_message(value):
-            raise RequestError(
-                f"{name} must hold integers from -2**63 to 2**64 - 1 and valid Unicode only, "
-                f"got {reprlib.repr(value)}",
-                parameter=name,
-                value=reprlib.repr(value),
-            )
+        _check_message(name, value)
+
+
+def _check_message(name: str, value: Any) -> None:
+    if not _fits_message(value):
+        raise RequestError(
+            f"{name} must hold integers from -2**63 to 2**64 - 1 and valid Unicode only, "
+            f"got {reprlib.repr(value)}",
+            parameter=name,
+            value=reprlib.repr(value),
+        )
 
 
 def _fits_message(value: Any) -> bool:
@@ -286,6 +290,8 @@ def _wrap_process_inputs() -> None:
         given = params
         if isinstance(params, SamplingParams):
             with _refusals(self.vllm_config):
+                # vLLM gives them to the tokenizer, which no broken Unicode may reach.
+                _check_message("bad_words", params.bad_words)
                 given = structural_tag.write_out(
                     params, self.structured_outputs_config, self.tokenizer
                 )
