@@ -16,10 +16,9 @@ from tests.kernels import twins
 from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.attention.packing import PackedArrays, row_tiles, starts_of
 from vllm_sparse_dllm.attention.triton import TritonBackend
-from vllm_sparse_dllm.kernels.full_attention import Config as FullConfig
+from vllm_sparse_dllm.kernels.common import TileConfig
 from vllm_sparse_dllm.kernels.full_attention import full_attention
 from vllm_sparse_dllm.kernels.paged_attention import (
-    Config,
     choose_splits,
     paged_attention,
     work_space,
@@ -180,7 +179,7 @@ def test_any_tiles_and_splits(
     table = pool.table(keys.tolist(), seed)
     q = pool.randn(torch.Generator().manual_seed(seed), int(queries.sum()), group)
     expected = pool.expected(q, queries, keys, table)
-    config = Config(block_m, block_n, 4, 1)
+    config = TileConfig(block_m, block_n, 4, 1)
     tiles = row_tiles(queries * group, block_m)
     arrays = PackedArrays.of([tiles, starts_of(queries), keys, table], device)
     space = [
@@ -201,7 +200,7 @@ def test_any_tiles_and_splits(
     tiles = row_tiles(queries, block_m)
     arrays = PackedArrays.of([tiles, starts_of(queries), starts_of(keys)], device)
     output = torch.full_like(q, 77.0)
-    config = FullConfig(block_m, block_n, 4, 1)
+    config = TileConfig(block_m, block_n, 4, 1)
     full_attention(q, pool.keys[rows], pool.values[rows], output, *arrays.views, 0.25, config)
     assert_close(output, expected)
 

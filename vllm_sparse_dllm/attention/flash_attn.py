@@ -11,8 +11,8 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionShape
-from vllm_sparse_dllm.attention.packing import PackedArrays, check_room, starts_of
-from vllm_sparse_dllm.attention.slots import ZeroedSlotBackend
+from vllm_sparse_dllm.attention.packing import PackedArrays, pad_sequences, starts_of
+from vllm_sparse_dllm.attention.slots import ZeroedSlotBackend, why_not_half_on_cuda
 
 _LIBRARY = "vllm.vllm_flash_attn"
 _MOST_CHANNELS = 256
@@ -51,10 +51,8 @@ class FlashAttentionBackend(ZeroedSlotBackend):
     def why_not(
         cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        if device.type != "cuda":
-            return f"it runs on CUDA devices only, not on {device.type!r}"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"its dtypes are float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+        if (reason := why_not_half_on_cuda(dtype, device)) is not None:
+            return reason
         if shape.head_size % 8 or shape.head_size > _MOST_CHANNELS:
             return (
                 f"its head sizes are the multiples of 8 to {_MOST_CHANNELS}, got {shape.head_size}"
@@ -125,14 +123,11 @@ class FlashAttentionBackend(ZeroedSlotBackend):
         key_lengths: np.ndarray,
         page_table: np.ndarray,
     ) -> None:
-        starts, lengths, table = (np.zeros(view.shape, np.int32) for view in plan.arrays.views)
-        check_room(table.shape, plan.num_queries, query_lengths, page_table)
-        num_sequences, width = page_table.shape
-        starts[: num_sequences + 1] = starts_of(query_lengths)
-        starts[num_sequences + 1 :] = starts[num_sequences]
-        lengths[:num_sequences] = key_lengths
-        table[:num_sequences, :width] = page_table
-        plan.arrays.rewrite([starts, lengths, table])
+        table_shape = plan.arrays.views[-1].shape
+        arrays = pad_sequences(
+            table_shape, plan.num_queries, query_lengths, key_lengths, page_table
+        )
+        plan.arrays.rewrite(arrays)
 
     def attend_paged(
         self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any

@@ -89,22 +89,27 @@ def starts_of(lengths: np.ndarray) -> np.ndarray:
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
-def check_room(
+def pad_sequences(
     table_shape: tuple[int, ...],
     num_queries: int,
     query_lengths: np.ndarray,
+    key_lengths: np.ndarray,
     page_table: np.ndarray,
-) -> None:
-    """Check that a static plan holds the sequences of a step.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the arrays of a plan with room for more sequences; those behind have no rows.
 
     Args:
         table_shape: Sequences and pages that the plan has room for.
         num_queries: Queries that it has room for in a sequence.
         query_lengths: ``[sequences]``.
+        key_lengths: ``[sequences]``.
         page_table: ``[sequences, width]``.
 
+    Returns:
+        Query starts, key lengths and page table, int32.
+
     Raises:
-        ValueError: If it does not.
+        ValueError: If the plan is too small.
     """
     most = int(query_lengths.max(initial=0))
     num_sequences, width = page_table.shape
@@ -113,3 +118,10 @@ def check_room(
             f"the plan is for {table_shape[0]} sequences of {num_queries} queries on "
             f"{table_shape[1]} pages, got {num_sequences} of at most {most} on {width}"
         )
+    starts, lengths = (np.zeros(table_shape[0] + more, np.int32) for more in (1, 0))
+    table = np.zeros(table_shape, np.int32)
+    starts[: num_sequences + 1] = starts_of(query_lengths)
+    starts[num_sequences + 1 :] = starts[num_sequences]
+    lengths[:num_sequences] = key_lengths
+    table[:num_sequences, :width] = page_table
+    return starts, lengths, table

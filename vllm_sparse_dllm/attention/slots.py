@@ -46,3 +46,12 @@ class ZeroedSlotBackend(SlotBackend):
         for slots in self._slots:
             heads_and_channels = slots.shape[2:]
             slots.view(2, -1, self.page_size, *heads_and_channels).index_fill_(1, pages, 0)
+
+
+def why_not_half_on_cuda(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Return what keeps libraries of half-precision CUDA kernels from running, None if nothing."""
+    if device.type != "cuda":
+        return f"it runs on CUDA devices only, not on {device.type!r}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"its dtypes are float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+    return None

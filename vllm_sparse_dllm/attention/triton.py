@@ -13,7 +13,7 @@ import torch
 from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.attention.packing import (
     PackedArrays,
-    check_room,
+    pad_sequences,
     row_tiles,
     starts_of,
 )
@@ -253,18 +253,15 @@ class TritonBackend(SlotBackend):
         key_lengths: np.ndarray,
         page_table: np.ndarray,
     ) -> None:
-        tiles, starts, lengths, table = (np.zeros(v.shape, np.int32) for v in plan.arrays.views)
-        num_sequences, width = page_table.shape
-        check_room(table.shape, plan.num_queries, query_lengths, page_table)
+        shapes = [view.shape for view in plan.arrays.views]
+        sequences = pad_sequences(
+            shapes[-1], plan.num_queries, query_lengths, key_lengths, page_table
+        )
+        # What is left of a static plan's tiles belongs to nobody.
+        tiles = np.full(shapes[0], -1, np.int32)
         own = row_tiles(query_lengths * self._group, plan.config.block_m)
         tiles[: len(own)] = own
-        # What is left of a static plan's tiles belongs to nobody.
-        tiles[len(own) :] = -1
-        starts[: num_sequences + 1] = starts_of(query_lengths)
-        starts[num_sequences + 1 :] = starts[num_sequences]
-        lengths[:num_sequences] = key_lengths
-        table[:num_sequences, :width] = page_table
-        plan.arrays.rewrite([tiles, starts, lengths, table])
+        plan.arrays.rewrite([tiles, *sequences])
 
     def attend_paged(
         self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any

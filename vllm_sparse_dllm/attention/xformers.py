@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionShape
-from vllm_sparse_dllm.attention.slots import ZeroedSlotBackend
+from vllm_sparse_dllm.attention.slots import ZeroedSlotBackend, why_not_half_on_cuda
 
 _LIBRARY = "xformers.ops.fmha"
 
@@ -51,10 +51,8 @@ class XFormersBackend(ZeroedSlotBackend):
     def why_not(
         cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        if device.type != "cuda":
-            return f"it runs on CUDA devices only, not on {device.type!r}"
-        if dtype not in (torch.float16, torch.bfloat16):
-            return f"its dtypes are float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+        if (reason := why_not_half_on_cuda(dtype, device)) is not None:
+            return reason
         if find_spec("xformers") is None:
             return 'the package is not installed (pip install "vllm-sparse-dllm[xformers]")'
         return None

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -12,6 +14,23 @@ from vllm_sparse_dllm.kernels import interpreted
 #: The interpreter multiplies the bits of bfloat16 as integers; widened first, the products are
 #: the same as those of the tensor cores, which are exact too.
 WIDEN_DOTS = tl.constexpr(interpreted())
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """Launch parameters of an attention kernel.
+
+    Attributes:
+        block_m: Rows of a tile: queries, over pages times the heads that share a key head.
+        block_n: Keys of a tile.
+        num_warps: Warps of a program.
+        num_stages: Tiles of keys in flight.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
 
 
 @triton.jit

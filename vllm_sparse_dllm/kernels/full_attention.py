@@ -8,36 +8,18 @@ follow each other, so that its keys and values are read from the cache but for t
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_dllm.kernels.common import attend_tile, head_strides
+from vllm_sparse_dllm.kernels.common import TileConfig, attend_tile, head_strides
 
 #: Where `choose_config` changes its mind.
 QUERY_COUNTS = (64, 65)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Launch parameters.
-
-    Attributes:
-        block_m: Queries of a tile.
-        block_n: Keys of a tile.
-        num_warps: Warps of a program.
-        num_stages: Tiles of keys in flight.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_config(head_size: int, dtype: torch.dtype, num_queries: int) -> Config:
+def choose_config(head_size: int, dtype: torch.dtype, num_queries: int) -> TileConfig:
     """Return launch parameters.
 
     Args:
@@ -48,10 +30,10 @@ def choose_config(head_size: int, dtype: torch.dtype, num_queries: int) -> Confi
     """
     wide = head_size > 128
     if dtype == torch.float32:
-        return Config(32, 32, 4, 1)
+        return TileConfig(32, 32, 4, 1)
     if num_queries <= 64:
-        return Config(64, 64, 4, 2 if wide else 3)
-    return Config(128, 64, 8, 2 if wide else 3)
+        return TileConfig(64, 64, 4, 2 if wide else 3)
+    return TileConfig(128, 64, 8, 2 if wide else 3)
 
 
 @triton.jit
@@ -144,7 +126,7 @@ def full_attention(
     query_start: torch.Tensor,
     key_start: torch.Tensor,
     scale: float,
-    config: Config,
+    config: TileConfig,
 ) -> None:
     """Attend, sequence by sequence.
 

@@ -9,13 +9,12 @@ keys are split among programs, whose partial softmaxes a second kernel joins.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from vllm_sparse_dllm.kernels.common import attend_tile, head_strides
+from vllm_sparse_dllm.kernels.common import TileConfig, attend_tile, head_strides
 
 #: Where `choose_config` changes its mind.
 ROW_COUNTS = (32, 33)
@@ -26,24 +25,7 @@ _MOST_SPLITS = 32
 _ROWS_TO_JOIN = tl.constexpr(8)
 
 
-@dataclass(frozen=True)
-class Config:
-    """Launch parameters.
-
-    Attributes:
-        block_m: Packed rows of a tile: queries times the heads that share a key head.
-        block_n: Keys of a tile.
-        num_warps: Warps of a program.
-        num_stages: Tiles of keys in flight.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-def choose_config(head_size: int, dtype: torch.dtype, num_rows: int) -> Config:
+def choose_config(head_size: int, dtype: torch.dtype, num_rows: int) -> TileConfig:
     """Return launch parameters.
 
     Args:
@@ -53,8 +35,8 @@ def choose_config(head_size: int, dtype: torch.dtype, num_rows: int) -> Config:
             not depend on the batch.
     """
     if dtype == torch.float32:
-        return Config(32, 32, 4, 1)
-    return Config(32 if num_rows <= 32 else 64, 64, 4, 2 if head_size > 128 else 3)
+        return TileConfig(32, 32, 4, 1)
+    return TileConfig(32 if num_rows <= 32 else 64, 64, 4, 2 if head_size > 128 else 3)
 
 
 def choose_splits(num_programs: int, num_keys: int, dtype: torch.dtype, num_cores: int) -> int:
@@ -222,7 +204,7 @@ def join_splits_kernel(
 
 
 def work_space(
-    num_tiles: int, num_kv_heads: int, num_splits: int, config: Config, head_size: int
+    num_tiles: int, num_kv_heads: int, num_splits: int, config: TileConfig, head_size: int
 ) -> tuple[int, int]:
     """Return the float32 numbers of `paged_attention`'s ``partial`` and ``statistics``."""
     if num_splits == 1:
@@ -242,7 +224,7 @@ def paged_attention(
     page_table: torch.Tensor,
     page_size: int,
     scale: float,
-    config: Config,
+    config: TileConfig,
     num_splits: int,
     partial: torch.Tensor,
     statistics: torch.Tensor,
