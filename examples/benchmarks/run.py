@@ -14,8 +14,9 @@ from pathlib import Path
 
 import report
 import schedules
+from bounds import block_step_cost, full_pass_cost
 from breakdown import as_json
-from ceilings import floor_of, step_cost
+from ceilings import floor_of
 from checkpoints import FAMILIES, SIZES, checkpoint
 from programs import Job, num_cores
 from session import Contender, Options, Session, Settings
@@ -29,7 +30,6 @@ from targets import (
     Target,
     baseline_contender,
     beyond_contenders,
-    block_step_cost,
     check_targets,
     engine_contender,
     measure_breakdown,
@@ -229,11 +229,8 @@ class Benchmark:
             cost = block_step_cost(session, settings, arguments.batch_prompt, num)
             floor = floor_of(cost, num * options.block_length, self.ceilings)
             self._add_floor("sparse block step", arguments.batch_prompt, num, vars(floor))
-        size = {"bfloat16": 2, "float32": 4}[options.dtype]
         for prompt, length in zip(arguments.prompts, longest, strict=True):
-            last = options.block_length / 2
-            cost = step_cost(session.shape, length, last, length, 0, 1, size)
-            floor = floor_of(cost, length, self.ceilings)
+            floor = floor_of(full_pass_cost(session, settings, prompt, 1), length, self.ceilings)
             self._add_floor("full pass", prompt, 1, vars(floor))
 
     def _add_floor(self, step: str, prompt: int, requests: int, floor: Job) -> None:

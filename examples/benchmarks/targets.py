@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bounds import MANY_ROWS, block_step_cost, least_seconds, measure_rates
 from breakdown import Breakdown, break_down, cache_bytes
-from ceilings import StepCost, floor_of, step_cost
+from ceilings import floor_of
 from programs import Job
 from schedules import EAGER, LATE_DELAY, late
 from session import Contender, Measurement, Session, Settings
@@ -87,8 +88,8 @@ GROUPS = ("baseline", "batch", "none", "at-once", "late", "threshold", "step", "
 #: The programs that each needs; `threshold` runs on the embedded model.
 PROGRAMS = {
     "baseline": ("engine", "baseline"),
-    "batch": ("engine", "baseline"),
-    "none": ("engine",),
+    "batch": ("engine", "baseline", "ceilings"),
+    "none": ("engine", "ceilings"),
     "at-once": ("engine",),
     "late": ("engine",),
     "threshold": (),
@@ -144,13 +145,15 @@ def _batch_over_baseline(session: Session, scale: Scale) -> Iterator[Target]:
         engine_contender(session, "sparse"),
         baseline_contender(session, "sparse"),
         3.5,
+        scale.ceiling_seconds,
     )
 
 
 def _over_none(session: Session, scale: Scale) -> Iterator[Target]:
     sparse, none = engine_contender(session, "sparse"), engine_contender(session, "none")
     figure = f"one request, prompt {scale.longest:,}"
-    yield _speed_up(session, figure, scale.longest, 1, sparse, none, 15.0)
+    budget = scale.ceiling_seconds
+    yield _speed_up(session, figure, scale.longest, 1, sparse, none, 15.0, budget)
 
 
 def _late_everywhere(session: Session, scale: Scale) -> Iterator[Target]:
@@ -166,15 +169,54 @@ def _speed_up(
     one: Contender,
     other: Contender,
     bound: float,
+    ceiling_seconds: float = 0.0,
 ) -> Target:
+    """Measure one contender over another.
+
+    Args:
+        session: On the model.
+        figure: In words.
+        length: Of the prompts.
+        num: Requests at once.
+        one: Its rate is divided,
+        other: by that of this one.
+        bound: At least that.
+        ceiling_seconds: If not 0, the note also says what the machine allows; the seconds for
+            each measurement of its ceilings.
+    """
     mine, theirs = session.measure("targets", [one, other], session.prompts(length, num))
     note = f"{mine.rate:.2f} and {theirs.rate:.2f} tokens/s"
     if theirs.scale > 1:
         note += f"; the latter scaled up by {theirs.scale:g} from fewer steps"
     if theirs.num_requests < num:
         note += f"; the latter's rate over {theirs.num_requests} requests"
+    if ceiling_seconds:
+        note += "; " + _machine_allows(session, mine, theirs, ceiling_seconds)
     return Target(
         f"{figure}: {one.name} over {other.name}", bound, mine.speed_up(theirs), note=note
+    )
+
+
+def _machine_allows(
+    session: Session, mine: Measurement, theirs: Measurement, ceiling_seconds: float
+) -> str:
+    """Return what a speed-up could be at most, and by which times.
+
+    Over the same engine without a cache full passes count as they were measured there, since
+    both gain from faster ones; else at their floor.
+    """
+    length, num, settings = mine.prompt, mine.num_requests, mine.settings
+    rates = measure_rates(session, settings, num, ceiling_seconds)
+    given = None
+    if theirs.program == "engine" and theirs.settings["cache_policy"] == "none":
+        given = num / theirs.rate
+    full, step, least = least_seconds(session, settings, length, num, rates, given)
+    most = num * mine.response / least / theirs.rate
+    return (
+        f"at most {most:.1f} × with full passes of {full:,.3f} s "
+        f"({'as measured' if given else 'their floor'}) and block steps of {step:.4f} s (their "
+        f"floor; products at {rates['gemm'][str(MANY_ROWS)]['rate'] / 1e9:,.0f} GFLOP/s in full "
+        f"passes, weights at {rates['bandwidth'] / 1e9:.0f} GB/s)"
     )
 
 
@@ -313,17 +355,6 @@ def _threshold(session: Session, scale: Scale, variants: dict[str, Settings]) ->
             note=f"{mine.rate:.1f} and {other.rate:.1f} tokens/s; right in {mine.accuracy:.0%} "
             f"and {other.accuracy:.0%}",
         )
-
-
-def block_step_cost(session: Session, settings: Settings, prompt: int, requests: int) -> StepCost:
-    """Return what a block step must cost; of a block half the positions are masks on average."""
-    block = settings["block_length"]
-    others = prompt + session.options.response - block
-    if settings["cache_policy"] == "sparse":
-        others = int(others * settings["keep_ratio"])
-    size = {"bfloat16": 2, "float32": 4}[session.options.dtype]
-    rows = requests * block
-    return step_cost(session.shape, rows, rows / 2, others + block, others, requests, size)
 
 
 def measure_breakdown(
