@@ -16,7 +16,7 @@ from vllm.sampling_params import BeamSearchParams
 
 from tests.e2e.cases import Case, constrained_cases, drawn_cases, greedy_cases, run_staggered
 from tests.e2e.parameters import ACCEPTED_OFFLINE, REFUSED_OFFLINE
-from tests.engines import count_forwards, generate, running_engine, sampling, scheduler_of
+from tests.engines import count_forwards, generate, pool_is_whole, running_engine, sampling
 from tests.reference import Model, load, write_checkpoint
 from tests.unit.test_readme import PARAMETERS, code, table
 from vllm_sparse_dllm.assets import embedded_model
@@ -60,8 +60,7 @@ def runs(checkpoints: dict[str, Path]) -> dict[str, Run]:
         random.Random(2).shuffle(mixed)
         with running_engine(str(path)) as llm:
             outputs = generate(llm, [c.prompt for c in mixed], [c.sampling() for c in mixed])
-            manager = scheduler_of(llm).block_manager
-            assert manager.block_pool.get_num_free_blocks() == manager.num_pages
+            assert pool_is_whole(llm)
         found[model] = Run(reference, mixed, outputs)
     return found
 
@@ -224,19 +223,43 @@ def test_a_fixed_token_is_certain(llada: LLM, reference: Model, logprobs: int) -
 
 def test_samples_of_one_canvas(llada: LLM, reference: Model) -> None:
     canvas = [reference.mask_id, 31, reference.mask_id]
-    params = sampling(5, n=3, temperature=1.0, seed=8, diffusion_canvas=canvas)
+    drawn = {"temperature": 1.0, "diffusion_canvas": canvas}
+    params = sampling(5, n=3, seed=8, **drawn)
     (output,) = llada.generate([{"prompt_token_ids": [1, 2]}], params, use_tqdm=False)
-    answers = [tuple(sample.token_ids) for sample in output.outputs]
-    assert len(set(answers)) == 3
+    answers = [list(sample.token_ids) for sample in output.outputs]
+    assert len(set(map(tuple, answers))) == 3
     assert all(answer[1] == 31 and len(answer) == 5 for answer in answers)
+    one_each = [sampling(5, seed=seed, **drawn) for seed in (8, 9, 10)]
+    assert generate(llada, [[1, 2]] * 3, one_each) == answers
+
+
+def test_requests_without_a_seed_have_noise_of_their_own(llada: LLM) -> None:
+    params = [sampling(24, temperature=2.0)] * 3
+    assert len(set(map(tuple, generate(llada, [[1, 2]] * 3, params)))) == 3
+
+
+def test_logprobs_are_of_the_logits_before_constraints(llada: LLM) -> None:
+    prompt = {"prompt_token_ids": [1, 2]}
+    (plain,) = llada.generate([prompt], sampling(1, logprobs=3), use_tqdm=False)
+    assert plain.outputs[0].logprobs is not None
+    first, other = list(plain.outputs[0].logprobs[0].items())[:2]
+    for options in ({"allowed_token_ids": [other[0]]}, {"logit_bias": {other[0]: 100.0}}):
+        params = sampling(1, logprobs=1, **options)
+        (forced,) = llada.generate([prompt], params, use_tqdm=False)
+        assert forced.outputs[0].token_ids == [other[0]] and forced.outputs[0].logprobs is not None
+        found = forced.outputs[0].logprobs[0]
+        for token, expected in (first, other):
+            assert found[token].logprob == pytest.approx(expected.logprob, abs=1e-5)
 
 
 def test_default_length_with_a_canvas(llada: LLM, reference: Model) -> None:
     """A canvas does not change the length: the rest is the model's to write."""
     params = sampling(1, diffusion_canvas=[7, 8], diffusion_threshold=0.01)
     params.max_tokens = None
-    (output,) = generate(llada, [[1, 2]], [params])
-    assert len(output) == 256 and output[:2] == [7, 8]
+    # Of the second, the context leaves no more.
+    long, short = generate(llada, [[1, 2], [1] * 500], [params] * 2)
+    assert len(long) == 256 and len(short) == 12
+    assert long[:2] == short[:2] == [7, 8]
 
 
 def test_mask_ids_of_a_prompt_are_text(llada: LLM, reference: Model) -> None:

@@ -160,6 +160,10 @@ def test_constraints_act(server: Server) -> None:
     first = plain[0]
     assert tokens_of(server, logit_bias={"500": 100}) == [500] * 12
     assert first not in tokens_of(server, logit_bias={str(first): -100})
+    # Cut to 100: neither of two can be favoured more.
+    pairs = [{"500": a, "501": b} for a, b in ((100, 100), (1000, 100), (100, 1000))]
+    even, *others = (tokens_of(server, logit_bias=pair) for pair in pairs)
+    assert others == [even, even]
     assert set(tokens_of(server, allowed_token_ids=[500, 501, 502])) <= {500, 501, 502}
     pushed = {"allowed_token_ids": [500, 501, 502, 503], "logit_bias": {"500": 80}}
     penalised = tokens_of(server, **pushed, presence_penalty=2.0, frequency_penalty=2.0)

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from vllm import LLM, RequestOutput, SamplingParams
 from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
-from tests.e2e.cases import POLICIES, Case, drawn_cases, greedy_cases
+from tests.e2e.cases import POLICIES, Case, constrained_cases, drawn_cases, greedy_cases
 from tests.e2e.server import tiny_llada
 from tests.engines import generate, pool_is_whole, running_engine, sampling, scheduler_of
 from tests.reference import Model, load, write_checkpoint
@@ -271,14 +271,17 @@ def test_tokens_are_those_of_the_reference(llm: LLM, model: Model, family: str) 
 
 
 def test_batches_with_and_without_grammars(llm: LLM, family: str) -> None:
-    """What else runs changes neither the constrained requests nor the others."""
+    """What else runs, penalties and traces among it, changes no request's tokens."""
+    rng, guided = random.Random(1), family == "llada"
     constrained = fixed_requests(family)[2:10]
-    free = greedy_cases(3, VOCAB) + drawn_cases(4, VOCAB, guided=family == "llada")
-    free = random.Random(1).sample(free, 6)
+    free = rng.sample(greedy_cases(3, VOCAB) + drawn_cases(4, VOCAB, guided), 4)
+    free += rng.sample(constrained_cases(5, VOCAB, MASK, guided), 6)
     params = [*(r.sampling() for r in constrained), *(case.sampling() for case in free)]
     prompts = [*prompts_for(constrained), *(case.prompt for case in free)]
     alone = [generate(llm, [p], [s])[0] for p, s in zip(prompts, params, strict=True)]
     order = random.Random(2).sample(range(len(params)), len(params))
+    for traced in order[::2]:
+        params[traced].extra_args = {**(params[traced].extra_args or {}), "diffusion_trace": 1}
     together = generate(llm, [prompts[i] for i in order], [params[i] for i in order])
     assert together == [alone[i] for i in order]
     assert pool_is_whole(llm)
@@ -533,6 +536,19 @@ def test_a_grammar_that_its_backend_cannot_follow_says_so(llm: LLM) -> None:
     output = run_beside_others(llm, Wanted("grammar", "start: <no_such_token>").sampling())
     assert output.outputs[0].finish_reason == "error"
     assert "unknown special token" in str(output.outputs[0].stop_reason)
+
+
+def test_logits_that_are_not_finite_are_not_the_grammars_fault(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    spoilt = lambda hidden: torch.full((len(hidden), VOCAB), torch.nan)  # noqa: E731
+    monkeypatch.setattr(model, "compute_logits", spoilt)
+    [output] = answer(llm, [PROMPTS[0]], [Wanted("regex", "[abc]+").sampling()])
+    assert output.outputs[0].finish_reason == "error"
+    # What has a reason is answered with 400.
+    assert output.outputs[0].stop_reason is None
+    assert pool_is_whole(llm)
 
 
 def test_a_schema_holds_between_tags(llm: LLM) -> None:

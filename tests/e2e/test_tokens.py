@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases, saliency_cases
-from tests.engines import generate, running_engine, scheduler_of
+from tests.engines import generate, pool_is_whole, running_engine
 from tests.reference import Model, load, write_checkpoint
 from tests.reference.checkpoints import special_ids
 from vllm_sparse_dllm.assets import embedded_model
@@ -102,8 +102,7 @@ class _Runs(dict[str, Run]):
                 [case.prompt for case in checkpoint.cases],
                 [case.sampling() for case in checkpoint.cases],
             )
-            manager = scheduler_of(llm).block_manager
-            assert manager.block_pool.get_num_free_blocks() == manager.num_pages
+            assert pool_is_whole(llm)
         self[name] = Run(load(path), outputs)
         return self[name]
 

@@ -16,7 +16,7 @@ from vllm import LLM, SamplingParams
 from vllm.outputs import CompletionOutput
 
 from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases
-from tests.engines import running_engine, sampling, scheduler_of
+from tests.engines import pool_is_whole, running_engine, sampling, scheduler_of
 from tests.reference import Model, load, write_checkpoint
 from tests.reference.decode import Stats, generate_with_stats
 from vllm_sparse_dllm.assets import embedded_model
@@ -73,8 +73,7 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
             [chosen for own in params for chosen in (own, with_trace(own, 2))],
             use_tqdm=False,
         )
-        manager = scheduler_of(llm).block_manager
-        assert manager.block_pool.get_num_free_blocks() == manager.num_pages
+        assert pool_is_whole(llm)
     model = load(path)
     return [
         Run(case, plain.outputs[0], traced.outputs[0], *account(model, case))

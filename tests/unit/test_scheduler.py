@@ -122,6 +122,12 @@ class Spec:
         return min(decoding.eviction_delay, canvas.longest_block) + 2
 
     @property
+    def most_runs(self) -> int:
+        """Steps of its own at the most: one a token, and those of a block that commit none."""
+        decoding = self.decoding
+        return self.response + self.canvas.num_blocks * (decoding.delay_steps + 2)
+
+    @property
     def largest_step(self) -> int:
         return self.canvas.length * self.decoding.num_sequences
 
@@ -221,6 +227,7 @@ class World:
         self.head_waits: tuple[str | None, int, int] = (None, 0, 0)
         self.longest_wait = 0
         self.longest_wait_for_pages = 0
+        self.ages: Counter[str] = Counter()
 
     def add(self, spec: Spec, name: str | None = None) -> str:
         request_id = name or f"r{len(self.specs)}"
@@ -256,6 +263,7 @@ class World:
     def reset(self) -> None:
         assert self.scheduler.reset_prefix_cache(reset_running_requests=True)
         self.passed_over.clear()
+        self.ages.clear()
 
     @property
     def running(self) -> list[str]:
@@ -297,6 +305,7 @@ class World:
         else:
             assert bool(scheduled) == bool(self.running)  # no step is wasted
             self._count_waits(before, scheduled)
+            self._count_ages()
             if scheduler.pause_state is PauseState.UNPAUSED:
                 bound = len(before) + 1 if peaks <= num_pages else self._turns_at_the_peak
                 self._count_head_waits(head, head in new, least <= num_pages and seats, bound)
@@ -338,6 +347,15 @@ class World:
                 self.bounds[request_id] = len(before) - 1 + 1
             self.longest_wait = max(self.longest_wait, wait)
             assert wait <= self.bounds[request_id]
+
+    def _count_ages(self) -> None:
+        """A slot comes free within the steps that its request takes of its own, once a seat."""
+        if any(spec.peak_pages > spec.num_pages for spec in self.specs.values()):
+            return  # who waits for such pages may take longer
+        for request_id in self.running:
+            self.ages[request_id] += 1
+            bound = self.specs[request_id].most_runs * self.scheduler.max_num_running_reqs
+            assert self.ages[request_id] <= bound
 
     @property
     def _turns_at_the_peak(self) -> int:
@@ -468,6 +486,7 @@ class Story:
     requests: list[tuple[int, Spec]]
     aborts: dict[int, list[int]]
     resets: frozenset[int]
+    pauses: dict[int, PauseState]
     max_num_seqs: int
     spare_budget: int
     spare_pages: int
@@ -478,10 +497,12 @@ class Story:
 def stories(draw: st.DrawFn, calm: bool = False) -> Story:
     requests = draw(st.lists(st.tuples(st.integers(0, 25), specs()), min_size=1, max_size=9))
     some = st.dictionaries(st.integers(0, 40), st.lists(st.integers(0, 8), max_size=2), max_size=4)
+    pauses = st.dictionaries(st.integers(0, 40), st.sampled_from(PauseState), max_size=2)
     return Story(
         requests=requests,
         aborts={} if calm else draw(some),
         resets=frozenset() if calm else draw(st.frozensets(st.integers(0, 40), max_size=1)),
+        pauses={} if calm else draw(pauses),
         max_num_seqs=draw(st.integers(1, 8)),
         spare_budget=draw(st.sampled_from([0, 0, 10, 100, 2000])),
         spare_pages=draw(st.sampled_from([0, 0, 2, 10, 100])),
@@ -498,7 +519,7 @@ def play(story: Story) -> World:
         policy=story.policy,
     )
     arrivals = sorted(story.requests, key=lambda entry: entry[0])
-    last = max([arrivals[-1][0], *story.aborts, *story.resets])
+    last = max([arrivals[-1][0], *story.aborts, *story.resets, *story.pauses])
     for number in range(last + 1):
         while arrivals and arrivals[0][0] <= number:
             world.add(arrivals.pop(0)[1])
@@ -507,7 +528,10 @@ def play(story: Story) -> World:
                 world.abort(f"r{index}")
         if number in story.resets:
             world.reset()
+        if number in story.pauses:
+            world.scheduler.set_pause_state(story.pauses[number])
         world.step()
+    world.scheduler.set_pause_state(PauseState.UNPAUSED)
     world.drain()
     return world
 
