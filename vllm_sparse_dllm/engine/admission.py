@@ -74,32 +74,30 @@ def check_sampling(sampling: SamplingParams) -> None:
             )
 
 
-def _check_transport(request: EngineCoreRequest, sampling: SamplingParams) -> None:
+def _check_transport(given: msgspec.Struct) -> None:
     """Refuse what vLLM's messages between its processes cannot hold.
 
     vLLM finds out when it sends a request to the engine: that is HTTP 500, and the front end
     keeps the request for ever.
 
+    Args:
+        given: The request; or its parameters, before vLLM gives their texts to the tokenizer,
+            which no broken Unicode may reach.
+
     Raises:
         RequestError: Naming the field, its value and what is allowed.
     """
-    if _fits_message(request):
+    if _fits_message(given):
         return
-    fields = {name: getattr(request, name) for name in EngineCoreRequest.__struct_fields__}
-    del fields["sampling_params"]
-    fields |= {name: getattr(sampling, name) for name in SamplingParams.__struct_fields__}
-    for name, value in fields.items():
-        _check_message(name, value)
-
-
-def _check_message(name: str, value: Any) -> None:
-    if not _fits_message(value):
-        raise RequestError(
-            f"{name} must hold integers from -2**63 to 2**64 - 1 and valid Unicode only, "
-            f"got {reprlib.repr(value)}",
-            parameter=name,
-            value=reprlib.repr(value),
-        )
+    for name in given.__struct_fields__:
+        value = getattr(given, name)
+        if not _fits_message(value):
+            raise RequestError(
+                f"{name} must hold integers from -2**63 to 2**64 - 1 and valid Unicode only, "
+                f"got {reprlib.repr(value)}",
+                parameter=name,
+                value=reprlib.repr(value),
+            )
 
 
 def _fits_message(value: Any) -> bool:
@@ -124,7 +122,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
         raise RequestError("prompt_embeds is not supported by diffusion models")
     if request.resumable:
         raise RequestError("streaming input is not supported by diffusion models")
-    _check_transport(request, sampling)
+    _check_transport(request)
     vocab_size = vllm_config.model_config.get_vocab_size()
     for token_id in (min(request.prompt_token_ids), max(request.prompt_token_ids)):
         if not 0 <= token_id < vocab_size:
@@ -290,8 +288,7 @@ def _wrap_process_inputs() -> None:
         given = params
         if isinstance(params, SamplingParams):
             with _refusals(self.vllm_config):
-                # vLLM gives them to the tokenizer, which no broken Unicode may reach.
-                _check_message("bad_words", params.bad_words)
+                _check_transport(params)
                 given = structural_tag.write_out(
                     params, self.structured_outputs_config, self.tokenizer
                 )
