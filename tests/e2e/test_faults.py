@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
-import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -275,9 +275,8 @@ def test_logits_that_are_not_finite_fail_their_request_alone(server: Server) -> 
 # ---------------------------------------------------------------------------------- deaths
 
 
-def check_death(server: Server, kill: Callable[[], Any]) -> None:
-    """Check that six requests that run get an error, and that the server ends, with one too."""
-    processes = psutil.Process(server.process.pid).children(recursive=True)
+def check_errors(server: Server, kill: Callable[[], Any]) -> None:
+    """Check that six requests that run get an error."""
 
     def ask(number: int) -> httpx.Response:
         request = body(ids(number, 100), 1900, cache_policy="none")
@@ -289,9 +288,22 @@ def check_death(server: Server, kill: Callable[[], Any]) -> None:
         kill()
         for number, answer in enumerate(asked):
             check_error(answer.result(timeout=120), number % 2 == 1)
+
+
+def check_death(server: Server, kill: Callable[[], Any]) -> None:
+    """Check that requests that run get an error, and that the server ends, with one too."""
+    processes = psutil.Process(server.process.pid).children(recursive=True)
+    check_errors(server, kill)
     assert server.process.wait(timeout=60) not in (0, None)
-    assert "The engine has died" in server.log.read_text()
+    assert re.search("engine.* died", server.log.read_text(), re.IGNORECASE)
     poll(lambda: not any(process.is_running() for process in processes), "its processes to end")
+
+
+def process_of(server: Server, name: str) -> psutil.Process:
+    """Return the one process of a server that has a name."""
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    [process] = [child for child in children if name in "".join(child.cmdline())]
+    return process
 
 
 def test_an_exception_inside_a_step_ends_the_server(server: Server) -> None:
@@ -300,15 +312,33 @@ def test_an_exception_inside_a_step_ends_the_server(server: Server) -> None:
     assert "a fault inside a step" in server.log.read_text()
 
 
-@pytest.mark.parametrize("victim", ["EngineCore", "Worker"])
-def test_a_killed_process_ends_the_server(tmp_path: Path, victim: str) -> None:
-    server = start(tmp_path / "server.log", tiny_llada())
+@pytest.mark.parametrize(
+    ("victim", "options"),
+    [("EngineCore", ()), ("Worker", ()), ("EngineCore", ("--api-server-count", "2"))],
+)
+def test_a_killed_process_ends_the_server(
+    tmp_path: Path, victim: str, options: tuple[str, ...]
+) -> None:
+    server = start(tmp_path / "server.log", tiny_llada(), *options)
     try:
-        children = psutil.Process(server.process.pid).children(recursive=True)
-        [process] = [child for child in children if victim in "".join(child.cmdline())]
-        check_death(server, lambda: process.send_signal(signal.SIGKILL))
+        check_death(server, process_of(server, victim).kill)
     finally:
         server.stop()
+
+
+def test_a_server_may_outlive_its_engine(tmp_path: Path) -> None:
+    """It refuses to work, and ends like any other."""
+    environment = {"VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1"}
+    server = start(tmp_path / "server.log", tiny_llada(), **environment)
+    try:
+        check_errors(server, process_of(server, "EngineCore").kill)
+        for streamed in (False, True):
+            response = server.post("completions", **body([7], 4), stream=streamed)
+            assert response.status_code == 500
+        assert server.client.get("/health").status_code == 503
+    finally:
+        status = server.stop()
+    assert status == 0
 
 
 def test_a_spoilt_checkpoint_ends_the_start(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's HTTP server of a diffusion model: its exit status, and one field of the wrong type.
+"""vLLM's HTTP server of a diffusion model: how it ends, and one field of the wrong type.
 
 vLLM ends a server whose engine has died with status 0, as if it had been asked to; a service
-manager then leaves it down. And its own check of ``structured_outputs`` takes for granted that
-the field is an object, and fails with 500 where it is not. Neither has a hook, so `install`
-wraps `serve_http`, the call that a server spends its life in.
+manager then leaves it down. One of several API servers does not notice that an engine was killed:
+the process above it does, and ends it, while its requests wait for ever. And vLLM's own check of
+``structured_outputs`` takes for granted that the field is an object, and fails with 500 where it
+is not. None has a hook, so `install` wraps `serve_http`, the call that a server spends its life
+in.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import reprlib
 import sys
@@ -26,7 +29,7 @@ _FIELD = "structured_outputs"
 
 
 def install() -> None:
-    """Put both into this process's server, if it is one; may be repeated."""
+    """Put all of it into this process's server, if it is one; may be repeated."""
     # Not imported: a process without it, with an `LLM` say, is no server.
     entry: Any = sys.modules.get(_ENTRY)
     if entry is None or hasattr(entry.serve_http, "__wrapped__"):
@@ -40,13 +43,18 @@ def install() -> None:
         # that was added, by the first request.
         app.middleware_stack = None
         engine = app.state.engine_client
+        loop = asyncio.get_running_loop()
         stop = engine.shutdown
         stopped = False
 
         def shutdown(*args: Any, **kwargs: Any) -> None:
             nonlocal stopped
-            stopped = True
+            first, stopped = not stopped, True
             stop(*args, **kwargs)
+            if first:
+                # No answer can come any more for those that still wait.
+                fail = engine.output_processor.propagate_error
+                loop.call_soon_threadsafe(fail, EngineDeadError())
 
         engine.shutdown = shutdown
         ending: Awaitable[None] = await original(app, *args, **kwargs)
