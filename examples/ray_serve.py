@@ -26,6 +26,10 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray_cluster import REPLICA_ENVIRONMENT, connect
 
+#: Seconds between the checks of a replica. Serve ends one that failed three of them; until then a
+#: dead engine draws requests, since it answers fastest.
+HEALTH_CHECK_PERIOD_S = 1
+
 
 class Settings(BaseModel, extra="forbid", allow_inf_nan=False, validate_default=True):
     """Settings of the deployment.
@@ -137,6 +141,7 @@ def application(args: dict[str, Any]) -> serve.Application:
             downscale_delay_s=settings.downscale_delay_s,
         ),
         max_ongoing_requests=settings.max_ongoing_requests,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
