@@ -14,6 +14,7 @@ import json
 import os
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -27,14 +28,16 @@ from vllm import LLM, SamplingParams
 from vllm_sparse_dllm.assets import embedded_model
 
 BLOCK = 32
-#: Steps that are timed, and those before them that are not.
-TIMED, FIRST = 8, 2
+#: Steps of a run that are timed, and those before them that are not.
+TIMED, FIRST = 2, 1
+#: All sizes take turns so often, so that none has all of a slow moment of the machine's.
+ROUNDS = 4
 #: All-reduces of a size that are timed, and those before them that are not.
 REDUCED, FIRST_REDUCED = 100, 10
 
 
-def step_seconds(llm: LLM, requests: int, prompt: int, policy: str, keep: float) -> float:
-    """Return the median time of a step of so many requests at once."""
+def step_seconds(llm: LLM, requests: int, prompt: int, policy: str, keep: float) -> list[float]:
+    """Return times of steps of so many requests at once."""
     extra: dict[str, Any] = {"diffusion_cache_policy": policy, "diffusion_block_length": BLOCK}
     if policy == "sparse":
         extra |= {"diffusion_keep_ratio": keep, "diffusion_delay_steps": 0}
@@ -52,7 +55,7 @@ def step_seconds(llm: LLM, requests: int, prompt: int, policy: str, keep: float)
         seconds.append(time.perf_counter() - start)
     if len(seconds) < FIRST + TIMED:
         raise RuntimeError(f"only {len(seconds)} steps were run")
-    return statistics.median(seconds[FIRST : FIRST + TIMED])
+    return seconds[FIRST : FIRST + TIMED]
 
 
 def all_reduce_seconds(worker: Any, rows: int) -> float:
@@ -116,10 +119,17 @@ def main() -> None:
         "skip_tokenizer_init": True,
     }
     llm = LLM(options.model, **{**defaults, **options.engine_args})
-    full = [(n * length, step_seconds(llm, n, options.prompt, "none", 1.0)) for n in numbers]
-    block = [
-        (n * BLOCK, step_seconds(llm, n, options.prompt, "sparse", options.keep)) for n in numbers
-    ]
+    kinds = {"full": ("none", length), "block": ("sparse", BLOCK)}
+    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for _ in range(ROUNDS):
+        for number in numbers:
+            for kind, (policy, _) in kinds.items():
+                found = step_seconds(llm, number, options.prompt, policy, options.keep)
+                seconds[kind, number] += found
+    times = {
+        kind: [(n * rows, statistics.median(seconds[kind, n])) for n in numbers]
+        for kind, (_, rows) in kinds.items()
+    }
     ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
     reduced = all_reduces(llm, [BLOCK * numbers[0], length * numbers[-1]]) if ranks > 1 else []
     config = llm.llm_engine.model_config
@@ -128,14 +138,13 @@ def main() -> None:
         "ranks": ranks,
         "prompt": options.prompt,
         "keep": options.keep,
-        "block": block,
-        "full": full,
+        **times,
         "all_reduce": reduced,
     }
     options.output.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for kind, points in (("block step", block), ("full pass", full), ("all-reduce", reduced)):
-        for rows, seconds in points:
-            print(f"{kind:<12}{rows:>7} rows {1000 * seconds:>10.2f} ms")
+    for kind, points in (*times.items(), ("all-reduce", reduced)):
+        for rows, took in points:
+            print(f"{kind:<12}{rows:>7} rows {1000 * took:>10.2f} ms")
 
 
 if __name__ == "__main__":

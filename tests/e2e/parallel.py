@@ -102,9 +102,9 @@ LAYOUTS = {
     "ray-dream-split": Layout("dream", 4, 2, 2, "ray", 4),
     # What is left of executor, model, and heads split or replicated: fewer requests.
     "mp-llada-replicated": Layout("llada", 4, 1, 2, "mp", 5, every=4),
-    "mp-dream-split": Layout("dream", 4, 4, 2, "mp", 6, every=4),
-    "ray-llada-split": Layout("llada", 4, 2, 2, "ray", 7, every=4),
-    "ray-dream-replicated": Layout("dream", 4, 1, 2, "ray", 8, every=4),
+    "mp-dream-split": Layout("dream", 4, 4, 2, "mp", 8, every=4),
+    "ray-llada-split": Layout("llada", 4, 2, 2, "ray", 6, every=4),
+    "ray-dream-replicated": Layout("dream", 4, 1, 2, "ray", 14, every=4),
 }
 
 

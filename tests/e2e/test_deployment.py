@@ -32,7 +32,10 @@ def commands() -> list[list[str]]:
     found = []
     for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
-            found.append(shlex.split(line))
+            words = shlex.split(line.removesuffix("&"))
+            # Lines of the shell alone, which sets a variable or waits.
+            if words != ["wait"] and without_environment(words):
+                found.append(words)
     return found
 
 
