@@ -16,6 +16,7 @@ types lag behind vLLM's, and ask Ray for a GPU for every worker.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from contextlib import AsyncExitStack
 from types import SimpleNamespace
@@ -176,6 +177,8 @@ def main() -> None:
     own, settings = parse_arguments(sys.argv[1:])
     deployed = application(settings.model_dump())
     connect()
+    # As Ctrl-C; Ray's own way is to abort.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     serve.start(http_options={"host": own.serve_host, "port": own.serve_port})
     serve.run(deployed, route_prefix="/", blocking=True)
 

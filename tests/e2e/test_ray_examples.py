@@ -35,8 +35,6 @@ BATCH = ROOT / "examples" / "ray_batch.py"
 SERVE = ROOT / "examples" / "ray_serve.py"
 WORDS = (ROOT / "examples" / "words.txt").read_text(encoding="utf-8").split()
 
-#: Batches that a replica has at once.
-BATCHES_AT_ONCE = 2
 CONTEXT, MAX_TOKENS, BATCH_SIZE, NUM_GOOD, SEED = 512, 64, 4, 34, 5
 ENGINE = {
     "dtype": "float32",
@@ -142,7 +140,7 @@ def program(folder: str, log: Path, *command: str) -> Iterator[subprocess.Popen[
 
 @dataclass(frozen=True)
 class Job:
-    """A job that was ended by force, begun again, lost a replica and went on with a new one.
+    """A job that was ended by force, begun again, lost its replicas and went on with new ones.
 
     Attributes:
         command: Its command.
@@ -195,12 +193,11 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         assert done < num_batches
         first = replicas(cluster)
         assert len(first) == 2
-        # So that what is left of the batches, but for those in its hands, is the new one's work.
-        os.kill(max(first), signal.SIGSTOP)
         os.kill(min(first), signal.SIGKILL)
-        poll(lambda: replicas(cluster) - first, "another replica")
-        _wait_for_parts(process, output, num_batches - BATCHES_AT_ONCE, log)
-        os.kill(max(first), signal.SIGCONT)
+        new = poll(lambda: replicas(cluster) - first, "another replica")
+        # The other as well: then none but new ones can finish the job.
+        os.kill(max(first), signal.SIGKILL)
+        poll(lambda: replicas(cluster) - first - new, "a third replica")
         assert process.wait(timeout=300) == 0, log.read_text()[-4000:]
     return Job(command, output, before, num_batches, log.read_text())
 
@@ -312,7 +309,7 @@ def client(served_from: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield connection
         # Not SIGINT, which programs started from a background job ignore.
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=120)
+        assert process.wait(timeout=120) == 0, log.read_text()[-4000:]
 
 
 def complete(client: httpx.Client) -> httpx.Response:
