@@ -51,8 +51,6 @@ TRACE = "diffusion_trace"
 ANSWERED = ("stop", "length")
 #: Batches in a replica at once: the next one takes the places that the last one leaves free.
 BATCHES_AT_ONCE = 2
-#: How often a batch is repeated whose replica died: one that kills each of them ends the job.
-MAX_REPEATS = 5
 
 RESULTS = "results.jsonl"
 JOB = "job.json"
@@ -366,7 +364,6 @@ def answers(
         ),
         num_cpus=options.num_cpus,
         num_gpus=options.num_gpus,
-        max_task_retries=MAX_REPEATS,
         runtime_env={"env_vars": {**REPLICA_ENVIRONMENT, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}},
     )
     for block in results.iter_batches(batch_size=None, batch_format="pyarrow"):
