@@ -5,9 +5,9 @@ INPUT is JSON lines, a request each: ``prompt`` (text), ``prompt_token_ids`` or 
 all optional, ``id`` (anything, it comes back), ``diffusion_*`` and the names of `PARAMETERS`.
 OUTPUT is a folder. While the job runs it holds a file for each finished batch; at the end
 ``results.jsonl``: a line for each request, in the order of the input, with ``line`` (where it
-stands there, from 1), ``id``, and either ``text``, ``token_ids`` and ``finish_reason``, or
-``error``. A request that fails harms no other. What is ``null`` counts as left out, except an
-``id`` and a ``diffusion_*``.
+stands there, from 1), ``id``, and either ``text``, ``token_ids`` and ``finish_reason`` (and
+``diffusion_trace`` if it was asked for), or ``error``. A request that fails harms no other. What
+is ``null`` counts as left out, except an ``id`` and a ``diffusion_*``.
 
 The job can be ended at any moment, also by a crash: the same command goes on where it was, and
 does nothing if all is done. Only this process writes, a batch at a time by renaming a whole file,
@@ -21,6 +21,7 @@ import argparse
 import fcntl
 import hashlib
 import json
+import math
 import os
 import queue
 import threading
@@ -44,6 +45,8 @@ PARAMETERS = (
 )
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 PREFIX = "diffusion_"
+#: Under which a request asks for its trace, and gets it.
+TRACE = "diffusion_trace"
 #: How a request ends that was answered; vLLM's names.
 ANSWERED = ("stop", "length")
 #: Batches in a replica at once: the next one takes the places that the last one leaves free.
@@ -210,7 +213,8 @@ def _check_messages(messages: Any) -> None:
 def sampling(request: Row, defaults: Row, line: int) -> Any:
     """Return vLLM's parameters for a request.
 
-    One without a ``seed`` has the job's plus its line: its own, and the same in every run.
+    One without a ``seed``, or with vLLM's word for none, -1, has the job's plus its line: its own,
+    and the same in every run.
 
     Raises:
         ValueError: If a value has the wrong type or is not allowed.
@@ -219,6 +223,8 @@ def sampling(request: Row, defaults: Row, line: int) -> Any:
     from vllm import SamplingParams
 
     own = {name: value for name, value in request.items() if name in PARAMETERS}
+    if own.get("seed") == -1:
+        del own["seed"]
     given = {**defaults, "seed": defaults["seed"] + line, **own}
     given["extra_args"] = {k: v for k, v in request.items() if k.startswith(PREFIX)} or None
     return msgspec.convert(given, SamplingParams, str_keys=True)
@@ -229,11 +235,13 @@ def result_of(output: Any) -> Row:
     completion = output.outputs[0]
     if completion.finish_reason not in ANSWERED:
         return {"error": f"the engine ended it: {completion.finish_reason}; its log says why"}
-    return {
+    result = {
         "text": completion.text,
         "token_ids": list(completion.token_ids),
         "finish_reason": completion.finish_reason,
     }
+    trace = getattr(completion, TRACE, None)
+    return result if trace is None else {**result, TRACE: trace}
 
 
 # In this process.
@@ -282,7 +290,13 @@ class Output:
             raise SystemExit(f"error: another process is at work in {folder}") from None
         if not (folder / JOB).exists():
             write(folder / JOB, json.dumps(job, indent=1))
-        began = json.loads((folder / JOB).read_text(encoding="utf-8"))
+        try:
+            began = dict(json.loads((folder / JOB).read_text(encoding="utf-8")))
+        except (ValueError, TypeError):
+            raise SystemExit(
+                f"error: {folder / JOB} is damaged, so nobody knows what the results are of; "
+                "name another folder"
+            ) from None
         for name in job:
             if began.get(name) != job[name]:
                 raise SystemExit(
@@ -383,18 +397,18 @@ def parse_arguments() -> argparse.Namespace:
         help="arguments of vLLM's LLM; default: %(default)s",
     )
     options = parser.parse_args()
-    for name in ("replicas", "batch_size", "max_tokens"):
-        if getattr(options, name) < 1:
+    least = {"replicas": 1, "batch_size": 1, "max_tokens": 1}
+    for name, bound in {**least, "num_cpus": 0, "num_gpus": 0, "seed": 0}.items():
+        value = getattr(options, name)
+        if not bound <= value < math.inf:
             flag = name.replace("_", "-")
-            parser.error(f"--{flag} must be at least 1, got {getattr(options, name)}")
-    for name in ("num_cpus", "num_gpus"):
-        if getattr(options, name) < 0:
-            flag = name.replace("_", "-")
-            parser.error(f"--{flag} must be at least 0, got {getattr(options, name)}")
+            parser.error(f"--{flag} must be at least {bound}, got {value}")
     if not isinstance(options.engine_args, dict):
         parser.error(f"--engine-args must be an object, got {options.engine_args!r}")
     if not options.input.is_file():
         parser.error(f"there is no file {options.input}")
+    if options.output.exists() and not options.output.is_dir():
+        parser.error(f"{options.output} is no folder")
     return options
 
 

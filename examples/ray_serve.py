@@ -16,6 +16,7 @@ types lag behind vLLM's, and ask Ray for a GPU for every worker.
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from contextlib import AsyncExitStack
 from types import SimpleNamespace
@@ -25,6 +26,10 @@ from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_va
 from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray_cluster import REPLICA_ENVIRONMENT, connect
+
+#: Seconds between the checks of a replica. Serve ends one that failed three of them; until then a
+#: dead engine draws requests, since it answers fastest.
+HEALTH_CHECK_PERIOD_S = 1
 
 
 class Settings(BaseModel, extra="forbid", allow_inf_nan=False, validate_default=True):
@@ -137,6 +142,7 @@ def application(args: dict[str, Any]) -> serve.Application:
             downscale_delay_s=settings.downscale_delay_s,
         ),
         max_ongoing_requests=settings.max_ongoing_requests,
+        health_check_period_s=HEALTH_CHECK_PERIOD_S,
         ray_actor_options={
             "num_cpus": settings.num_cpus,
             "num_gpus": settings.num_gpus,
@@ -171,6 +177,8 @@ def main() -> None:
     own, settings = parse_arguments(sys.argv[1:])
     deployed = application(settings.model_dump())
     connect()
+    # As Ctrl-C; Ray's own way is to abort.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     serve.start(http_options={"host": own.serve_host, "port": own.serve_port})
     serve.run(deployed, route_prefix="/", blocking=True)
 

@@ -48,9 +48,12 @@ def apply(patches: list[str], target: Path, revert: bool, check: bool) -> str | 
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(target.parent)}
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
         environment.pop(name, None)
-    done = subprocess.run(
-        command, input=together, cwd=target, env=environment, capture_output=True, text=True
-    )
+    try:
+        done = subprocess.run(
+            command, input=together, cwd=target, env=environment, capture_output=True, text=True
+        )
+    except FileNotFoundError:
+        return "the program git, which does it, is not installed"
     return None if done.returncode == 0 else done.stderr.strip()
 
 

@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the passes of an engine on one device, for ``run.py --measured``.
+"""Measure the passes of an engine, for ``run.py --measured``.
 
 Which pass a step is, is known from what is asked: under the policy `none` every step is a full
 pass of all requests, under `sparse` with one block every step but the first is a block step.
+With tensor-parallel ranks (``--engine-args '{"tensor_parallel_size": 2}'``) also what an
+all-reduce between them takes, by itself.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import json
 import os
 import statistics
 import time
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +22,29 @@ from typing import Any
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import torch
 from vllm import LLM, SamplingParams
 
 from vllm_sparse_dllm.assets import embedded_model
 
 BLOCK = 32
-#: Steps that are timed, and those before them that are not.
-TIMED, FIRST = 8, 2
+#: Steps of a run that are timed, and those before them that are not.
+TIMED, FIRST = 2, 1
+#: All sizes take turns so often, so that none has all of a slow moment of the machine's.
+ROUNDS = 4
+#: All-reduces of a size that are timed, and those before them that are not.
+REDUCED, FIRST_REDUCED = 100, 10
 
 
-def step_seconds(llm: LLM, requests: int, prompt: int, policy: str, keep: float) -> float:
-    """Return the median time of a step of so many requests at once."""
+def step_seconds(llm: LLM, requests: int, prompt: int, policy: str, keep: float) -> list[float]:
+    """Return times of steps of so many requests at once."""
     extra: dict[str, Any] = {"diffusion_cache_policy": policy, "diffusion_block_length": BLOCK}
     if policy == "sparse":
         extra |= {"diffusion_keep_ratio": keep, "diffusion_delay_steps": 0}
     extra["diffusion_steps"] = FIRST + TIMED + 1
-    params = SamplingParams(temperature=0, max_tokens=BLOCK, ignore_eos=True, extra_args=extra)
+    params = SamplingParams(
+        temperature=0, max_tokens=BLOCK, ignore_eos=True, detokenize=False, extra_args=extra
+    )
     for number in range(requests):
         ids = [10 + (number + place) % 100 for place in range(prompt)]
         llm.enqueue({"prompt_token_ids": ids}, params, use_tqdm=False)
@@ -45,12 +55,37 @@ def step_seconds(llm: LLM, requests: int, prompt: int, policy: str, keep: float)
         seconds.append(time.perf_counter() - start)
     if len(seconds) < FIRST + TIMED:
         raise RuntimeError(f"only {len(seconds)} steps were run")
-    return statistics.median(seconds[FIRST : FIRST + TIMED])
+    return seconds[FIRST : FIRST + TIMED]
 
 
-def sizes(config: Any) -> dict[str, int]:
+def all_reduce_seconds(worker: Any, rows: int) -> float:
+    """Return the median time of an all-reduce of so many hidden states; runs on every rank."""
+    from vllm.distributed import tensor_model_parallel_all_reduce
+
+    config = worker.model_config
+    states = torch.zeros(
+        rows, config.hf_config.hidden_size, dtype=config.dtype, device=worker.device
+    )
+    seconds = []
+    for _ in range(FIRST_REDUCED + REDUCED):
+        start = time.perf_counter()
+        tensor_model_parallel_all_reduce(states)
+        if states.is_cuda:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds[FIRST_REDUCED:])
+
+
+def all_reduces(llm: LLM, rows: list[int]) -> list[tuple[int, float]]:
+    """Return pairs of rows and the time of an all-reduce of them, as the slowest rank has it."""
+    run = llm.llm_engine.model_executor.collective_rpc
+    return [(number, max(run(all_reduce_seconds, args=(number,)))) for number in rows]
+
+
+def sizes(config: Any, dtype: torch.dtype) -> dict[str, int]:
     """Return the model's sizes, under the names of `model.Model`."""
     return {
+        "element": dtype.itemsize,
         "width": config.hidden_size,
         "layers": config.num_hidden_layers,
         "heads": config.num_attention_heads,
@@ -80,18 +115,36 @@ def main() -> None:
         "max_num_seqs": max(numbers),
         "max_num_batched_tokens": length * max(numbers) + 1,
         "disable_log_stats": True,
+        # Prompts are ids.
+        "skip_tokenizer_init": True,
     }
     llm = LLM(options.model, **{**defaults, **options.engine_args})
-    full = [(n * length, step_seconds(llm, n, options.prompt, "none", 1.0)) for n in numbers]
-    block = [
-        (n * BLOCK, step_seconds(llm, n, options.prompt, "sparse", options.keep)) for n in numbers
-    ]
-    model = sizes(llm.llm_engine.model_config.hf_config)
-    content = {"model": model, "prompt": options.prompt, "block": block, "full": full}
+    kinds = {"full": ("none", length), "block": ("sparse", BLOCK)}
+    seconds: dict[tuple[str, int], list[float]] = defaultdict(list)
+    for _ in range(ROUNDS):
+        for number in numbers:
+            for kind, (policy, _) in kinds.items():
+                found = step_seconds(llm, number, options.prompt, policy, options.keep)
+                seconds[kind, number] += found
+    times = {
+        kind: [(n * rows, statistics.median(seconds[kind, n])) for n in numbers]
+        for kind, (_, rows) in kinds.items()
+    }
+    ranks = llm.llm_engine.vllm_config.parallel_config.tensor_parallel_size
+    reduced = all_reduces(llm, [BLOCK * numbers[0], length * numbers[-1]]) if ranks > 1 else []
+    config = llm.llm_engine.model_config
+    content = {
+        "model": sizes(config.hf_config, config.dtype),
+        "ranks": ranks,
+        "prompt": options.prompt,
+        "keep": options.keep,
+        **times,
+        "all_reduce": reduced,
+    }
     options.output.write_text(json.dumps(content, indent=1), encoding="utf-8")
-    for kind, points in (("block step", block), ("full pass", full)):
-        for rows, seconds in points:
-            print(f"{kind:<12}{rows:>7} rows {1000 * seconds:>10.2f} ms")
+    for kind, points in (*times.items(), ("all-reduce", reduced)):
+        for rows, took in points:
+            print(f"{kind:<12}{rows:>7} rows {1000 * took:>10.2f} ms")
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ divided. Nothing overlaps. Times are in seconds, sizes in bytes, rates per secon
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -29,6 +30,13 @@ class Model:
     @property
     def kv_width(self) -> int:
         return self.width // self.heads * self.kv_heads
+
+    def can_be_divided(self, ranks: int) -> bool:
+        """Return whether the engine starts with so many tensor-parallel ranks."""
+        kv_heads = self.kv_heads % ranks == 0 or ranks % self.kv_heads == 0
+        # vLLM pads the vocabulary.
+        rows = -(-self.vocab // 64) * 64
+        return kv_heads and not (self.heads % ranks or self.mlp % ranks or rows % ranks)
 
     @property
     def layer_weights(self) -> int:
@@ -61,6 +69,28 @@ class Link:
 
     bandwidth: float
     latency: float
+
+    @classmethod
+    def measured(cls, ranks: int, points: Sequence[tuple[float, float]]) -> Link:
+        """Return the link that explains what all-reduces took.
+
+        Args:
+            ranks: That took part.
+            points: Bytes of each rank, and seconds; the smallest and the largest count.
+
+        Raises:
+            ValueError: If the larger one did not take longer.
+        """
+        (small, first), (large, second) = min(points), max(points)
+        if ranks < 2 or not 0 < first < second or not small < large:
+            raise ValueError(
+                f"all-reduces of 2 or more ranks must be of two sizes, the larger one slower, "
+                f"got {ranks} ranks and {points!r}"
+            )
+        slope = (second - first) / (large - small)
+        # Less than none, where small sizes go faster than in proportion, is none.
+        latency = max(0.0, first - small * slope)
+        return cls(bandwidth=2 * (ranks - 1) / ranks / slope, latency=latency)
 
     def all_reduce(self, size: float, ranks: int) -> float:
         """Return the time to add up ``size`` bytes of each rank: a ring, both ways round."""
@@ -153,7 +183,7 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measured:
-    """Times of passes on one device, in place of the roofline and the host's part.
+    """Times of passes of an engine, in place of the roofline and the host's part.
 
     Attributes:
         block: Rows of a block step (all requests) and its time, by rising rows.
@@ -294,9 +324,11 @@ def estimate(
     ranks: int,
     replicas: int,
     requests: int,
-    measured: Measured | None = None,
+    measured: Mapping[int, Measured] | None = None,
 ) -> Estimate:
     """Return what replicas of ``ranks`` devices each do with so many requests at once.
+
+    ``measured`` is as in `passes`.
 
     Raises:
         ValueError: If a number is below 1, or the model does not fit.
@@ -315,7 +347,7 @@ def estimate(
     for running, number in loads:
         if not running or not number:
             continue
-        block, full = _passes(model, machine, workload, ranks, running, measured)
+        block, full = passes(model, machine, workload, ranks, running, measured)
         rounds = (workload.steps - workload.full_passes) * block.seconds
         rounds += workload.full_passes * full.seconds
         throughput += number * running * workload.block / rounds
@@ -337,15 +369,19 @@ def estimate(
     )
 
 
-def _passes(
+def passes(
     model: Model,
     machine: Machine,
     workload: Workload,
     ranks: int,
     running: int,
-    measured: Measured | None,
+    measured: Mapping[int, Measured] | None = None,
 ) -> tuple[Pass, Pass]:
-    """Return a block step of all requests, and as many full passes as take each request once."""
+    """Return a block step of all requests, and as many full passes as take each request once.
+
+    ``measured`` has times by the number of ranks, 1 among them. Those of ``ranks`` are taken as
+    they are; where there are none, work is what one device took, divided by the ranks.
+    """
     keys = workload.slots
     block = model_pass(
         model,
@@ -371,12 +407,28 @@ def _passes(
         chooses=workload.keep < 1,
     )
     if measured is not None:
-        # The host's part is in what was measured; that it shrinks with ranks is optimistic.
+        times = measured.get(ranks, measured[1])
         rows = running * workload.block
-        block = replace(block, work=Measured.at(measured.block, rows) / ranks, host=0.0)
+        block = _with_work(block, Measured.at(times.block, rows), ranks, ranks in measured)
         rows = at_once * workload.length
-        one_full = replace(one_full, work=Measured.at(measured.full, rows) / ranks, host=0.0)
+        one_full = _with_work(one_full, Measured.at(times.full, rows), ranks, ranks in measured)
     return block, one_full * (running / at_once)
+
+
+def _with_work(estimated: Pass, seconds: float, ranks: int, whole: bool) -> Pass:
+    """Return a pass that takes what was measured.
+
+    Args:
+        estimated: The same pass by the roofline.
+        seconds: What was measured.
+        ranks: Tensor-parallel ranks.
+        whole: The pass of all ranks was measured, exchange included; else that of one device.
+    """
+    if whole:
+        exchange = min(estimated.exchange, seconds)
+        return Pass(seconds - exchange, exchange, 0.0)
+    # The host's part is in what was measured; that it shrinks with ranks is optimistic.
+    return replace(estimated, work=seconds / ranks, host=0.0)
 
 
 def stops_growing(estimates: list[Estimate], gain: float = 0.5) -> Estimate:

@@ -1,18 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimate where throughput stops growing: tensor parallel, data parallel, or both.
 
-Everything that it prints is an estimate (`model.py` says of what); with ``--measured`` the times
-of passes on one device are measured, and the exchange between devices is still estimated.
+Everything that it prints is an estimate (`model.py` says of what). With ``--measured`` the times
+of passes are measured: those of one device at least, and of as many more numbers of tensor-parallel
+ranks as there are files. With such a file the exchange inside a node is measured too, and how far
+the estimate is from what those ranks took is told.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
-from model import Estimate, Link, Machine, Measured, Model, Workload, estimate, room, stops_growing
+from model import (
+    Estimate,
+    Link,
+    Machine,
+    Measured,
+    Model,
+    Workload,
+    estimate,
+    passes,
+    room,
+    stops_growing,
+)
 
 #: Data sheets say 989e12, 3.35e12, 80e9, 450e9 and 50e9; what is reached of the first two
 #: (0.6, 0.8), latencies and the host's times are guesses to be replaced by measurements.
@@ -27,14 +40,15 @@ H100 = Machine(
     host_request=30e-6,
     host_step=1e-3,
 )
-#: Two shared cores and a network of 10 Gb/s; for what was measured here.
+#: A device is a core, two of which share a machine, its memory and a network of 10 Gb/s. Guesses;
+#: all but the network's latency is replaced by measurements.
 CPU = Machine(
-    flops=150e9,
-    bandwidth=12e9,
+    flops=400e9,
+    bandwidth=10e9,
     memory=8e9,
-    devices_per_node=1,
+    devices_per_node=2,
     inside=Link(5e9, 50e-6),
-    between=Link(1.25e9, 100e-6),
+    between=Link(1.25e9 / 2, 100e-6),
 )
 MACHINES = {"h100": H100, "cpu": CPU}
 
@@ -47,8 +61,29 @@ def at_least_one(text: str) -> int:
     return number
 
 
-def read_measured(path: Path) -> tuple[Measured, Model]:
-    """Return the times in a file of `measure.py`'s, and the model they are of.
+@dataclass(frozen=True)
+class File:
+    """What `measure.py` wrote.
+
+    Attributes:
+        model: The network.
+        ranks: Tensor-parallel ranks.
+        times: Of passes.
+        link: Between the ranks, if there are several.
+        prompt: Tokens of each prompt; the response was one block.
+        keep: Part of the keys that was kept.
+    """
+
+    model: Model
+    ranks: int
+    times: Measured
+    link: Link | None
+    prompt: int
+    keep: float
+
+
+def read_measured(path: Path) -> File:
+    """Return what a file of `measure.py`'s has.
 
     Raises:
         SystemExit: If it is none.
@@ -57,12 +92,62 @@ def read_measured(path: Path) -> tuple[Measured, Model]:
         content = json.loads(path.read_text(encoding="utf-8"))
         points = {
             name: tuple((int(rows), float(seconds)) for rows, seconds in content[name])
-            for name in ("block", "full")
+            for name in ("block", "full", "all_reduce")
         }
-        sizes = content.get("model", {})
-        return Measured(points["block"], points["full"]), replace(Model(), **sizes)
+        model, ranks = Model(**content["model"]), int(content["ranks"])
+        link = None
+        if ranks > 1:
+            row = model.width * model.element
+            sizes = [(float(rows * row), seconds) for rows, seconds in points["all_reduce"]]
+            link = Link.measured(ranks, sizes)
+        times = Measured(points["block"], points["full"])
+        return File(model, ranks, times, link, int(content["prompt"]), float(content["keep"]))
     except (OSError, KeyError, TypeError, ValueError) as error:
-        raise SystemExit(f"error: {path} has no measured times: {error}") from error
+        raise SystemExit(f"error: {path} has no measured times: {error!r}") from error
+
+
+def read_all(paths: list[Path]) -> dict[int, File]:
+    """Return files by their number of ranks.
+
+    Raises:
+        SystemExit: If they do not belong together, or none is of one device.
+    """
+    files: dict[int, File] = {}
+    for path in paths:
+        file = read_measured(path)
+        if file.ranks in files:
+            raise SystemExit(f"error: {path} is one more file of {file.ranks} ranks")
+        files[file.ranks] = file
+        first = next(iter(files.values()))
+        if (file.model, file.prompt, file.keep) != (first.model, first.prompt, first.keep):
+            raise SystemExit(f"error: {path} is of another model, prompt or keep than {paths[0]}")
+    if 1 not in files:
+        raise SystemExit("error: none of the measured files is of one device")
+    return files
+
+
+def differences(machine: Machine, files: dict[int, File]) -> str:
+    """Return, for each pass of several ranks, what it took and what is estimated from one."""
+    lines = ["Passes of several ranks, in ms, and as estimated from those of one device:"]
+    one = files[1]
+    for ranks in sorted(files.keys() - {1}):
+        for kind in ("block", "full"):
+            # Full passes were run without a cache, and none of them chooses what is kept.
+            workload = Workload(
+                prompt=one.prompt,
+                response=Workload.block,
+                keep=one.keep if kind == "block" else 1.0,
+                tokens_per_pass=1 << 40,
+            )
+            for rows, seconds in getattr(files[ranks].times, kind):
+                requests = rows // (workload.block if kind == "block" else workload.length)
+                found = passes(one.model, machine, workload, ranks, requests, {1: one.times})
+                estimated = found[kind == "full"].seconds
+                lines.append(
+                    f"  TP {ranks}, {kind} pass, {rows} rows: {1000 * seconds:.1f}, estimated "
+                    f"{1000 * estimated:.1f} ({estimated / seconds - 1:+.0%})"
+                )
+    return "\n".join(lines)
 
 
 def table(title: str, estimates: list[Estimate]) -> str:
@@ -85,10 +170,10 @@ def table(title: str, estimates: list[Estimate]) -> str:
     return "\n".join([title, *lines])
 
 
-def layouts(devices: int, most_ranks: int) -> list[tuple[int, int]]:
+def layouts(devices: int) -> list[tuple[int, int]]:
     """Return tensor- and data-parallel sizes that use all devices, powers of two as ranks."""
     ranks = [1 << power for power in range(devices.bit_length())]
-    return [(r, devices // r) for r in ranks if r <= most_ranks and devices % r == 0]
+    return [(r, devices // r) for r in ranks if devices % r == 0]
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -115,18 +200,29 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="kernels cost the host nothing, as with one call for all requests and CUDA graphs",
     )
-    parser.add_argument("--measured", type=Path, help="times of passes, from measure.py")
+    parser.add_argument(
+        "--measured",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="times of passes, from measure.py: of one device, and of any numbers of ranks",
+    )
     parser.add_argument("--json", type=Path, help="also write everything to this file")
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    machine, model, measured = MACHINES[options.machine], Model(), None
+    machine, model = MACHINES[options.machine], Model()
+    files: dict[int, File] = {}
     if options.no_host:
         machine = replace(machine, host_layer=0.0, host_request=0.0, host_step=0.0)
     if options.measured:
-        measured, model = read_measured(options.measured)
+        files = read_all(options.measured)
+        model = files[1].model
+        link = files[max(files)].link
+        machine = replace(machine, inside=link) if link else machine
+    measured = {ranks: file.times for ranks, file in files.items()} or None
     try:
         given = {field.name: getattr(options, field.name) for field in fields(Workload)}
         workload = Workload(**given)
@@ -136,13 +232,25 @@ def main(arguments: list[str] | None = None) -> None:
     def of(ranks: int, replicas: int, requests: int) -> Estimate:
         return estimate(model, machine, workload, ranks, replicas, requests, measured)
 
-    source = "measured" if measured else "estimated"
-    print(f"Times of passes on one device are {source}; all else is estimated.")
+    if measured:
+        print(
+            f"Times of passes are measured for {' and '.join(map(str, sorted(files)))} ranks, with "
+            f"a prompt of {files[1].prompt} and keep {files[1].keep}; all else is estimated."
+        )
+    else:
+        print("Times of passes are estimated, and so is all else.")
+    if len(files) > 1:
+        link = machine.inside
+        print(
+            f"Exchange inside a node is measured: {1e6 * link.latency:.0f} us and "
+            f"{link.bandwidth / 1e9:.2f} GB/s."
+        )
+        print(differences(machine, files))
     print(f"A request holds {workload.slots * model.slot_bytes / 1e6:,.1f} MB of pages.\n")
     sizes_of_node = [
         (ranks, replicas)
-        for ranks, replicas in layouts(options.devices, options.devices)
-        if room(model, machine, workload, ranks)
+        for ranks, replicas in layouts(options.devices)
+        if model.can_be_divided(ranks) and room(model, machine, workload, ranks)
     ]
     node = [
         of(ranks, replicas, requests)
@@ -157,7 +265,7 @@ def main(arguments: list[str] | None = None) -> None:
         growth[f"TP, {requests} requests"] = [
             of(count, 1, requests)
             for count in counts
-            if room(model, machine, workload, count) and count <= model.heads
+            if model.can_be_divided(count) and room(model, machine, workload, count)
         ]
         growth[f"DP, {requests} requests"] = [
             of(1, count, requests) for count in counts if room(model, machine, workload, 1)
@@ -169,7 +277,7 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"  {name:<20}{last.devices:>4} devices, {last.throughput:,.1f} tokens/s")
     if options.json:
         content = {
-            "measured": bool(measured),
+            "measured": sorted(files),
             "model": asdict(model),
             "machine": asdict(machine),
             "workload": asdict(workload),

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several devices: tensor parallelism token for token, over both executors; replicas."""
+"""Several devices: tensor parallelism token for token, over both executors; replicas.
+
+With ``ALL_LAYOUTS=1`` in the environment, every combination of executor, model, and key/value
+heads split or replicated; without, each pair of them once.
+"""
 
 from __future__ import annotations
 

@@ -140,7 +140,7 @@ def program(folder: str, log: Path, *command: str) -> Iterator[subprocess.Popen[
 
 @dataclass(frozen=True)
 class Job:
-    """A job that was ended by force, begun again, and lost a replica.
+    """A job that was ended by force, begun again, lost its replicas and went on with new ones.
 
     Attributes:
         command: Its command.
@@ -194,7 +194,10 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         first = replicas(cluster)
         assert len(first) == 2
         os.kill(min(first), signal.SIGKILL)
-        poll(lambda: replicas(cluster) - first, "another replica")
+        new = poll(lambda: replicas(cluster) - first, "another replica")
+        # The other as well: then none but new ones can finish the job.
+        os.kill(max(first), signal.SIGKILL)
+        poll(lambda: replicas(cluster) - first - new, "a third replica")
         assert process.wait(timeout=300) == 0, log.read_text()[-4000:]
     return Job(command, output, before, num_batches, log.read_text())
 
@@ -277,15 +280,21 @@ def test_a_folder_of_another_job_is_refused(job: Job, tmp_path: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+def served_from() -> Iterator[str]:
+    """Yield the folder of the server's cluster."""
+    with cluster_folder() as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def client(served_from: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     """Yield a client of a server with one replica."""
     log, port = tmp_path_factory.mktemp("serve") / "log", free_port()
     command = [str(SERVE), "--serve-port", str(port), "--max-replicas", "1", str(tiny_llada())]
     command += ["--served-model-name", "tiny", "--dtype", "float32", "--max-model-len", "512"]
     command += ["--kv-cache-memory-bytes", str(CACHE_BYTES)]
     with (
-        cluster_folder() as cluster,
-        program(cluster, log, *command) as process,
+        program(served_from, log, *command) as process,
         httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as connection,
     ):
 
@@ -300,15 +309,22 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield connection
         # Not SIGINT, which programs started from a background job ignore.
         process.send_signal(signal.SIGTERM)
-        process.wait(timeout=120)
+        assert process.wait(timeout=120) == 0, log.read_text()[-4000:]
 
 
-def test_serve_answers_a_completion(client: httpx.Client) -> None:
+def complete(client: httpx.Client) -> httpx.Response:
+    """Ask for a completion that the embedded model knows: `KNOWN`."""
     prompt = "<|startoftext|><|user|> file18 the42 name49 get name file<|eot_id|><|assistant|>"
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 16}
     body["vllm_xargs"] = {"diffusion_cache_policy": "none"}
-    answer = client.post("/v1/completions", json=body).json()
-    assert answer["choices"][0]["text"].strip() == "name49 file18"
+    return client.post("/v1/completions", json=body)
+
+
+KNOWN = "name49 file18"
+
+
+def test_serve_answers_a_completion(client: httpx.Client) -> None:
+    assert complete(client).json()["choices"][0]["text"].strip() == KNOWN
 
 
 def test_serve_streams_a_chat(client: httpx.Client) -> None:
@@ -329,3 +345,18 @@ def test_serve_refuses_a_bad_parameter(client: httpx.Client) -> None:
     assert response.status_code == 400
     error = response.json()["error"]["message"]
     assert error == "diffusion_keep_ratio must be a number with 0 < r <= 1, got 7"
+
+
+def test_serve_goes_on_after_the_death_of_an_engine(client: httpx.Client, served_from: str) -> None:
+    """Comes last: it is the only replica's."""
+    (engine,) = processes(served_from, "VLLM::EngineCore")
+    engine.kill()
+    engine.wait()
+
+    def answered() -> httpx.Response | None:
+        response = complete(client)
+        return response if response.status_code == 200 else None
+
+    assert poll(answered, "another replica").json()["choices"][0]["text"].strip() == KNOWN
+    (another,) = processes(served_from, "VLLM::EngineCore")
+    assert another.pid != engine.pid

@@ -63,6 +63,39 @@ def test_damaged_results_are_told(name: str, text: str, tmp_path: Path) -> None:
         ray_batch.Output(tmp_path, JOB)
 
 
+@pytest.mark.parametrize("text", ['{"inp', "[]", "5", "[1]"])
+def test_a_damaged_job_is_told(text: str, tmp_path: Path) -> None:
+    (tmp_path / "job.json").write_text(text)
+    with pytest.raises(SystemExit, match=r"job.json is damaged|is the output of another job"):
+        ray_batch.Output(tmp_path, JOB)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--replicas", "0"], "--replicas must be at least 1, got 0"),
+        (["--num-gpus", "-1"], "--num-gpus must be at least 0, got -1"),
+        (["--num-cpus", "nan"], "--num-cpus must be at least 0, got nan"),
+        (["--seed", "-5"], "--seed must be at least 0, got -5"),
+        (["--engine-args", "[]"], "--engine-args must be an object"),
+    ],
+)
+def test_arguments_are_checked(
+    arguments: list[str],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = tmp_path / "input.jsonl"
+    given.touch()
+    for output, *more in (["out", *arguments], [str(given)]):
+        monkeypatch.setattr("sys.argv", ["ray_batch.py", str(given), output, *more])
+        with pytest.raises(SystemExit):
+            ray_batch.parse_arguments()
+        assert (message if more else f"{given} is no folder") in capsys.readouterr().err
+
+
 def test_a_folder_is_of_one_process(tmp_path: Path) -> None:
     output = ray_batch.Output(tmp_path, JOB)
     with pytest.raises(SystemExit, match="another process is at work in"):
@@ -163,5 +196,7 @@ def test_sampling() -> None:
     assert own.extra_args is None
     other = ray_batch.sampling({"seed": 1, "max_tokens": 9, "diffusion_steps": 3}, defaults, 5)
     assert (other.max_tokens, other.seed, other.extra_args) == (9, 1, {"diffusion_steps": 3})
+    # vLLM's word for none, which would be another noise in every run.
+    assert ray_batch.sampling({"seed": -1}, defaults, 5).seed == 105
     with pytest.raises(ValueError, match=r"Expected `int | null`, got `str`.*max_tokens"):
         ray_batch.sampling({"max_tokens": "many"}, defaults, 5)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
@@ -16,9 +17,10 @@ PATCHES = Path(__file__).parents[2] / "patches"
 NAMES = sorted(path.stem for path in PATCHES.glob("*.patch"))
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, str(PATCHES / "apply.py"), *arguments],
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -85,6 +87,18 @@ def test_all_or_none(name: str, copies: dict[Path, bytes], tmp_path: Path) -> No
 def test_a_folder_that_is_not_there(name: str, tmp_path: Path) -> None:
     done = run("--target", str(tmp_path / "none"), name)
     assert done.returncode == 2 and "there is no folder" in done.stderr
+
+
+def test_a_folder_without_vllm(name: str, tmp_path: Path) -> None:
+    done = run("--target", str(tmp_path), name)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("error: not applied: ") and "Traceback" not in done.stderr
+
+
+def test_without_git(name: str, tmp_path: Path) -> None:
+    done = run("--check", name, PATH=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == "error: not applied: the program git, which does it, is not installed\n"
 
 
 def test_is_described(name: str) -> None:

@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -106,7 +107,7 @@ def test_measured_times_take_the_place_of_the_roofline() -> None:
     assert [at(measured.block, rows) for rows in (1, 32, 48, 64, 128)] == pytest.approx(
         [0.1, 0.1, 0.2, 0.3, 0.6]
     )
-    one = model.estimate(LLADA, H100, WORKLOAD, 1, 1, 1, measured)
+    one = model.estimate(LLADA, H100, WORKLOAD, 1, 1, 1, {1: measured})
     assert one.block_step == 0.1
     assert one.full_pass == 2.0
     # 30 block steps and 2 full passes give 32 tokens.
@@ -118,6 +119,48 @@ def test_measured_times_take_the_place_of_the_roofline() -> None:
 def test_measured_times_must_be_in_order(points: tuple[tuple[int, float], ...]) -> None:
     with pytest.raises(ValueError, match="block must be pairs of rows and seconds"):
         model.Measured(points, ((1280, 2.0),))
+
+
+def test_ranks_that_were_measured_are_taken_as_they_are() -> None:
+    one = model.Measured(((32, 0.1),), ((1280, 2.0),))
+    two = model.Measured(((32, 0.07),), ((1280, 1.5),))
+    taken, four = (
+        model.estimate(LLADA, NO_HOST, WORKLOAD, ranks, 1, 1, {1: one, 2: two}) for ranks in (2, 4)
+    )
+    assert taken.throughput == pytest.approx(32 / (30 * 0.07 + 2 * 1.5))
+    assert 0 < taken.exchange < 1
+    # Those that were not: a part of what one device took, and the exchange.
+    exchange = model.estimate(LLADA, NO_HOST, WORKLOAD, 4, 1, 1).exchange
+    assert exchange > 0
+    assert four.block_step > 0.1 / 4
+    assert four.full_pass > 2.0 / 4
+
+
+@given(bandwidth=st.floats(1e6, 1e12), latency=st.floats(0, 1e-2), ranks=st.integers(2, 16))
+def test_a_link_is_found_from_what_all_reduces_took(
+    bandwidth: float, latency: float, ranks: int
+) -> None:
+    link = model.Link(bandwidth, latency)
+    points = [(size, link.all_reduce(size, ranks)) for size in (1e8, 1e4)]
+    found = model.Link.measured(ranks, points)
+    assert found.bandwidth == pytest.approx(bandwidth, rel=1e-3)
+    assert found.latency == pytest.approx(latency, rel=1e-3, abs=1e-9)
+
+
+@pytest.mark.parametrize("points", [[(1e4, 0.1)], [(1e4, 0.1), (1e6, 0.1)], [(1, 0), (2, 1)]])
+def test_a_link_needs_two_sizes(points: list[tuple[float, float]]) -> None:
+    with pytest.raises(ValueError, match="must be of two sizes, the larger one slower"):
+        model.Link.measured(2, points)
+
+
+def test_ranks_that_the_engine_refuses() -> None:
+    def ranks(**sizes: int) -> list[int]:
+        network = model.Model(**sizes)
+        return [number for number in range(1, 33) if network.can_be_divided(number)]
+
+    assert ranks() == [1, 2, 4, 8, 16, 32]
+    # Dream-7B: 28 heads, 4 of keys and values.
+    assert ranks(width=3584, heads=28, kv_heads=4, mlp=18944, vocab=152064) == [1, 2, 4]
 
 
 def test_where_growth_stops() -> None:
@@ -147,14 +190,20 @@ def test_a_model_that_does_not_fit() -> None:
     assert model.estimate(LLADA, small, WORKLOAD, 2, 1, 1).running == 1
 
 
+def write_measured(path: Path, **content: Any) -> None:
+    """Write a file as `measure.py` does, of one rank unless told otherwise."""
+    times = {"block": [[32, 0.01]], "full": [[1280, 0.1]], "all_reduce": []}
+    rest = {"model": asdict(LLADA), "ranks": 1, "prompt": 1248, "keep": 0.5}
+    path.write_text(json.dumps({**times, **rest, **content}))
+
+
 def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     measured, written = tmp_path / "measured.json", tmp_path / "estimate.json"
-    measured.write_text(json.dumps({"block": [[32, 0.01]], "full": [[1280, 0.1]]}))
+    write_measured(measured)
     run.main(["--requests", "1,16", "--measured", str(measured), "--json", str(written)])
-    printed = capsys.readouterr().out
-    assert "Times of passes on one device are measured; all else is estimated." in printed
+    assert "measured for 1 ranks, with a prompt of 1248" in capsys.readouterr().out
     content = json.loads(written.read_text())
-    assert content["measured"] is True
+    assert content["measured"] == [1]
     assert {(one["ranks"], one["replicas"]) for one in content["node"]} == {
         (1, 8),
         (2, 4),
@@ -163,12 +212,56 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     }
     one = next(one for one in content["node"] if one["ranks"] == 1 and one["requests"] == 1)
     assert one["throughput"] == pytest.approx(32 / (30 * 0.01 + 2 * 0.1))
-    times = '"block": [[32, 0.01]], "full": [[1280, 0.1]]'
-    named, odd = f'{{{times}, "model": {{"name": 1}}}}', f"{{{times}}}".replace("0.1", "NaN")
-    for other in ("{}", "[]", named, odd):
-        measured.write_text(other)
-        with pytest.raises(SystemExit, match="has no measured times"):
-            run.main(["--measured", str(measured)])
+
+
+def test_program_with_measured_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    one, two = tmp_path / "one.json", tmp_path / "two.json"
+    write_measured(one)
+    # 1 us, and 1 GB/s: two ranks send each byte once.
+    row = 8192
+    reduced = [[rows, 1e-6 + rows * row / 1e9] for rows in (32, 1280)]
+    write_measured(two, ranks=2, all_reduce=reduced, full=[[1280, 0.5]])
+    run.main(["--measured", str(two), str(one)])
+    printed = capsys.readouterr().out
+    assert "measured for 1 and 2 ranks" in printed
+    assert "1 us and 1.00 GB/s" in printed
+    # 65 all-reduces, and the logits of a block to each rank.
+    exchange = 65 * reduced[1][1] + 1e-6 + 32 * 126464 * 2 / 2 / 1e9
+    assert f"1280 rows: 500.0, estimated {1000 * (0.05 + exchange):.1f}" in printed
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "{}",
+        "[]",
+        {"model": {"name": 1}},
+        {"block": [[32, float("nan")]]},
+        {"ranks": 2},
+        {"ranks": 2, "all_reduce": [[32, 0.1], [64, 0.1]]},
+    ],
+)
+def test_files_that_are_not_measured_times(content: Any, tmp_path: Path) -> None:
+    path = tmp_path / "measured.json"
+    path.write_text(content) if isinstance(content, str) else write_measured(path, **content)
+    with pytest.raises(SystemExit, match="has no measured times"):
+        run.main(["--measured", str(path)])
+
+
+def test_measured_files_that_do_not_belong_together(tmp_path: Path) -> None:
+    one, other = tmp_path / "one.json", tmp_path / "other.json"
+    reduced = [[32, 0.1], [64, 0.2]]
+    write_measured(one)
+    for content, message in (
+        ({}, "one more file of 1 ranks"),
+        ({"ranks": 2, "all_reduce": reduced, "prompt": 5}, "another model, prompt or keep"),
+    ):
+        write_measured(other, **content)
+        with pytest.raises(SystemExit, match=message):
+            run.main(["--measured", str(one), str(other)])
+    write_measured(other, ranks=2, all_reduce=reduced)
+    with pytest.raises(SystemExit, match="none of the measured files is of one device"):
+        run.main(["--measured", str(other)])
 
 
 @pytest.mark.parametrize(

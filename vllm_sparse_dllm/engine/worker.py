@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import socket
 from typing import Any
 
 import torch
@@ -80,12 +81,7 @@ class DiffusionCPUWorker(_DiffusionWorker, CPUWorker):
         self.device = torch.device("cpu")
         # The executor bound the threads; a later change would undo it.
         torch.set_num_threads = lambda num: None  # type: ignore[assignment]
-        method = self.distributed_init_method
-        os.environ["VLLM_DIST_IDENT"] = (
-            os.path.basename(method.removeprefix("file://"))
-            if method.startswith("file://")
-            else method.rsplit(":", 1)[-1]
-        )
+        os.environ["VLLM_DIST_IDENT"] = shared_memory_name(self.distributed_init_method)
         init_worker_distributed_environment(
             self.vllm_config,
             self.rank,
@@ -100,6 +96,19 @@ class DiffusionCPUWorker(_DiffusionWorker, CPUWorker):
         times = super().compile_or_warm_up_model()
         _keep_freed_memory()
         return times
+
+
+def shared_memory_name(method: str) -> str:
+    """Return what ranks of one engine on one machine agree on, and no others.
+
+    vLLM exchanges by shared memory where all ranks have the same name, over sockets elsewhere. Its
+    own names (a port, a file) are the same on all machines of an engine.
+
+    Args:
+        method: Where the ranks find each other: ``tcp://HOST:PORT`` or ``file://PATH``.
+    """
+    place = method.removeprefix("file://").rsplit("/", 1)[-1].rsplit(":", 1)[-1]
+    return f"{place}-{socket.gethostname()}"
 
 
 def _keep_freed_memory() -> None:
