@@ -165,8 +165,6 @@ class Replica:
         else:
             ids = request.get("prompt_token_ids")
             prompt = request["prompt"] if ids is None else {"prompt_token_ids": ids}
-            if ids is None and not isinstance(prompt, str):
-                raise ValueError(f"prompt must be a text, got {prompt!r}")
             (name,) = self._llm.enqueue(prompt, params, use_tqdm=False)
         # The engine's own name has a random end, which outputs are without.
         return name.partition("-")[0]
@@ -180,7 +178,7 @@ def parse(text: bytes) -> Row:
     """
     try:
         request = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}") from error
     if not isinstance(request, dict):
         raise ValueError(f"a request must be an object, got {type(request).__name__}")
@@ -190,11 +188,39 @@ def parse(text: bytes) -> Row:
         raise ValueError(f"a request must have one of {', '.join(PROMPTS)}")
     if "messages" in request:
         _check_messages(request["messages"])
+    if "prompt" in request:
+        _check_text(request["prompt"])
+    if "prompt_token_ids" in request:
+        _check_ids(request["prompt_token_ids"])
     known = {"id", *PROMPTS, *PARAMETERS}
     for name in request:
         if name not in known and not name.startswith(PREFIX):
             raise ValueError(f"{name!r} must be one of {', '.join(sorted(known))} or {PREFIX}...")
     return request
+
+
+def _check_text(prompt: Any) -> None:
+    """Refuse a prompt that is no text.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be a text, got {prompt!r:.80}")
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"prompt must be valid Unicode, got {prompt!a:.80}") from None
+
+
+def _check_ids(ids: Any) -> None:
+    """Refuse a prompt that is not a list of ids; the engine knows how large they may be.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    if not isinstance(ids, list) or any(type(number) is not int for number in ids):
+        raise ValueError(f"prompt_token_ids must be a list of integers, got {ids!r:.80}")
 
 
 def _check_messages(messages: Any) -> None:
