@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from tests.e2e.questions import UNSURE
 from tests.e2e.server import Server
 
 Fragment = dict[str, Any]
@@ -146,11 +147,10 @@ def _calls(answer: Answer) -> list[str]:
     return [call["function"]["name"] for call in calls]
 
 
-DRAWN: Fragment = {"temperature": 2.0, "seed": 1}
+DRAWN: Fragment = {"temperature": 2.0, "seed": 1, **UNSURE}
 #: The response is one token, over and over.
 FORCED: Fragment = {"logit_bias": {"500": 100}}
 ENDED: Fragment = {"logit_bias": {"1": 100}}
-FEW: Fragment = {"allowed_token_ids": list(range(500, 520))}
 #: A text that comes one letter, or a few, a step.
 SPELLED: Fragment = {"structured_outputs": {"choice": ["a.b.c.d.e"]}}
 
@@ -161,7 +161,7 @@ EFFECTS: dict[str, Effect] = {
     "top_p": Effect({"top_p": 1e-6, **DRAWN}),
     "top_k": Effect({"top_k": 1, **DRAWN}),
     "min_p": Effect({"min_p": 1.0, **DRAWN}),
-    "seed": Effect({**DRAWN, **FEW, "frequency_penalty": 2.0, "max_tokens": 60}, _seed),
+    "seed": Effect({**DRAWN, "frequency_penalty": 2.0, "max_tokens": 60}, _seed),
     "max_tokens": Effect({"max_tokens": 3, "ignore_eos": True}, lambda row: len(row.tokens) == 3),
     "max_completion_tokens": Effect(
         {"max_completion_tokens": 3, "max_tokens": None, "ignore_eos": True},
@@ -199,10 +199,10 @@ EFFECTS: dict[str, Effect] = {
         {"response_format": {"type": "json_object"}}, lambda row: row.text.startswith("{")
     ),
     "presence_penalty": Effect(
-        {"presence_penalty": 2.0, "frequency_penalty": 2.0, "max_tokens": 60, **FEW}
+        {"presence_penalty": 2.0, "frequency_penalty": 2.0, "max_tokens": 60, **UNSURE}
     ),
-    "frequency_penalty": Effect({"frequency_penalty": 2.0, **FEW}),
-    "repetition_penalty": Effect({"repetition_penalty": 50.0, **FEW}),
+    "frequency_penalty": Effect({"frequency_penalty": 2.0, **UNSURE}),
+    "repetition_penalty": Effect({"repetition_penalty": 50.0, **UNSURE}),
     "return_tokens_as_token_ids": Effect(
         {"return_tokens_as_token_ids": True, "logprobs": True},
         lambda row: (
@@ -247,7 +247,7 @@ EFFECTS: dict[str, Effect] = {
         _ends_early,
     ),
     "vllm_xargs": Effect(
-        {"vllm_xargs": {"diffusion_steps": 2, "diffusion_trace": 1}},
+        {"vllm_xargs": {"diffusion_steps": 2, "diffusion_trace": 1}, "ignore_eos": True},
         lambda row: row.choice["diffusion_trace"]["nfe"] == 2,
     ),
     "model": Effect(

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.offline import split
+from tests.e2e.questions import UNSURE
 from tests.e2e.server import ROOT, Server, poll, running_server, tiny_llada
 from vllm_sparse_dllm.metrics import METRICS
 
@@ -119,7 +120,7 @@ def test_chat(server: Server) -> None:
 
 def test_several_prompts(server: Server) -> None:
     request = {"prompt": [PROMPT, PROMPT[:3]], "max_tokens": 8, "ignore_eos": True, "n": 2}
-    request |= {"temperature": 1e-3, "seed": 1}
+    request |= {"temperature": 1e-3, "seed": 1, **UNSURE}
     request["vllm_xargs"] = {"diffusion_trace": 1, "diffusion_steps": 4}
     choices = server.answer("completions", **request)["choices"]
     with server.streamed("completions", **request) as parts:

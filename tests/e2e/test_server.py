@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.e2e.offline import answer_all, split
+from tests.e2e.questions import MIN_LENGTH, UNSURE, question
 from tests.e2e.server import (
     ROOT,
     Server,
@@ -33,7 +34,9 @@ Answer = dict[str, Any]
 
 
 def ids(seed: int, length: int) -> list[int]:
-    """Return a prompt of ordinary tokens."""
+    """Return a prompt: a question where one fits, else ordinary tokens."""
+    if length >= MIN_LENGTH:
+        return question(seed, length)
     rng = random.Random(seed)
     return [rng.randrange(6, 1400) for _ in range(length)]
 
@@ -41,7 +44,7 @@ def ids(seed: int, length: int) -> list[int]:
 def at(policy: str, rule: str, **options: Any) -> dict[str, Any]:
     """Return options under the names that a request has."""
     own = {"cache_policy": policy, "remasking": rule}
-    vllm = ("max_tokens", "ignore_eos", "temperature", "seed", "top_p", "top_k")
+    vllm = ("max_tokens", "ignore_eos", "temperature", "seed", "top_p", "top_k", *UNSURE)
     own |= {name: value for name, value in options.items() if name not in vllm}
     rest = {name: value for name, value in options.items() if name in vllm}
     return rest | {f"diffusion_{name}": value for name, value in own.items()}
@@ -76,12 +79,16 @@ MIXED: list[tuple[list[int], dict[str, Any]]] = [
     (ids(15, 48), at("dual", "entropy", max_tokens=36, alg_temp=0.4, seed=16, **LONG)),
     (ids(16, 150), at("none", "low_confidence", max_tokens=30, steps=90, block_length=4, **LONG)),
 ]
-N_SAMPLES = (ids(17, 30), {"n": 3, "seed": 5, "temperature": 2.0, "max_tokens": 24, **LONG})
+N_SAMPLES = (
+    ids(17, 40),
+    {"n": 3, "seed": 5, "temperature": 2.0, "frequency_penalty": 2.0, "max_tokens": 60}
+    | {**UNSURE, **LONG},
+)
 SCORED = (ids(18, 50), at("sparse", "low_confidence", max_tokens=24, threshold=0.4, **LONG))
-PLAIN = (ids(19, 21), {"max_tokens": 40, **LONG})
+PLAIN = (ids(19, 36), {"max_tokens": 40, **LONG})
 LEFT_TO_RIGHT = (
     ids(20, 12),
-    at("none", "low_confidence", max_tokens=8, block_length=1, **LONG),
+    at("none", "low_confidence", max_tokens=8, block_length=1, **UNSURE, **LONG),
 )
 DEFAULT_LENGTH = (ids(21, 20), {"max_tokens": 256, **LONG})
 BYSTANDERS = MIXED[1:5]
@@ -163,6 +170,13 @@ def test_sixteen_clients_at_once_get_offline_tokens(
                 prompt, options = MIXED[number % 16]
                 expected = offline[str(prompt)][0]
                 assert answer == {name: expected[name] for name in answer}, options
+
+
+def test_the_requests_have_little_in_common(offline: dict[str, list[Answer]]) -> None:
+    """Or answers that went to the wrong client would not show."""
+    answers = [tuple(offline[str(prompt)][0]["tokens"]) for prompt, _ in MIXED]
+    assert len(set(answers)) >= len(MIXED) - 2
+    assert len({token for tokens in answers for token in tokens}) >= 50
 
 
 def streamed_answer(
@@ -326,7 +340,7 @@ def test_stop_string(server: Server, offline: dict[str, list[Answer]]) -> None:
 def test_stop_token(server: Server, offline: dict[str, list[Answer]]) -> None:
     prompt, options = PLAIN
     tokens = offline[str(prompt)][0]["tokens"]
-    stop = tokens[len(tokens) // 2]
+    stop = tokens[3]
     end = tokens.index(stop) + 1
     request = body(prompt, {**options, "stop_token_ids": [stop]})
     choice = server.answer("completions", **request)["choices"][0]

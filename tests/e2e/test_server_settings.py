@@ -23,6 +23,7 @@ from tests.e2e.effects import (
     is_accepted,
 )
 from tests.e2e.parameters import REFUSED, REFUSED_CHAT, REFUSED_COMPLETION
+from tests.e2e.questions import UNSURE
 from tests.e2e.server import Server, poll, running_server, tiny_llada
 from tests.reference import load
 from tests.unit.test_readme import PARAMETERS, code, table
@@ -216,10 +217,11 @@ def test_infilling(server: Server) -> None:
     mask = load(tiny_llada()).mask_id
     canvas = [mask, 500, mask, mask, 501, 502]
     extra = {"diffusion_canvas": canvas}
-    tokens = tokens_of(server, vllm_xargs=extra)
+    tokens = tokens_of(server, vllm_xargs=extra, **UNSURE)
     assert [t for t, c in zip(tokens, canvas, strict=False) if c != mask] == [500, 501, 502]
     assert len(tokens) == 12 and mask not in tokens
     request = {"prompt": PROMPT, "max_tokens": 12, "ignore_eos": True, "vllm_xargs": extra}
+    request |= UNSURE
     with server.streamed("completions", **request, return_token_ids=True) as parts:
         streamed = [part["choices"][0]["token_ids"] for part in parts]
     assert [token for part in streamed for token in part] == tokens

@@ -16,6 +16,7 @@ from vllm import LLM, SamplingParams
 from vllm.outputs import CompletionOutput
 
 from tests.e2e.cases import Case, beyond_cases, drawn_cases, greedy_cases
+from tests.e2e.questions import UNSURE
 from tests.engines import pool_is_whole, running_engine, sampling, scheduler_of
 from tests.reference import Model, load, write_checkpoint
 from tests.reference.decode import Stats, generate_with_stats
@@ -144,12 +145,11 @@ def llm() -> Iterator[LLM]:
         yield engine
 
 
-#: Ordinary words in no order: the model is not sure of anything.
 PROMPT = {"prompt_token_ids": [77, 311, 316, 900, 45, 1200, 678]}
 
 
 def test_several_samples_have_a_trace_each(llm: LLM) -> None:
-    options = {"n": 3, "temperature": 2.0, "seed": 4, "diffusion_block_length": 4}
+    options = {"n": 3, "temperature": 2.0, "seed": 4, "diffusion_block_length": 4, **UNSURE}
     together = llm.generate(PROMPT, sampling(12, diffusion_trace=1, **options), use_tqdm=False)
     plain = llm.generate(PROMPT, sampling(12, **options), use_tqdm=False)
     traces = [output.diffusion_trace for output in together[0].outputs]
@@ -162,7 +162,8 @@ def test_several_samples_have_a_trace_each(llm: LLM) -> None:
 
 
 def test_confidence_is_the_probability_of_the_step_of_commit(llm: LLM) -> None:
-    params = sampling(24, logprobs=0, diffusion_threshold=0.2, diffusion_trace=1)
+    options = {"temperature": 2.0, "seed": 3, "diffusion_threshold": 0.2}
+    params = sampling(24, logprobs=0, diffusion_trace=1, **options)
     output = llm.generate(PROMPT, params, use_tqdm=False)[0].outputs[0]
     probabilities = [
         math.exp(entry[token].logprob)
@@ -174,7 +175,7 @@ def test_confidence_is_the_probability_of_the_step_of_commit(llm: LLM) -> None:
 def test_a_trace_ends_with_the_tokens(llm: LLM) -> None:
     """Whether the engine stops, at a token, or the front end, at a string."""
     options: dict[str, Any] = {"diffusion_block_length": 8, "diffusion_steps": 6}
-    options |= {"temperature": 2.0, "seed": 8, "detokenize": True, "diffusion_trace": 2}
+    options |= {"temperature": 2.0, "seed": 8, "detokenize": True, "diffusion_trace": 2, **UNSURE}
     whole = llm.generate(PROMPT, sampling(24, **options), use_tqdm=False)[0].outputs[0]
     tokens, text = list(whole.token_ids), whole.text
     middle = len(text) // 2

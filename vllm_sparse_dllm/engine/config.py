@@ -273,7 +273,7 @@ def _prepare_ray(parallel: ParallelConfig) -> None:
             f"{os.environ.get(RAY_ON_CPU)!r}"
         )
     environment: Any = dict(parallel.ray_runtime_env or {})
-    variables = {RAY_ON_CPU: "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    variables = {RAY_ON_CPU: "1", **cpu_cores.WAITING}
     environment["env_vars"] = {**variables, **environment.get("env_vars", {})}
     parallel.ray_runtime_env = environment
 
@@ -286,5 +286,5 @@ def _use_all_cores(parallel: ParallelConfig) -> None:
     cpu_cores.bind_workers(parallel)
     if not os.environ.get(cpu_cores.BINDING):
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    # Waiting threads that spin would take the core from the front end.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if not cpu_cores.WAITING.keys() & os.environ.keys():
+        os.environ.update(cpu_cores.WAITING)

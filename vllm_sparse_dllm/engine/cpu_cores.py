@@ -16,6 +16,12 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, parse_id_list
 
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
+#: How OpenMP's threads wait for each other. Waking one that sleeps takes as long as a small
+#: operation, and a block step has a dozen of them in each layer; one that spins takes the core
+#: from the front end and from whoever else runs on the machine. So a thread spins for a part of a
+#: millisecond, about what lies between two operations, and then sleeps.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
+
 #: What this module set the variable to, to be told from what a user did.
 _own_binding: str | None = None
 
