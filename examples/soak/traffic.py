@@ -4,8 +4,14 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "quality"))
+from tasks import Vocabulary, make_item
 
 Body = dict[str, Any]
 
@@ -74,6 +80,11 @@ def make(number: int, seed: int) -> Plan:
     return Plan(number, path, body, manner, kind="good" if manner == "read" else manner)
 
 
+@cache
+def _vocabulary() -> Vocabulary:
+    return Vocabulary(Path(__file__).parents[2] / "vllm_sparse_dllm" / "assets" / "tiny-llada")
+
+
 def _text(rng: random.Random, words: int) -> str:
     parts = [
         rng.choice(WORDS) if rng.random() < 0.9 else str(rng.randrange(100)) for _ in range(words)
@@ -103,6 +114,10 @@ def _prompt(rng: random.Random, path: str, body: Body) -> Body:
         return {"prompt": _text(rng, rng.choice((1, 8, 30)))}
     if chance < 0.45:
         return {"prompt": [[rng.choice(TOKENS) for _ in range(rng.randint(1, 30))] for _ in "ab"]}
+    if chance < 0.75:
+        # The embedded model has an answer to these, and each its own.
+        item = make_item(rng, rng.choice(("copy", "retrieval")), rng.choice((40, 90, 250)))
+        return {"prompt": _vocabulary().encode(item.prompt)}
     return {"prompt": [rng.choice(TOKENS) for _ in range(rng.choice((1, 5, 40, 90, 250)))]}
 
 

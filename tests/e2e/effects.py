@@ -147,7 +147,9 @@ def _calls(answer: Answer) -> list[str]:
     return [call["function"]["name"] for call in calls]
 
 
-DRAWN: Fragment = {"temperature": 2.0, "seed": 1, **UNSURE}
+#: Whatever the model is surest of, it comes up once.
+DRAWN: Fragment = {"temperature": 2.0, "seed": 1, "frequency_penalty": 2.0, "max_tokens": 60}
+DRAWN |= UNSURE
 #: The response is one token, over and over.
 FORCED: Fragment = {"logit_bias": {"500": 100}}
 ENDED: Fragment = {"logit_bias": {"1": 100}}
@@ -161,7 +163,7 @@ EFFECTS: dict[str, Effect] = {
     "top_p": Effect({"top_p": 1e-6, **DRAWN}),
     "top_k": Effect({"top_k": 1, **DRAWN}),
     "min_p": Effect({"min_p": 1.0, **DRAWN}),
-    "seed": Effect({**DRAWN, "frequency_penalty": 2.0, "max_tokens": 60}, _seed),
+    "seed": Effect(DRAWN, _seed),
     "max_tokens": Effect({"max_tokens": 3, "ignore_eos": True}, lambda row: len(row.tokens) == 3),
     "max_completion_tokens": Effect(
         {"max_completion_tokens": 3, "max_tokens": None, "ignore_eos": True},

@@ -13,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sparse_dllm.engine import cpu_cores
-from vllm_sparse_dllm.engine.cpu_cores import BINDING, bind_ray_worker, bind_workers, shares
+from vllm_sparse_dllm.engine.cpu_cores import (
+    BINDING,
+    WAITING,
+    bind_ray_worker,
+    bind_workers,
+    shares,
+    wait_shortly,
+)
 
 
 def machine(num_nodes: int, cores_of_a_node: int, threads: int) -> list[Any]:
@@ -123,3 +130,19 @@ def test_a_worker_on_ray_without_a_list(
     with pytest.raises(ValueError, match=f"{BINDING} must have a list .* got '0-1' for worker 1"):
         bind_ray_worker()
     assert not bound
+
+
+@pytest.mark.parametrize("chosen", [{}, *({name: "1"} for name in WAITING)])
+def test_how_threads_wait_is_the_users_choice(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+) -> None:
+    for name in WAITING:
+        # Undone at the end, also where it was unset.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    for name, value in chosen.items():
+        monkeypatch.setenv(name, value)
+    for _ in range(2):
+        wait_shortly()
+    found = {name: os.environ[name] for name in WAITING if name in os.environ}
+    assert found == (chosen or WAITING)

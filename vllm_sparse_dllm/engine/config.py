@@ -286,5 +286,4 @@ def _use_all_cores(parallel: ParallelConfig) -> None:
     cpu_cores.bind_workers(parallel)
     if not os.environ.get(cpu_cores.BINDING):
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    if not cpu_cores.WAITING.keys() & os.environ.keys():
-        os.environ.update(cpu_cores.WAITING)
+    cpu_cores.wait_shortly()

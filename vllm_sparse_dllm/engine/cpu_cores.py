@@ -45,6 +45,15 @@ def shares(num_workers: int) -> list[list[int]]:
     return [ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
 
 
+def wait_shortly() -> None:
+    """Have OpenMP's threads of processes that start from now on wait as in `WAITING`.
+
+    A user who set one of the variables has decided.
+    """
+    if not WAITING.keys() & os.environ.keys():
+        os.environ.update(WAITING)
+
+
 def bind_workers(parallel: ParallelConfig) -> None:
     """Tell vLLM's multi-process executor which cores its workers get; what a user set wins.
 
