@@ -99,6 +99,7 @@ class StepRecorder:
         self._wrap(runner_module, "build_batch", "batch build")
         self._wrap(runner.model, "forward", "forward", self._note_forward)
         self._wrap(runner.model, "compute_logits", "head")
+        self._wrap(runner_module, "plan_step", "denoise")
         self._wrap(runner_module, "denoise", "denoise")
         self._wrap(runner, "_commit", "commit")
         self._wrap_details(runner)

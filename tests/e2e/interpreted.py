@@ -2,18 +2,23 @@
 """An engine whose attention and confidences are Triton kernels in the interpreter, as a program.
 
 ``TRITON_INTERPRET=1 python -m tests.e2e.interpreted FOLDER`` runs a few requests on random
-checkpoints and compares their tokens with the reference's.
+checkpoints and compares their tokens with the reference's; with ``--graphs`` block steps are
+replayed (`tests.e2e.recorded`).
 """
 
 from __future__ import annotations
 
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from tests.e2e import recorded
 from tests.e2e.cases import Case
 from tests.engines import generate, running_engine
 from tests.reference import load, write_checkpoint
+from vllm_sparse_dllm.engine import graphs
+from vllm_sparse_dllm.transfer import HostArrays
 
 VOCAB = 96
 PROMPT = [(7 * i) % 80 for i in range(45)]
@@ -36,17 +41,39 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(folder: Path) -> int:
+def capture(runner: Any, replayed: set[int]) -> None:
+    """Have block steps of up to four sequences replayed, and note of how many."""
+    # The host is to be a device that has to be sent things.
+    graphs.HostArrays = partial(HostArrays, staged=True)  # type: ignore[misc, assignment]
+    runner.arrays = HostArrays(runner.device, staged=True)
+    runner.capture_graphs(recorded.capture, [1, 2, 4])
+    for size, graph in zip(runner.graphs.sizes, runner.graphs._graphs, strict=True):
+        replay = graph._replay
+        graph._replay = lambda size=size, replay=replay: (replayed.add(size), replay())
+
+
+def main(folder: Path, replays: bool) -> int:
     different = 0
     for model, sizes in CHECKPOINTS.items():
         path = write_checkpoint(folder / model, model, vocab=VOCAB, seed=7, **sizes)
-        settings = {"attention_backend": "triton"}
+        settings = {"attention_backend": "triton", "block_length": 8}
+        replayed: set[int] = set()
         with running_engine(
             str(path), block_size=PAGE, additional_config={"sparse_dllm": settings}
         ) as llm:
             runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
-            print(model, type(runner.backend).__name__, runner._greedy.__name__)
+            print(model, type(runner.backend).__name__, runner.greedy.__name__)
+            if replays:
+                capture(runner, replayed)
             outputs = generate(llm, [c.prompt for c in CASES], [c.sampling() for c in CASES])
+            if replays:
+                # In step with each other, so that no other step keeps theirs from being replayed.
+                for num in (1, 2, 3):
+                    own = [CASES[2]] * num
+                    again = generate(llm, [c.prompt for c in own], [c.sampling() for c in own])
+                    different += again != [outputs[2]] * num
+                sizes = ", ".join(map(str, sorted(replayed)))
+                print(f"{model} replayed graphs of {sizes} sequences")
         reference = load(path)
         for case, output in zip(CASES, outputs, strict=True):
             if output != case.expected(reference, PAGE):
@@ -57,4 +84,4 @@ def main(folder: Path) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(main(Path(sys.argv[1]), "--graphs" in sys.argv))

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sparse_dllm.denoise.fused import FusedDistribution, greedy_distribution
+from vllm_sparse_dllm.denoise.plan import Candidates, plan_step
 from vllm_sparse_dllm.denoise.rules import RULES
 from vllm_sparse_dllm.denoise.sampling import (
     CategoricalSampler,
@@ -18,7 +19,8 @@ from vllm_sparse_dllm.denoise.sampling import (
     TokenDistribution,
     greedy_tokens,
 )
-from vllm_sparse_dllm.denoise.step import Candidates, Commits, GreedyDistribution, denoise
+from vllm_sparse_dllm.denoise.step import Commits, GreedyDistribution, denoise
+from vllm_sparse_dllm.transfer import HostArrays
 
 VOCAB, MASK = 53, 3
 
@@ -81,13 +83,20 @@ REQUESTS = st.builds(
 def run(
     logits: torch.Tensor, requests: list[Request], max_rows: int, greedy: GreedyDistribution | None
 ) -> Commits:
-    return denoise(
-        lambda rows: logits[torch.from_numpy(rows).to(logits.device)],
+    arrays = HostArrays(logits.device)
+    plan = plan_step(
         [request.candidates(logits.device) for request in requests],
+        max_rows,
+        arrays,
+        fused=greedy is not None,
+    )
+    arrays.send()
+    return denoise(
+        lambda start, end, index: logits[start:end].clone(),
+        plan,
         MASK,
         GumbelSampler() if requests[0].seed % 2 else CategoricalSampler(),
-        logits.device,
-        max_rows,
+        arrays,
         greedy,
     )
 

@@ -200,6 +200,18 @@ def test_static_plans(backend: AttentionBackend) -> None:
         backend.rewrite_paged_plan(plan, np.array([41]), np.array([41]), np.zeros((1, 3)))
 
 
+def test_what_has_no_slot_is_written_nowhere(backend: AttentionBackend) -> None:
+    if not backend.static_plans:
+        return
+    pool = torch.randn(2, 3 * PAGE, SHAPE.num_kv_heads, SHAPE.head_size).bfloat16()
+    expected = pool.clone()
+    backend.bind_pages([pool.view(torch.int8).flatten()])
+    k, v = torch.randn(2, 5, SHAPE.num_kv_heads, SHAPE.head_size).bfloat16()
+    backend.write(0, k, v, torch.tensor([-1, 7, -1, 20, -1]))
+    expected[0, [7, 20]], expected[1, [7, 20]] = k[[1, 3]], v[[1, 3]]
+    assert torch.equal(pool, expected)
+
+
 def test_a_step_without_queries(backend: AttentionBackend) -> None:
     nothing = torch.zeros(0, SHAPE.num_heads, SHAPE.head_size, dtype=torch.bfloat16)
     keys = torch.zeros(5, SHAPE.num_kv_heads, SHAPE.head_size, dtype=torch.bfloat16)

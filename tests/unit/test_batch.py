@@ -24,6 +24,7 @@ from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import StepBatch, build_batch
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState, Sequence
 from vllm_sparse_dllm.settings import GRANULARITIES, DecodingSettings
+from vllm_sparse_dllm.transfer import HostArrays
 
 PAGE, LAYERS, MASK = 4, 3, 3
 FURTHER_PAGES = itertools.count(10_000)
@@ -39,11 +40,20 @@ class Recorder(AttentionBackend):
         super().__init__(AttentionShape(2, 2, 8), PAGE, torch.float32, torch.device("cpu"))
 
     def plan_paged(
-        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+        arrays: HostArrays | None = None,
     ) -> Any:
         return query_lengths.tolist(), key_lengths.tolist(), page_table.tolist()
 
-    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> Any:
+    def plan_full(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> Any:
         return query_lengths.tolist(), key_lengths.tolist()
 
     def bind_pages(self, layers: list[torch.Tensor]) -> None: ...
@@ -84,7 +94,7 @@ def build(*states: RequestState) -> tuple[StepBatch, list[NextStep]]:
             held = sum(len(sequence.page_ids) for sequence in state.sequences)
             peak = state.policy.peak_pages(state.canvas, state.settings, PAGE)
             state.add_pages([next(FURTHER_PAGES) for _ in range(peak - held)])
-    return build_batch(states, steps, Recorder()), steps
+    return build_batch(states, steps, Recorder(), HostArrays(torch.device("cpu"))), steps
 
 
 def advance(state: RequestState, num: int = 1) -> None:
@@ -135,8 +145,8 @@ def test_a_full_forward_has_every_position_and_the_candidates_rows() -> None:
     assert batch.plan.last_rows.tolist() == [5, 6, 7, 8]  # the block's masks
     assert batch.plan.full.last_plan == ([4], [13])
     assert batch.plan.fills == ()
-    assert batch.logits_rows.tolist() == [0, 1, 2, 3]
-    assert batch.guided.numel() == batch.guidance.numel() == 0
+    assert batch.logits.rows.tolist() == [0, 1, 2, 3]
+    assert batch.logits.guided.numel() == batch.logits.guidance.numel() == 0
 
 
 def test_committed_positions_ask_for_no_logits() -> None:
@@ -231,8 +241,8 @@ def test_cached_sequences_come_first_and_logits_in_the_requests_order() -> None:
     assert batch.positions.tolist() == [2, 3, 4, 5, *range(13)]
     assert batch.plan.last_rows.tolist() == [1, 2, 3, 9, 10, 11, 12]
     assert batch.plan.num_last_cached == 3
-    assert batch.logits_rows.tolist() == [3, 4, 5, 6, 0, 1, 2]
-    rows = batch.plan.last_rows[batch.logits_rows]
+    assert batch.logits.rows.tolist() == [3, 4, 5, 6, 0, 1, 2]
+    rows = batch.plan.last_rows[batch.logits.rows]
     asked = np.concatenate([step.candidates for step in steps]).tolist()
     assert batch.positions[rows].tolist() == asked
 
@@ -258,9 +268,9 @@ def test_guidance_runs_a_second_canvas() -> None:
     )
     assert batch.positions.tolist() == [*range(13), *range(11), *range(11)]
     assert batch.plan.last_rows.tolist() == [5, 6, 7, 8, 16, 17, 18, 19, 27, 28, 29, 30]
-    assert batch.logits_rows.tolist() == list(range(12))  # the unconditional ones are last
-    assert batch.guided.tolist() == [4, 5, 6, 7]
-    assert batch.guidance.tolist() == [1.5] * 4
+    assert batch.logits.rows.tolist() == list(range(12))  # the unconditional ones are last
+    assert batch.logits.guided.tolist() == [4, 5, 6, 7]
+    assert batch.logits.guidance.tolist() == [1.5] * 4
     # A commit reaches both canvases, and only the response.
     guided.commit(np.array([4]), np.array([50]), None)
     assert guided.sequences[0].token_ids.tolist() == [10, 11, 12, MASK, 50] + [MASK] * 6
@@ -275,12 +285,12 @@ def test_guidance_between_others_keeps_the_order() -> None:
     batch, steps = build(first, second, third)
     num = [len(step.candidates) for step in steps]
     assert num == [4, 3, 4]
-    rows = batch.plan.last_rows[batch.logits_rows]
+    rows = batch.plan.last_rows[batch.logits.rows]
     positions = batch.positions[rows].tolist()
     asked = [step.candidates.tolist() for step in steps]
     assert positions == asked[0] + asked[1] + asked[2] + asked[0] + asked[1]
-    assert batch.guided.tolist() == [0, 1, 2, 3, 4, 5, 6]
-    assert batch.guidance.tolist() == [2.0] * 4 + [0.5] * 3
+    assert batch.logits.guided.tolist() == [0, 1, 2, 3, 4, 5, 6]
+    assert batch.logits.guidance.tolist() == [2.0] * 4 + [0.5] * 3
     assert batch.plan.cached is not None
     assert batch.plan.cached.num_tokens == 8  # both canvases of the second
     own, unconditional = (sequence.page_ids.tolist() for sequence in second.sequences)
@@ -297,7 +307,7 @@ def test_a_step_without_candidates_still_has_a_row() -> None:
     assert batch.plan.last_rows.tolist() == [0]
     assert batch.plan.full is not None
     assert batch.plan.full.last_plan == ([1], [37])
-    assert batch.logits_rows.numel() == 0
+    assert batch.logits.rows.numel() == 0
     # Beside others there is no need for it.
     batch, _ = build(state, make_state(cache_policy="none", steps=4))
     assert batch.plan.full is not None
@@ -432,7 +442,7 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
         assert eviction.slots.tolist() == sequence.slots[first : first + others].tolist()
         assert eviction.selection.keep == int(others * state.settings.keep_ratio)
     # Logits: the candidates of the requests in order, shifted models one row before.
-    rows = plan.last_rows[batch.logits_rows]
+    rows = plan.last_rows[batch.logits.rows]
     asked = [step.candidates for step in steps]
     asked += [s.candidates for r, s in zip(states, steps, strict=True) if r.settings.cfg_scale]
     joined = np.concatenate(asked)

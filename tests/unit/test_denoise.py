@@ -14,10 +14,12 @@ from hypothesis import strategies as st
 
 from tests.reference.decode import Options, at_factor, at_threshold, choose
 from tests.unit.helpers import reference_model, traits_of
+from vllm_sparse_dllm.denoise.plan import Candidates, plan_step
 from vllm_sparse_dllm.denoise.rules import RULES, factor_counts, threshold_counts
 from vllm_sparse_dllm.denoise.sampling import restrict
-from vllm_sparse_dllm.denoise.step import Candidates, Commits, denoise
+from vllm_sparse_dllm.denoise.step import Commits, LogitsOf, denoise
 from vllm_sparse_dllm.denoise.timetable import commit_fractions
+from vllm_sparse_dllm.transfer import HostArrays
 
 VOCAB, MASK = 37, 3
 KINDS = pytest.mark.parametrize("kind", ["llada", "dream"])
@@ -76,21 +78,22 @@ def run(kind: str, jobs: Sequence[Job], max_rows: int = 1 << 20) -> Commits:
     logits = torch.cat([job.logits for job in jobs])
     seen: list[int] = []
 
-    def logits_of(rows: np.ndarray) -> torch.Tensor:
+    def logits_of(start: int, end: int, index: torch.Tensor | None) -> torch.Tensor:
+        rows = logits[start:end].clone() if index is None else logits[start:end][index]
         seen.append(len(rows))
-        return logits[torch.from_numpy(rows)]
+        return rows
 
-    commits = denoise(
-        logits_of,
-        [job.candidates(kind) for job in jobs],
-        MASK,
-        traits_of(kind, MASK).sampler,
-        torch.device("cpu"),
-        max_rows,
-    )
-    if all(job.num_logprobs is None for job in jobs):
-        assert max(seen) <= max_rows
+    commits = decide(logits_of, [job.candidates(kind) for job in jobs], kind, max_rows)
+    assert max(seen) <= max_rows
     return commits
+
+
+def decide(
+    logits_of: LogitsOf, candidates: list[Candidates], kind: str, max_rows: int = 1 << 20
+) -> Commits:
+    arrays = HostArrays(torch.device("cpu"))
+    plan = plan_step(candidates, max_rows, arrays)
+    return denoise(logits_of, plan, MASK, traits_of(kind, MASK).sampler, arrays)
 
 
 def split(commits: Commits, jobs: Sequence[Job]) -> list[tuple[list[int], list[bool]]]:
@@ -281,13 +284,8 @@ def test_logits_are_read_only_and_of_any_dtype(kind: str, dtype: torch.dtype) ->
     before = logits.clone()
     for temperature in (0.0, 0.8):
         job = Job(logits.float(), Options(temperature=temperature), step=7)
-        commits = denoise(
-            lambda rows: logits[torch.from_numpy(rows)],
-            [job.candidates(kind)],
-            MASK,
-            traits_of(kind, MASK).sampler,
-            torch.device("cpu"),
-            100,
+        commits = decide(
+            lambda start, end, index: logits[start:end].clone(), [job.candidates(kind)], kind
         )
         assert torch.equal(logits, before)
         assert split(commits, [job]) == [job.naive(kind)]

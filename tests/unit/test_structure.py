@@ -69,6 +69,7 @@ WALLS: dict[str, tuple[str, ...]] = {
     "denoise/sampling.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/constraints.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/fused.py": ("vllm", *own("cache", "engine", "models", "attention")),
+    "denoise/plan.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/step.py": ("vllm", *own("cache", "engine", "models", "attention")),
     "denoise/timetable.py": ("vllm", *own("cache", "engine", "models", "attention")),
     # Which network runs.
@@ -109,6 +110,8 @@ WALLS: dict[str, tuple[str, ...]] = {
         for file in FILES
         if file.startswith("kernels/")
     },
+    # What all of these send and read back.
+    "transfer.py": ("vllm", *own("attention", "cache", "engine", "models", "denoise", "kernels")),
     # Everybody reads the settings; at run time they read nobody.
     "settings.py": ("torch", "vllm", *own("cache", "engine", "models", "attention")),
 }

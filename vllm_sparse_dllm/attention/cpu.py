@@ -19,6 +19,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_i
 
 from vllm_sparse_dllm.attention.cpu_rows import RowAttention, RowPlan
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
+from vllm_sparse_dllm.transfer import HostArrays
 
 
 class _Cells:
@@ -160,7 +161,11 @@ class CPUBackend(AttentionBackend):
         return numbers.transpose(1, 2).contiguous()
 
     def plan_paged(
-        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+        arrays: HostArrays | None = None,
     ) -> _PagedPlan:
         # A sequence without queries has nothing to compute; the kernel gets none of them.
         active = query_lengths > 0
@@ -214,7 +219,12 @@ class CPUBackend(AttentionBackend):
     ) -> None:
         self._attend(self._pages[layer], queries, output, plan)
 
-    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _FullPlan | RowPlan:
+    def plan_full(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> _FullPlan | RowPlan:
         if self._rows is not None:
             return RowPlan.of(query_lengths, key_lengths)
         page_counts = -(-key_lengths // self.page_size)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionShape
-from vllm_sparse_dllm.attention.packing import PackedArrays, pad_sequences, starts_of
+from vllm_sparse_dllm.attention.packing import PackedArrays, pack, pad_sequences, starts_of
 from vllm_sparse_dllm.attention.slots import ZeroedSlotBackend, why_not_half_on_cuda
+from vllm_sparse_dllm.kernels import why_unavailable
+from vllm_sparse_dllm.transfer import HostArrays
 
 _LIBRARY = "vllm.vllm_flash_attn"
 _MOST_CHANNELS = 256
@@ -23,14 +26,16 @@ class _Plan:
     """Arguments of the kernel.
 
     Attributes:
-        arrays: Query starts, then key starts, or key lengths and page table.
+        views: Query starts, then key starts, or key lengths and page table.
         num_queries: Most queries of a sequence.
         num_keys: Most keys of a sequence.
+        arrays: What a static plan is rewritten by.
     """
 
-    arrays: PackedArrays
+    views: tuple[torch.Tensor, ...]
     num_queries: int
     num_keys: int
+    arrays: PackedArrays | None = None
 
 
 class FlashAttentionBackend(ZeroedSlotBackend):
@@ -46,6 +51,11 @@ class FlashAttentionBackend(ZeroedSlotBackend):
         self._attend = library.flash_attn_varlen_func
         hopper = torch.cuda.get_device_capability(device)[0] == 9
         self._version = 3 if hopper and library.is_fa_version_supported(3) else 2
+        self._write_rows: Callable[..., None] | None = None
+        if why_unavailable(device) is None:
+            from vllm_sparse_dllm.kernels import pages
+
+            self._write_rows = pages.write_rows
 
     @classmethod
     def why_not(
@@ -64,6 +74,20 @@ class FlashAttentionBackend(ZeroedSlotBackend):
         except ImportError as error:
             return f"this build of vLLM does not have it ({error})"
         return library.fa_version_unsupported_reason(2)
+
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        """Write keys and values to slots; those whose slot is below 0 nowhere."""
+        if self._write_rows is not None:
+            self._write_rows(keys, values, slots, *self._slots[layer].unbind(0))
+            return
+        own = slots >= 0
+        somewhere = slots.clamp(min=0)
+        for pool, rows in zip(self._slots[layer], (keys, values), strict=True):
+            # What is nowhere to be written leaves slot 0 as it is; no sequence has that one.
+            there = pool.index_select(0, somewhere)
+            pool.index_copy_(0, somewhere, torch.where(own[:, None, None], rows, there))
 
     def _run(
         self,
@@ -89,9 +113,14 @@ class FlashAttentionBackend(ZeroedSlotBackend):
             **options,
         )
 
-    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _Plan:
-        arrays = PackedArrays.of([starts_of(query_lengths), starts_of(key_lengths)], self.device)
-        return _Plan(arrays, int(query_lengths.max(initial=0)), int(key_lengths.max(initial=0)))
+    def plan_full(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> _Plan:
+        views = pack([starts_of(query_lengths), starts_of(key_lengths)], self.device, arrays)
+        return _Plan(views, int(query_lengths.max(initial=0)), int(key_lengths.max(initial=0)))
 
     def attend_full(
         self,
@@ -101,20 +130,27 @@ class FlashAttentionBackend(ZeroedSlotBackend):
         output: torch.Tensor,
         plan: Any,
     ) -> None:
-        query_start, key_start = plan.arrays.views
+        query_start, key_start = plan.views
         self._run(queries, keys, values, output, plan, query_start, cu_seqlens_k=key_start)
 
     def plan_paged(
-        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+        arrays: HostArrays | None = None,
     ) -> _Plan:
-        arrays = PackedArrays.of([starts_of(query_lengths), key_lengths, page_table], self.device)
-        return _Plan(arrays, int(query_lengths.max(initial=0)), int(key_lengths.max(initial=0)))
+        views = pack([starts_of(query_lengths), key_lengths, page_table], self.device, arrays)
+        return _Plan(views, int(query_lengths.max(initial=0)), int(key_lengths.max(initial=0)))
 
-    def static_paged_plan(self, num_sequences: int, num_queries: int, width: int) -> _Plan:
+    def static_paged_plan(
+        self, num_sequences: int, num_queries: int, width: int, arrays: HostArrays | None = None
+    ) -> _Plan:
         shapes = [(num_sequences + 1,), (num_sequences,), (num_sequences, width)]
-        arrays = PackedArrays(shapes, self.device)
-        arrays.rewrite([np.zeros(shape, dtype=np.int32) for shape in shapes])
-        return _Plan(arrays, num_queries, width * self.page_size)
+        packed = PackedArrays(shapes, self.device, arrays)
+        if arrays is None:
+            packed.rewrite([np.zeros(shape, dtype=np.int32) for shape in shapes])
+        return _Plan(packed.views, num_queries, width * self.page_size, packed)
 
     def rewrite_paged_plan(
         self,
@@ -123,16 +159,16 @@ class FlashAttentionBackend(ZeroedSlotBackend):
         key_lengths: np.ndarray,
         page_table: np.ndarray,
     ) -> None:
-        table_shape = plan.arrays.views[-1].shape
+        assert plan.arrays is not None
         arrays = pad_sequences(
-            table_shape, plan.num_queries, query_lengths, key_lengths, page_table
+            plan.views[-1].shape, plan.num_queries, query_lengths, key_lengths, page_table
         )
         plan.arrays.rewrite(arrays)
 
     def attend_paged(
         self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any
     ) -> None:
-        query_start, key_lengths, page_table = plan.arrays.views
+        query_start, key_lengths, page_table = plan.views
         pages = self._slots[layer].view(2, -1, self.page_size, *self._slots[layer].shape[2:])
         self._run(
             queries,

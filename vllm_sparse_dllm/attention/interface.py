@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.kernels.plain import PLAIN, SelectionKernels
+from vllm_sparse_dllm.transfer import HostArrays
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class AttentionBackend(ABC):
     Attributes:
         static_plans: Whether there are plans that can be rewritten in place, which CUDA graphs
             need: see `static_paged_plan`. Then a slot below 0 is written nowhere, and `write`
-            and `attend_paged` neither allocate memory nor wait for the device.
+            and `attend_paged` launch the same whatever the numbers in their tensors are.
     """
 
     static_plans: ClassVar[bool] = False
@@ -117,7 +118,11 @@ class AttentionBackend(ABC):
 
     @abstractmethod
     def plan_paged(
-        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+        arrays: HostArrays | None = None,
     ) -> Any:
         """Plan attention of sequences over their pages.
 
@@ -125,6 +130,8 @@ class AttentionBackend(ABC):
             query_lengths: ``[sequences]``; 0 is allowed.
             key_lengths: ``[sequences]`` filled slots, from a sequence's first on.
             page_table: ``[sequences, width]`` page ids.
+            arrays: What the plan has for the device goes along with these, and they are sent
+                before the plan is used; None: it is sent at once.
         """
 
     @abstractmethod
@@ -133,17 +140,22 @@ class AttentionBackend(ABC):
     ) -> None:
         """Write attention of ``queries`` ``[n, heads, head_size]`` to ``output``."""
 
-    def static_paged_plan(self, num_sequences: int, num_queries: int, width: int) -> Any:
+    def static_paged_plan(
+        self, num_sequences: int, num_queries: int, width: int, arrays: HostArrays | None = None
+    ) -> Any:
         """Return a plan that `rewrite_paged_plan` fills, whose tensors never move.
 
         Which kernels `attend_paged` launches with it, on which tensors and with how many
         programs, is fixed by these three numbers, so that it can be captured once and replayed.
-        Until it is filled it holds no sequence. Memory it needs is allocated here.
+        Memory it needs is allocated here.
 
         Args:
             num_sequences: Most sequences.
             num_queries: Most queries of a sequence.
             width: Most pages of a sequence.
+            arrays: The plan keeps its places among these. Then it holds nothing until it is
+                filled and they are sent; without them it holds no sequence, and
+                `rewrite_paged_plan` sends by itself.
         """
         raise NotImplementedError(f"{type(self).__name__} has no static plans")
 
@@ -156,8 +168,8 @@ class AttentionBackend(ABC):
     ) -> None:
         """Fill a static plan; arguments as those of `plan_paged`, as many as it holds or fewer.
 
-        One copy in the order of the current stream. Rows of queries behind those of the
-        sequences are left out: `attend_paged` does not write their output.
+        In the order of the current stream. Rows of queries behind those of the sequences are
+        left out: `attend_paged` does not write their output.
 
         Raises:
             ValueError: If the plan is too small.
@@ -165,12 +177,18 @@ class AttentionBackend(ABC):
         raise NotImplementedError(f"{type(self).__name__} has no static plans")
 
     @abstractmethod
-    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> Any:
+    def plan_full(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> Any:
         """Plan attention of sequences over keys of the same pass.
 
         Args:
             query_lengths: ``[sequences]``; 0 is allowed.
             key_lengths: ``[sequences]``.
+            arrays: As in `plan_paged`.
         """
 
     @abstractmethod

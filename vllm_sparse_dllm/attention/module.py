@@ -50,7 +50,8 @@ class BidirectionalAttention(nn.Module):
         """
         backend = plan.backend
         queries = q.index_select(0, plan.last_rows) if last else q
-        output = torch.empty(queries.shape, dtype=q.dtype, device=q.device)
+        allocate = torch.zeros if plan.padded else torch.empty
+        output = allocate(queries.shape, dtype=q.dtype, device=q.device)
         num_cached_tokens = num_cached_rows = 0
         if plan.cached is not None:
             cached = plan.cached

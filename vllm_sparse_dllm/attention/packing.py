@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host arrays of a plan, brought to the device by one copy that nobody waits for."""
+"""The host arrays of a plan, and their way to the device."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-#: Each array starts at a multiple of 16 bytes, so that a kernel may load four numbers at once.
-_ALIGNMENT = 4
+from vllm_sparse_dllm.transfer import HostArrays, aligned_bytes
 
 
 class PackedArrays:
-    """Some int32 arrays in one tensor on the device.
+    """Some int32 arrays on the device, brought there by one copy that nobody waits for.
 
     The views keep their addresses for good: `rewrite` changes what they hold, which is what a
     captured CUDA graph reads when it is replayed.
@@ -21,22 +20,24 @@ class PackedArrays:
     Args:
         shapes: Of the arrays.
         device: Where they go.
+        among: Whose copy they go along with; None: they have one of their own.
 
     Attributes:
         views: The arrays on the device, in order; undefined until the first `rewrite`.
     """
 
-    def __init__(self, shapes: Sequence[tuple[int, ...]], device: torch.device) -> None:
-        self._shapes = tuple(shapes)
-        self._sizes = [int(np.prod(shape)) for shape in shapes]
-        self._starts = [0]
-        for size in self._sizes:
-            self._starts.append(self._starts[-1] + -(-size // _ALIGNMENT) * _ALIGNMENT)
-        self._tensor = torch.empty(max(1, self._starts[-1]), dtype=torch.int32, device=device)
-        self.views = tuple(
-            self._tensor[start : start + size].view(shape)
-            for start, size, shape in zip(self._starts, self._sizes, shapes, strict=False)
-        )
+    def __init__(
+        self,
+        shapes: Sequence[tuple[int, ...]],
+        device: torch.device,
+        among: HostArrays | None = None,
+    ) -> None:
+        self._own: HostArrays | None = None
+        if among is None:
+            size = sum(aligned_bytes(shape, np.int32) for shape in shapes)
+            among = self._own = HostArrays(device, size)
+        self._fixed = [among.reserve(shape, np.int32) for shape in shapes]
+        self.views = tuple(fixed.view for fixed in self._fixed)
 
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray], device: torch.device) -> PackedArrays:
@@ -48,24 +49,29 @@ class PackedArrays:
     def rewrite(self, arrays: Sequence[np.ndarray]) -> None:
         """Put other numbers in place of those on the device, in the order of its stream.
 
+        Those that go along with others are there when the others are.
+
         Args:
             arrays: Of the shapes the object was made for.
 
         Raises:
             ValueError: If a shape is another.
         """
-        # PyTorch gives pinned memory to another only when the copy from it is done.
-        host = torch.empty(
-            self._tensor.shape, dtype=torch.int32, pin_memory=self._tensor.device.type == "cuda"
-        )
-        numbers = host.numpy()
-        for array, shape, size, start in zip(
-            arrays, self._shapes, self._sizes, self._starts, strict=False
-        ):
-            if array.shape != shape:
-                raise ValueError(f"an array of the plan has shape {shape}, got {array.shape}")
-            numbers[start : start + size] = array.reshape(-1)
-        self._tensor.copy_(host, non_blocking=True)
+        if self._own is not None:
+            self._own.begin()
+        for fixed, array in zip(self._fixed, arrays, strict=True):
+            fixed.write(array)
+        if self._own is not None:
+            self._own.send()
+
+
+def pack(
+    arrays: Sequence[np.ndarray], device: torch.device, among: HostArrays | None
+) -> tuple[torch.Tensor, ...]:
+    """Return int32 arrays on a device, brought there with others or, without, at once."""
+    if among is None:
+        return PackedArrays.of(arrays, device).views
+    return tuple(among.put(array, np.int32) for array in arrays)
 
 
 def row_tiles(row_counts: np.ndarray, tile_rows: int) -> np.ndarray:

@@ -111,6 +111,7 @@ class ForwardPlan:
         last_rows: ``[rows]`` tokens whose hidden states are needed after the last layer,
             in ascending order; at least one.
         num_last_cached: How many of ``last_rows`` lie in ``cached``.
+        padded: Whether some tokens belong to no sequence; attention has zeros for them.
     """
 
     backend: AttentionBackend
@@ -120,3 +121,4 @@ class ForwardPlan:
     evictions: tuple[Eviction, ...]
     last_rows: torch.Tensor
     num_last_cached: int
+    padded: bool = False

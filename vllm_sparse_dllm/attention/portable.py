@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from vllm_sparse_dllm.attention.slots import SlotBackend
+from vllm_sparse_dllm.transfer import HostArrays
 
 
 @dataclass(frozen=True)
@@ -29,16 +30,22 @@ class PortableBackend(SlotBackend):
     """scaled_dot_product_attention over gathered keys."""
 
     def plan_paged(
-        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+        arrays: HostArrays | None = None,
     ) -> _PagedPlan:
+        own = arrays or HostArrays(self.device)
         ends = np.cumsum(query_lengths)
         sequences = []
         for index in np.flatnonzero(query_lengths):
             slots = page_table[index][:, None] * self.page_size + np.arange(self.page_size)
-            slots = slots.reshape(-1)[: key_lengths[index]].astype(np.int64)
+            slots = slots.reshape(-1)[: key_lengths[index]]
             start = int(ends[index] - query_lengths[index])
-            device_slots = torch.from_numpy(slots).to(self.device, non_blocking=True)
-            sequences.append((start, int(ends[index]), device_slots))
+            sequences.append((start, int(ends[index]), own.put(slots)))
+        if arrays is None:
+            own.send()
         return _PagedPlan(tuple(sequences))
 
     def _attend(
@@ -62,7 +69,12 @@ class PortableBackend(SlotBackend):
                 queries[start:end], keys.index_select(0, slots), values.index_select(0, slots)
             )
 
-    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _FullPlan:
+    def plan_full(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> _FullPlan:
         query_ends, key_ends = np.cumsum(query_lengths), np.cumsum(key_lengths)
         return _FullPlan(
             tuple(

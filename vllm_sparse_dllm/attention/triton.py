@@ -13,6 +13,7 @@ import torch
 from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.attention.packing import (
     PackedArrays,
+    pack,
     pad_sequences,
     row_tiles,
     starts_of,
@@ -20,6 +21,7 @@ from vllm_sparse_dllm.attention.packing import (
 from vllm_sparse_dllm.attention.slots import SlotBackend
 from vllm_sparse_dllm.kernels import interpreted, why_unavailable
 from vllm_sparse_dllm.kernels.plain import SelectionKernels
+from vllm_sparse_dllm.transfer import HostArrays
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _MOST_CHANNELS = 256
@@ -27,7 +29,7 @@ _MOST_CHANNELS = 256
 
 @dataclass(frozen=True)
 class _FullPlan:
-    arrays: PackedArrays
+    views: tuple[torch.Tensor, ...]
     config: Any
 
 
@@ -36,26 +38,28 @@ class TritonPagedPlan:
     """Attention over pages.
 
     Attributes:
-        arrays: Tiles, query starts, key lengths and page table on the device.
+        views: Tiles, query starts, key lengths and page table on the device.
         config: Launch parameters that the tiles were made for.
         num_splits: Programs that share the keys of a tile.
         partial: Work space of the kernels; a static plan has its own.
         statistics: Work space of the kernels; a static plan has its own.
         num_queries: Most queries of a sequence.
+        arrays: What a static plan is rewritten by.
     """
 
-    arrays: PackedArrays
+    views: tuple[torch.Tensor, ...]
     config: Any
     num_splits: int
     partial: torch.Tensor
     statistics: torch.Tensor
     num_queries: int
+    arrays: PackedArrays | None = None
 
 
 class TritonBackend(SlotBackend):
     """Triton kernels for attention, page writes and the scores of a choice.
 
-    Nothing waits for the device: a plan is one copy from pinned memory, and `attend_full`,
+    Nothing waits for the device: plans go along with a step's other arrays, and `attend_full`,
     `attend_paged`, `write` and `move` only launch kernels, without allocating memory. So they
     may be captured in CUDA graphs, with plans of `static_paged_plan`.
     """
@@ -101,7 +105,7 @@ class TritonBackend(SlotBackend):
         for count in self._full.QUERY_COUNTS:
             config = self._full.choose_config(shape.head_size, self.dtype, count)
             arrays = [row_tiles(one, config.block_m), starts_of(one), starts_of(keys)]
-            plan = _FullPlan(PackedArrays.of(arrays, self.device), config)
+            plan = _FullPlan(pack(arrays, self.device, None), config)
             self.attend_full(q, k, k, q.clone(), plan)
         for count in self._paged.ROW_COUNTS:
             paged_config = self._paged.choose_config(shape.head_size, self.dtype, count)
@@ -112,7 +116,7 @@ class TritonBackend(SlotBackend):
                     len(tiles), shape.num_kv_heads, num_splits, paged_config, shape.head_size
                 )
                 paged_plan = TritonPagedPlan(
-                    arrays=PackedArrays.of(arrays, self.device),
+                    views=pack(arrays, self.device, None),
                     config=paged_config,
                     num_splits=num_splits,
                     partial=self._floats(sizes[0]),
@@ -152,14 +156,19 @@ class TritonBackend(SlotBackend):
 
     # Whole sequences.
 
-    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _FullPlan:
+    def plan_full(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> _FullPlan:
         num_queries = int(query_lengths.max(initial=0))
         config = self._full.choose_config(self.shape.head_size, self.dtype, num_queries)
         tiles = row_tiles(query_lengths, config.block_m)
         # The longest first, so that none is left to the end.
         order = np.argsort(-key_lengths[tiles[:, 0]], kind="stable")
-        arrays = [tiles[order], starts_of(query_lengths), starts_of(key_lengths)]
-        return _FullPlan(PackedArrays.of(arrays, self.device), config)
+        numbers = [tiles[order], starts_of(query_lengths), starts_of(key_lengths)]
+        return _FullPlan(pack(numbers, self.device, arrays), config)
 
     def attend_full(
         self,
@@ -169,7 +178,7 @@ class TritonBackend(SlotBackend):
         output: torch.Tensor,
         plan: Any,
     ) -> None:
-        tiles, query_start, key_start = plan.arrays.views
+        tiles, query_start, key_start = plan.views
         self._full.full_attention(
             queries,
             keys,
@@ -184,66 +193,80 @@ class TritonBackend(SlotBackend):
 
     # Pages.
 
-    def _paged_plan(
-        self,
-        num_queries: int,
-        num_tiles_of: Callable[[int], int],
-        num_sequences: int,
-        width: int,
-        num_keys: int,
-        static: bool = False,
-    ) -> TritonPagedPlan:
-        config = self._paged.choose_config(
-            self.shape.head_size, self.dtype, num_queries * self._group
-        )
+    def _launch(
+        self, num_queries: int, num_tiles_of: Callable[[int], int], num_keys: int
+    ) -> tuple[int, Any, int, tuple[int, int]]:
+        """Return how `attend_paged` is launched.
+
+        Args:
+            num_queries: Most queries of a sequence.
+            num_tiles_of: Tiles of so many rows each.
+            num_keys: Most keys of a sequence.
+
+        Returns:
+            Tiles, their config, splits of the keys, sizes of the two work spaces.
+        """
+        shape = self.shape
+        config = self._paged.choose_config(shape.head_size, self.dtype, num_queries * self._group)
         num_tiles = num_tiles_of(config.block_m)
-        kv_heads = self.shape.num_kv_heads
         num_splits = self._paged.choose_splits(
-            num_tiles * kv_heads, num_keys, self.dtype, self._num_cores
+            num_tiles * shape.num_kv_heads, num_keys, self.dtype, self._num_cores
         )
         sizes = self._paged.work_space(
-            num_tiles, kv_heads, num_splits, config, self.shape.head_size
+            num_tiles, shape.num_kv_heads, num_splits, config, shape.head_size
         )
-        space = [self._floats(1), self._floats(1)] if static else self._space
+        return num_tiles, config, num_splits, sizes
+
+    def plan_paged(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> TritonPagedPlan:
+        num_queries = int(query_lengths.max(initial=0))
+        _, config, num_splits, sizes = self._launch(
+            num_queries,
+            lambda rows: int((-(-query_lengths * self._group // rows)).sum()),
+            int(key_lengths.max(initial=0)),
+        )
         for number, size in enumerate(sizes):
             # Plans of a step share theirs: they follow each other on one stream.
-            if space[number].shape[0] < size:
-                space[number] = self._floats(size)
-        shapes = [(num_tiles, 2), (num_sequences + 1,), (num_sequences,), (num_sequences, width)]
+            if self._space[number].shape[0] < size:
+                self._space[number] = self._floats(size)
+        tiles = row_tiles(query_lengths * self._group, config.block_m)
+        numbers = [tiles, starts_of(query_lengths), key_lengths, page_table]
         return TritonPagedPlan(
-            arrays=PackedArrays(shapes, self.device),
+            views=pack(numbers, self.device, arrays),
             config=config,
             num_splits=num_splits,
-            partial=space[0],
-            statistics=space[1],
+            partial=self._space[0],
+            statistics=self._space[1],
             num_queries=num_queries,
         )
 
-    def plan_paged(
-        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
-    ) -> TritonPagedPlan:
-        plan = self._paged_plan(
-            int(query_lengths.max(initial=0)),
-            lambda rows: int((-(-query_lengths * self._group // rows)).sum()),
-            page_table.shape[0],
-            page_table.shape[1],
-            num_keys=int(key_lengths.max(initial=0)),
-        )
-        self.rewrite_paged_plan(plan, query_lengths, key_lengths, page_table)
-        return plan
-
     def static_paged_plan(
-        self, num_sequences: int, num_queries: int, width: int
+        self, num_sequences: int, num_queries: int, width: int, arrays: HostArrays | None = None
     ) -> TritonPagedPlan:
-        def most_tiles(rows: int) -> int:
-            return num_sequences * -(-num_queries * self._group // rows)
-
-        num_keys = width * self.page_size
-        plan = self._paged_plan(
-            num_queries, most_tiles, num_sequences, width, num_keys, static=True
+        num_tiles, config, num_splits, sizes = self._launch(
+            num_queries,
+            lambda rows: num_sequences * -(-num_queries * self._group // rows),
+            width * self.page_size,
         )
-        nothing = np.zeros(0, dtype=np.int64)
-        self.rewrite_paged_plan(plan, nothing, nothing, np.zeros((0, 0), dtype=np.int64))
+        shapes = [(num_tiles, 2), (num_sequences + 1,), (num_sequences,), (num_sequences, width)]
+        packed = PackedArrays(shapes, self.device, arrays)
+        plan = TritonPagedPlan(
+            views=packed.views,
+            config=config,
+            num_splits=num_splits,
+            partial=self._floats(sizes[0]),
+            statistics=self._floats(sizes[1]),
+            num_queries=num_queries,
+            arrays=packed,
+        )
+        if arrays is None:
+            nothing = np.zeros(0, dtype=np.int64)
+            self.rewrite_paged_plan(plan, nothing, nothing, np.zeros((0, 0), dtype=np.int64))
         return plan
 
     def rewrite_paged_plan(
@@ -253,7 +276,8 @@ class TritonBackend(SlotBackend):
         key_lengths: np.ndarray,
         page_table: np.ndarray,
     ) -> None:
-        shapes = [view.shape for view in plan.arrays.views]
+        assert plan.arrays is not None
+        shapes = [view.shape for view in plan.views]
         sequences = pad_sequences(
             shapes[-1], plan.num_queries, query_lengths, key_lengths, page_table
         )
@@ -266,7 +290,7 @@ class TritonBackend(SlotBackend):
     def attend_paged(
         self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any
     ) -> None:
-        tiles, query_start, key_lengths, page_table = plan.arrays.views
+        tiles, query_start, key_lengths, page_table = plan.views
         key_slots, value_slots = self._slots[layer].unbind(0)
         self._paged.paged_attention(
             queries,

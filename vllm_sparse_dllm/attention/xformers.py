@@ -17,6 +17,7 @@ import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.attention.slots import ZeroedSlotBackend, why_not_half_on_cuda
+from vllm_sparse_dllm.transfer import HostArrays
 
 _LIBRARY = "xformers.ops.fmha"
 
@@ -105,7 +106,12 @@ class XFormersBackend(ZeroedSlotBackend):
         )
         output.copy_(result.reshape(output.shape))
 
-    def plan_full(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> _Plan:
+    def plan_full(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> _Plan:
         # A sequence without queries is a run of keys that nobody sees.
         if not query_lengths.any():
             return _Plan(None)
@@ -126,7 +132,11 @@ class XFormersBackend(ZeroedSlotBackend):
             self._run(queries, keys, values, output, plan.mask, None)
 
     def plan_paged(
-        self, query_lengths: np.ndarray, key_lengths: np.ndarray, page_table: np.ndarray
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+        arrays: HostArrays | None = None,
     ) -> _Plan:
         active = query_lengths > 0
         if not active.any():

@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -22,136 +23,255 @@ from vllm_sparse_dllm.cache.policies import StepKind
 from vllm_sparse_dllm.cache.saliency import CanvasView
 from vllm_sparse_dllm.cache.selection import Selection
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState, Sequence
+from vllm_sparse_dllm.transfer import HostArrays
+
+
+@dataclass(frozen=True)
+class LogitsRows:
+    """Whose logits a step needs.
+
+    Attributes:
+        rows: ``[rows]`` of the hidden states: the candidates of each request in order, then the
+            unconditional rows of guided requests.
+        num: Candidates.
+        guided_candidates: ``[guided rows]`` host array, the candidates that are guided,
+            ascending, in the order of their unconditional rows.
+        guided: The same on the device.
+        guidance: ``[guided rows]`` their weights.
+    """
+
+    rows: torch.Tensor
+    num: int
+    guided_candidates: np.ndarray
+    guided: torch.Tensor
+    guidance: torch.Tensor
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A step's inputs.
+    """A step's inputs. They are on the device when `arrays` has been sent.
 
     Attributes:
         input_ids: ``[tokens]``.
         positions: ``[tokens]``.
         plan: What attends to what.
-        logits_rows: ``[rows]`` of the hidden states that are asked for: the candidates of
-            each request in order, then the unconditional rows of guided requests.
-        guided: ``[guided rows]`` rows of the candidates that are guided, in the order of
-            their unconditional rows.
-        guidance: ``[guided rows]`` their weights.
+        logits: Whose logits are needed.
+        arrays: What the inputs go along with.
+        replay: Returns the hidden states of these inputs by a captured graph; None: the model
+            has to be run.
     """
 
     input_ids: torch.Tensor
     positions: torch.Tensor
     plan: ForwardPlan
-    logits_rows: torch.Tensor
-    guided: torch.Tensor
-    guidance: torch.Tensor
+    logits: LogitsRows
+    arrays: HostArrays
+    replay: Callable[[], torch.Tensor] | None = None
 
 
 @dataclass
 class _Entry:
-    """A sequence's part of the batch."""
+    """A sequence's part of the batch.
+
+    Attributes:
+        request: Number of its request.
+        sequence: The sequence.
+        step: What it runs.
+        first_token: Where its tokens begin in the batch.
+        num_rows: Rows of hidden states that its candidates need.
+        first_row: Where they begin among those of the batch.
+    """
 
     request: int
     sequence: Sequence
     step: NextStep
     first_token: int = 0
+    num_rows: int = 0
+    first_row: int = 0
+
+
+@dataclass(frozen=True)
+class CachedLayout:
+    """Host arrays of the sequences that run against their pages.
+
+    Attributes:
+        lengths: ``[sequences]`` tokens of each.
+        fresh: ``[layers, tokens]`` slots of own keys, or one row for all layers.
+        filled: ``[layers, sequences]`` slots that hold keys, or one row for all layers.
+        last_filled: ``[sequences]`` those of the last layer.
+        page_table: ``[sequences, width]``.
+        plain: Whether all are block steps that leave the kept entries as they are.
+    """
+
+    lengths: np.ndarray
+    fresh: np.ndarray
+    filled: np.ndarray
+    last_filled: np.ndarray
+    page_table: np.ndarray
+    plain: bool
+
+
+class StepLayout:
+    """The next steps of requests, laid out as one batch of host arrays.
+
+    Args:
+        requests: Whose steps they are.
+        steps: One of each.
+
+    Attributes:
+        input_ids: ``[tokens]``, cached sequences first.
+        positions: ``[tokens]``.
+        last_rows: ``[rows]`` tokens whose hidden states are needed, ascending, at least one.
+        cached: The sequences that run against their pages, or None.
+        num_full: Sequences that run whole.
+    """
+
+    def __init__(self, requests: SequenceOf[RequestState], steps: SequenceOf[NextStep]) -> None:
+        self._requests = requests
+        self._entries = [
+            _Entry(number, sequence, step)
+            for number, (request, step) in enumerate(zip(requests, steps, strict=True))
+            for sequence in request.sequences
+        ]
+        self._cached = [e for e in self._entries if not e.step.kind.runs_all]
+        self._full = [e for e in self._entries if e.step.kind.runs_all]
+        ordered = self._cached + self._full
+        lengths = np.array([e.step.queries[1] - e.step.queries[0] for e in ordered])
+        firsts = np.cumsum(lengths) - lengths
+        for entry, first in zip(ordered, firsts.tolist(), strict=True):
+            entry.first_token = first
+        self.input_ids = np.concatenate(
+            [e.sequence.token_ids[slice(*e.step.queries)] for e in ordered]
+        )
+        starts = np.array([e.step.queries[0] for e in ordered])
+        self.positions = np.arange(len(self.input_ids)) - np.repeat(firsts - starts, lengths)
+
+        # Rows whose hidden states are needed after the last layer: the candidates' own, one
+        # before for a model that shifts.
+        rows_of = [_logits_rows(requests[e.request], e) for e in ordered]
+        counts = np.array([len(rows) for rows in rows_of])
+        self.last_rows = np.concatenate(rows_of)
+        if not len(self.last_rows):
+            # The layers behind the attention want at least one row.
+            self.last_rows = np.zeros(1, dtype=np.int64)
+            counts[0] = 1
+        self._row_counts = counts
+        first_rows = np.cumsum(counts) - counts
+        for entry, rows, first in zip(ordered, rows_of, first_rows.tolist(), strict=True):
+            entry.num_rows, entry.first_row = len(rows), first
+        self.num_full = len(self._full)
+        self.cached = None
+        if self._cached:
+            self.cached = _cached_layout(requests, self._cached, lengths[: len(self._cached)])
+
+    def batch(self, backend: AttentionBackend, arrays: HostArrays) -> StepBatch:
+        """Return the batch with plans of its own, everything on its way to the device."""
+        num_cached = len(self._cached)
+        row_counts = self._row_counts
+        plan = ForwardPlan(
+            backend=backend,
+            cached=self._cached_segment(row_counts[:num_cached], backend, arrays),
+            full=_full_segment(self._full, row_counts[num_cached:], backend, arrays),
+            fills=tuple(
+                _fill(self._requests[e.request], e, arrays)
+                for e in self._full
+                if e.step.kind is StepKind.REFRESH
+            ),
+            evictions=tuple(
+                _eviction(self._requests[e.request], e, arrays)
+                for e in self._cached
+                if e.step.kind is StepKind.EVICT
+            ),
+            last_rows=arrays.put(self.last_rows),
+            num_last_cached=int(row_counts[:num_cached].sum()),
+        )
+        return StepBatch(
+            input_ids=arrays.put(self.input_ids),
+            positions=arrays.put(self.positions),
+            plan=plan,
+            logits=self.logits_rows(arrays),
+            arrays=arrays,
+        )
+
+    def _cached_segment(
+        self, row_counts: np.ndarray, backend: AttentionBackend, arrays: HostArrays
+    ) -> CachedSegment | None:
+        own = self.cached
+        if own is None:
+            return None
+        table = own.page_table
+        return CachedSegment(
+            num_tokens=int(own.lengths.sum()),
+            fresh_slots=tuple(arrays.put(own.fresh)),
+            plans=tuple(
+                backend.plan_paged(own.lengths, keys, table, arrays) for keys in own.filled
+            ),
+            last_plan=backend.plan_paged(row_counts, own.last_filled, table, arrays),
+        )
+
+    def logits_rows(self, arrays: HostArrays, of_all_tokens: bool = False) -> LogitsRows:
+        """Return whose logits are needed.
+
+        Args:
+            arrays: What it goes along with.
+            of_all_tokens: Whether there are hidden states of all tokens, not of ``last_rows``.
+        """
+        # Back from the batch's order to the requests', unconditional rows last.
+        nothing = np.zeros(0, dtype=np.int64)
+        ranges, unconditional, guided = [nothing], [nothing], [nothing]
+        weights = [np.zeros(0)]
+        num_rows = 0
+        for entry in self._entries:
+            count = entry.num_rows
+            rows = np.arange(entry.first_row, entry.first_row + count)
+            request = self._requests[entry.request]
+            if entry.sequence is request.sequences[0]:
+                ranges.append(rows)
+                num_rows += count
+            else:
+                unconditional.append(rows)
+                guided.append(np.arange(num_rows - count, num_rows))
+                weights.append(np.full(count, request.settings.cfg_scale))
+        rows = np.concatenate(ranges + unconditional)
+        candidates = np.concatenate(guided)
+        return LogitsRows(
+            rows=arrays.put(self.last_rows[rows] if of_all_tokens else rows),
+            num=num_rows,
+            guided_candidates=candidates,
+            guided=arrays.put(candidates),
+            guidance=arrays.put(np.concatenate(weights), np.float32),
+        )
+
+
+class StaticBatches(Protocol):
+    """Batches whose tensors never move: what captured graphs are replayed on."""
+
+    def fill(self, layout: StepLayout) -> StepBatch | None:
+        """Return the batch of a layout, None if it is none of those."""
 
 
 def build_batch(
     requests: SequenceOf[RequestState],
     steps: SequenceOf[NextStep],
     backend: AttentionBackend,
+    arrays: HostArrays,
+    static: StaticBatches | None = None,
 ) -> StepBatch:
-    """Lay the next steps of the requests out as one batch."""
-    entries = [
-        _Entry(number, sequence, step)
-        for number, (request, step) in enumerate(zip(requests, steps, strict=True))
-        for sequence in request.sequences
-    ]
-    cached = [e for e in entries if not e.step.kind.runs_all]
-    full = [e for e in entries if e.step.kind.runs_all]
-    ordered = cached + full
-    lengths = np.array([e.step.queries[1] - e.step.queries[0] for e in ordered])
-    firsts = np.cumsum(lengths) - lengths
-    for entry, first in zip(ordered, firsts.tolist(), strict=True):
-        entry.first_token = first
-    input_ids = np.concatenate([e.sequence.token_ids[slice(*e.step.queries)] for e in ordered])
-    starts = np.array([e.step.queries[0] for e in ordered])
-    positions = np.arange(len(input_ids)) - np.repeat(firsts - starts, lengths)
+    """Lay the next steps of the requests out as one batch.
 
-    # Rows whose hidden states are needed after the last layer: the candidates' own, one
-    # before for a model that shifts.
-    rows_of = [_logits_rows(requests[e.request], e) for e in ordered]
-    row_counts = np.array([len(rows) for rows in rows_of])
-    last_rows = np.concatenate(rows_of)
-    if not len(last_rows):
-        # The layers behind the attention want at least one row.
-        last_rows = np.zeros(1, dtype=np.int64)
-        row_counts[0] = 1
-    last_firsts = np.cumsum(row_counts) - row_counts
-
-    device = backend.device
-
-    def to_device(array: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array, dtype=np.int64)).to(
-            device, non_blocking=True
-        )
-
-    plan = ForwardPlan(
-        backend=backend,
-        cached=_cached_segment(
-            requests,
-            cached,
-            lengths[: len(cached)],
-            row_counts[: len(cached)],
-            backend,
-            to_device,
-        ),
-        full=_full_segment(full, row_counts[len(cached) :], backend),
-        fills=tuple(
-            _fill(requests[e.request], e, to_device)
-            for e in full
-            if e.step.kind is StepKind.REFRESH
-        ),
-        evictions=tuple(
-            _eviction(requests[e.request], e, to_device)
-            for e in cached
-            if e.step.kind is StepKind.EVICT
-        ),
-        last_rows=to_device(last_rows),
-        num_last_cached=int(row_counts[: len(cached)].sum()),
-    )
-
-    # Back from the batch's order to the requests', unconditional rows last.
-    ranges: list[np.ndarray] = []
-    unconditional: list[np.ndarray] = []
-    guided: list[np.ndarray] = []
-    weights: list[np.ndarray] = []
-    place = {id(e): i for i, e in enumerate(ordered)}
-    num_rows = 0
-    for entry in entries:
-        index = place[id(entry)]
-        count = len(rows_of[index])
-        rows = np.arange(last_firsts[index], last_firsts[index] + count)
-        request = requests[entry.request]
-        if entry.sequence is request.sequences[0]:
-            ranges.append(rows)
-            num_rows += count
-        else:
-            unconditional.append(rows)
-            guided.append(np.arange(num_rows - count, num_rows))
-            weights.append(np.full(count, request.settings.cfg_scale))
-    empty = np.zeros(0)
-    return StepBatch(
-        input_ids=to_device(input_ids),
-        positions=to_device(positions),
-        plan=plan,
-        logits_rows=to_device(np.concatenate(ranges + unconditional)),
-        guided=to_device(np.concatenate(guided) if guided else empty),
-        guidance=torch.from_numpy(np.concatenate(weights) if weights else empty).to(
-            device, torch.float32
-        ),
-    )
+    Args:
+        requests: Whose steps they are.
+        steps: One of each.
+        backend: The device's attention.
+        arrays: What goes to the device with the batch; a round of it begins here.
+        static: What takes the steps that were captured. Such a batch has arrays of its own.
+    """
+    layout = StepLayout(requests, steps)
+    batch = None if static is None else static.fill(layout)
+    if batch is None:
+        arrays.begin()
+        batch = layout.batch(backend, arrays)
+    return batch
 
 
 def _logits_rows(request: RequestState, entry: _Entry) -> np.ndarray:
@@ -163,16 +283,9 @@ def _logits_rows(request: RequestState, entry: _Entry) -> np.ndarray:
     return rows + entry.first_token
 
 
-def _cached_segment(
-    requests: SequenceOf[RequestState],
-    entries: list[_Entry],
-    lengths: np.ndarray,
-    row_counts: np.ndarray,
-    backend: AttentionBackend,
-    to_device: Callable[[np.ndarray], torch.Tensor],
-) -> CachedSegment | None:
-    if not entries:
-        return None
+def _cached_layout(
+    requests: SequenceOf[RequestState], entries: list[_Entry], lengths: np.ndarray
+) -> CachedLayout:
     own = [
         _fresh_slots(requests[entry.request], entry, length)
         for entry, length in zip(entries, lengths.tolist(), strict=True)
@@ -188,12 +301,13 @@ def _cached_segment(
         row[: len(entry.sequence.page_ids)] = entry.sequence.page_ids
     num_fresh = np.array([e.sequence.num_fresh for e in entries])
     filled = np.stack([e.sequence.num_kept for e in entries], axis=1) + num_fresh
-    layers = filled if (filled != filled[0]).any() else filled[:1]
-    return CachedSegment(
-        num_tokens=int(lengths.sum()),
-        fresh_slots=tuple(to_device(slots) for slots in fresh),
-        plans=tuple(backend.plan_paged(lengths, keys, table) for keys in layers),
-        last_plan=backend.plan_paged(row_counts, filled[-1], table),
+    return CachedLayout(
+        lengths=lengths,
+        fresh=fresh,
+        filled=filled if (filled != filled[0]).any() else filled[:1],
+        last_filled=filled[-1],
+        page_table=table,
+        plain=all(e.step.kind is StepKind.CACHED for e in entries),
     )
 
 
@@ -210,20 +324,18 @@ def _fresh_slots(request: RequestState, entry: _Entry, length: int) -> np.ndarra
 
 
 def _full_segment(
-    entries: list[_Entry], row_counts: np.ndarray, backend: AttentionBackend
+    entries: list[_Entry], row_counts: np.ndarray, backend: AttentionBackend, arrays: HostArrays
 ) -> FullSegment | None:
     if not entries:
         return None
     lengths = np.array([e.step.queries[1] for e in entries])
     return FullSegment(
-        plan=backend.plan_full(lengths, lengths),
-        last_plan=backend.plan_full(row_counts, lengths),
+        plan=backend.plan_full(lengths, lengths, arrays),
+        last_plan=backend.plan_full(row_counts, lengths, arrays),
     )
 
 
-def _fill(
-    request: RequestState, entry: _Entry, to_device: Callable[[np.ndarray], torch.Tensor]
-) -> Fill:
+def _fill(request: RequestState, entry: _Entry, arrays: HostArrays) -> Fill:
     canvas, settings, policy = request.canvas, request.settings, request.policy
     sequence, block = entry.sequence, entry.step.block
     spans = policy.candidates(canvas, block, settings)
@@ -242,16 +354,14 @@ def _fill(
         length=entry.step.queries[1],
         canvas=_canvas_view(request, entry),
         candidates=spans,
-        slots=to_device(sequence.slots[sequence.num_fresh : sequence.num_fresh + most]),
+        slots=arrays.put(sequence.slots[sequence.num_fresh : sequence.num_fresh + most]),
         selection=selection,
         num_kept=sequence.num_kept,
         positions=_kept_positions(sequence),
     )
 
 
-def _eviction(
-    request: RequestState, entry: _Entry, to_device: Callable[[np.ndarray], torch.Tensor]
-) -> Eviction:
+def _eviction(request: RequestState, entry: _Entry, arrays: HostArrays) -> Eviction:
     sequence = entry.sequence
     block = entry.step.block
     # The cache is whole: all layers hold the same entries.
@@ -261,7 +371,7 @@ def _eviction(
         first_token=entry.first_token,
         canvas=_canvas_view(request, entry),
         candidates=request.policy.candidates(request.canvas, block, request.settings),
-        slots=to_device(sequence.slots[first : first + num_kept]),
+        slots=arrays.put(sequence.slots[first : first + num_kept]),
         selection=_selection(request, num_kept),
         num_kept=sequence.num_kept,
         positions=_kept_positions(sequence),

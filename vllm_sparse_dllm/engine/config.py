@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig
+from vllm.config.vllm import OptimizationLevel
 from vllm.logger import init_logger
 from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
@@ -43,9 +44,17 @@ class DiffusionModelConfig(ModelConfig):
 
     `DiffusionConfigHook` turns the configuration of a diffusion model into this class; it
     adds no fields.
+
+    Attributes:
+        default_response_length: Of a request that names none.
+        graph_tokens: Tokens of the steps that are captured as CUDA graphs; None for the default
+            ones.
+        most_graph_tokens: Of the largest of the default ones, None for the default.
     """
 
     default_response_length: int = 256
+    graph_tokens: list[int] | None = None
+    most_graph_tokens: int | None = None
 
     def get_diff_sampling_param(self) -> dict[str, Any]:
         """Default to the most probable token and to `default_response_length` tokens.
@@ -94,9 +103,7 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         vllm_config.cache_config.enable_prefix_caching = False
         if vllm_config.structured_outputs_config.backend == "auto":
             vllm_config.structured_outputs_config.backend = DEFAULT_BACKEND
-        compilation = vllm_config.compilation_config
-        compilation.mode = CompilationMode.NONE
-        compilation.cudagraph_mode = CUDAGraphMode.NONE
+        _take_over_graphs(vllm_config, model_config)
 
         _raise_default_token_budget(vllm_config)
         cache = vllm_config.cache_config
@@ -109,6 +116,23 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
                 _prepare_ray(parallel)
             _use_all_cores(parallel)
             _leave_memory_to_others(vllm_config)
+
+
+def _take_over_graphs(vllm_config: VllmConfig, model_config: DiffusionModelConfig) -> None:
+    """Keep vLLM's own CUDA graphs and compilation out, and what was asked of them for ours.
+
+    vLLM clears the sizes where its own graphs are off, so they are noted in the model's
+    configuration.
+    """
+    compilation = vllm_config.compilation_config
+    off = compilation.cudagraph_mode == CUDAGraphMode.NONE
+    if off or vllm_config.optimization_level == OptimizationLevel.O0:
+        model_config.graph_tokens = []
+    elif compilation.cudagraph_capture_sizes is not None:
+        model_config.graph_tokens = list(compilation.cudagraph_capture_sizes)
+    model_config.most_graph_tokens = compilation.max_cudagraph_capture_size
+    compilation.mode = CompilationMode.NONE
+    compilation.cudagraph_mode = CUDAGraphMode.NONE
 
 
 def _refuse(vllm_config: VllmConfig) -> None:

@@ -18,8 +18,9 @@ from vllm_sparse_dllm.cache.policies import (
     positions_run,
 )
 from vllm_sparse_dllm.denoise.constraints import MASKED, AllowMask, LogitsEdit
+from vllm_sparse_dllm.denoise.plan import Candidates
 from vllm_sparse_dllm.denoise.rules import PROBABILITY_RULE, RULES, UnmaskingRule
-from vllm_sparse_dllm.denoise.step import Candidates, Logprobs
+from vllm_sparse_dllm.denoise.step import Logprobs
 from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions, share_steps
 from vllm_sparse_dllm.denoise.traits import ModelTraits
 from vllm_sparse_dllm.engine.constraints import RequestConstraints

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +15,6 @@ from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.model_loader import get_model
-from vllm.sampling_params import SamplingParams
 from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
@@ -25,21 +23,25 @@ from vllm.v1.outputs import LogprobsLists
 
 from vllm_sparse_dllm.attention.backends import make_backend
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
+from vllm_sparse_dllm.attention.plan import ForwardPlan
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.pages import allocate_pages
 from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
 from vllm_sparse_dllm.denoise.fused import greedy_distribution
-from vllm_sparse_dllm.denoise.rules import RULES
-from vllm_sparse_dllm.denoise.step import Candidates, Commits, denoise
+from vllm_sparse_dllm.denoise.plan import plan_step
+from vllm_sparse_dllm.denoise.step import Commits, denoise
 from vllm_sparse_dllm.denoise.timetable import Canvas
-from vllm_sparse_dllm.engine.batch import StepBatch, build_batch
+from vllm_sparse_dllm.engine.batch import LogitsRows, build_batch
 from vllm_sparse_dllm.engine.figures import StepCounts
+from vllm_sparse_dllm.engine.graphs import BlockGraphs, Capture, ladder
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
+from vllm_sparse_dllm.engine.profiling import profile_steps, run_full_pass
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.models.files import check_files
 from vllm_sparse_dllm.models.layers import DiffusionDecoder
 from vllm_sparse_dllm.settings import EngineSettings, request_settings
+from vllm_sparse_dllm.transfer import HostArrays
 
 logger = init_logger(__name__)
 
@@ -58,12 +60,14 @@ class DiffusionModelRunner:
         self.device = device
         self.engine_settings = EngineSettings.from_additional_config(vllm_config.additional_config)
         self.traits = model_traits(self.model_config.hf_config)
-        self._greedy = greedy_distribution(device)
+        self.greedy = greedy_distribution(device)
         self.requests: dict[str, RequestState] = {}
         self.kv_caches: list[torch.Tensor] = []
         self.model_memory_usage = 0
         self.model: DiffusionDecoder
         self.backend: AttentionBackend
+        self.arrays = HostArrays(device)
+        self.graphs: BlockGraphs | None = None
 
     # What vLLM's worker asks of a runner.
 
@@ -82,26 +86,26 @@ class DiffusionModelRunner:
         assert isinstance(model, DiffusionDecoder)
         self.model = model
         self.backend = make_backend(
-            self._attention_shape,
+            self.attention_shape,
             self.cache_config.block_size,
-            self._dtype,
+            self.dtype,
             self.device,
             self.engine_settings.attention_backend,
         )
 
     @property
-    def _attention_shape(self) -> AttentionShape:
+    def attention_shape(self) -> AttentionShape:
         attention: Any = self.model.layers[0].self_attn
         return AttentionShape(attention.num_heads, attention.num_kv_heads, attention.head_size)
 
     @property
-    def _dtype(self) -> torch.dtype:
+    def dtype(self) -> torch.dtype:
         dtype = self.model_config.dtype
         assert isinstance(dtype, torch.dtype)
         return dtype
 
     @property
-    def _num_layers(self) -> int:
+    def num_layers(self) -> int:
         return self.model.shape.num_layers
 
     def get_model(self) -> nn.Module:
@@ -116,18 +120,18 @@ class DiffusionModelRunner:
         # A response of one token leaves the most positions to keep.
         canvas = Canvas(max(0, context - 1), 1, settings.block_length)
         policy = POLICIES[settings.cache_policy]
-        shape = self._attention_shape
+        shape = self.attention_shape
         longest = Canvas(0, context, settings.block_length)
         page = self.cache_config.block_size
         spec = SparseCacheSpec(
             block_size=page,
             num_kv_heads=shape.num_kv_heads,
             head_size=shape.head_size,
-            dtype=self._dtype,
+            dtype=self.dtype,
             dcp_sharded=False,
             max_slots=max(policy.peak_slots(c, settings, page) for c in (canvas, longest)),
         )
-        return {f"layers.{index}.self_attn": spec for index in range(self._num_layers)}
+        return {f"layers.{index}.self_attn": spec for index in range(self.num_layers)}
 
     def initialize_kv_cache(
         self,
@@ -136,9 +140,11 @@ class DiffusionModelRunner:
         kv_cache_allocation_context: AbstractContextManager[None] | None = None,
     ) -> None:
         with kv_cache_allocation_context or nullcontext():
-            self.kv_caches = allocate_pages(kv_cache_config, self._num_layers, self.device)
+            self.kv_caches = allocate_pages(kv_cache_config, self.num_layers, self.device)
         self.backend.bind_pages(self.kv_caches)
         self.backend.prepare()
+        # Captured ones would write to the pages of before.
+        self.graphs = None
 
     def shutdown(self) -> None:
         """Forget all requests; the worker releases the rest."""
@@ -147,77 +153,52 @@ class DiffusionModelRunner:
     def update_max_model_len(self, max_model_len: int) -> None:
         self.model_config.max_model_len = max_model_len
 
+    @torch.inference_mode()
     def profile_run(self, randomize_inputs: bool = False) -> None:
-        """Run the largest step once, so that vLLM sees the memory it takes."""
-        self._dummy_step(self.vllm_config.scheduler_config.max_num_batched_tokens)
-        self._dummy_sampling()
-
-    def warming_up_model(self) -> None:
-        """Run a small step once, so that kernels are prepared before memory is counted."""
-        self._dummy_step(min(64, self.vllm_config.scheduler_config.max_num_batched_tokens))
-
-    def _dummy_run(self, num_tokens: int, **kwargs: object) -> None:
-        # What data parallelism runs on a rank that has nothing to do.
-        self._dummy_step(num_tokens)
-
-    def _dummy_step(self, num_tokens: int) -> None:
-        """Run a full forward of about ``num_tokens`` tokens and logits for its blocks."""
-        context = min(self.model_config.max_model_len, num_tokens)
-        block_length = min(self.engine_settings.decoding.block_length, context)
-        lengths = [context] * max(1, num_tokens // context)
-        settings = request_settings(
-            self.engine_settings, self.traits, {"diffusion_cache_policy": "none"}
-        )
-        states = [
-            RequestState(
-                [0] * (length - block_length),
-                settings,
-                SamplingParams(max_tokens=block_length, temperature=0.0),
-                self.traits,
-                [],
-                self.cache_config.block_size,
-                self._num_layers,
-                torch.Generator(self.device),
-            )
-            for length in lengths
-        ]
-        steps = [state.next_step() for state in states]
-        self._forward(states, steps)
+        """Run the costliest steps once, so that vLLM sees the memory they take."""
+        profile_steps(self)
 
     @torch.inference_mode()
-    def _dummy_sampling(self) -> None:
-        """Sample from as many logits as may ever exist at a time, in the costliest way."""
-        rows = self._max_logits_rows
-        shape = self.model.shape
-        hidden = torch.zeros(rows, shape.hidden_size, dtype=self._dtype, device=self.device)
-        everything = torch.arange(rows, device=self.device)
-        candidates = Candidates(
-            num=rows,
-            count=1,
-            rule=RULES["entropy"],
-            commit_probability=1.0,
-            threshold=None,
-            factor=None,
-            temperature=1.0,
-            top_p=0.9,
-            top_k=1,
-            alg_temp=0.0,
-            generator=torch.Generator(self.device),
-            num_logprobs=None,
+    def warming_up_model(self) -> None:
+        """Run a small step once, so that kernels are prepared before memory is counted."""
+        run_full_pass(self, min(64, self.vllm_config.scheduler_config.max_num_batched_tokens))
+
+    @torch.inference_mode()
+    def _dummy_run(self, num_tokens: int, **kwargs: object) -> None:
+        # What data parallelism runs on a rank that has nothing to do.
+        run_full_pass(self, num_tokens)
+
+    @property
+    def graph_sizes(self) -> list[int]:
+        """Sequences of the block steps that are to be captured; none where that is not wanted."""
+        config = self.model_config
+        if config.enforce_eager or not self.backend.static_plans:
+            return []
+        return ladder(
+            self.vllm_config.scheduler_config.max_num_seqs,
+            self.engine_settings.decoding.block_length,
+            getattr(config, "graph_tokens", None),
+            getattr(config, "most_graph_tokens", None),
         )
-        kinds = [candidates]
-        if self._greedy is not None:
-            # So that its kernels are compiled now.
-            kinds.append(replace(candidates, temperature=0.0))
-        for kind in kinds:
-            denoise(
-                partial(self._head, hidden, everything),
-                [kind],
-                self.traits.mask_token_id,
-                self.traits.sampler,
-                self.device,
-                rows,
-                self._greedy,
+
+    @torch.inference_mode()
+    def capture_graphs(self, capture: Capture, sizes: list[int] | None = None) -> None:
+        """Capture block steps; the pages must be there.
+
+        Args:
+            capture: The device's way.
+            sizes: Of the batches, in sequences; None for `graph_sizes`.
+        """
+        sizes = self.graph_sizes if sizes is None else sizes
+        if sizes:
+            self.graphs = BlockGraphs(
+                self._run_model,
+                capture,
+                self.backend,
+                sizes,
+                self.engine_settings.decoding.block_length,
+                -(-self.model_config.max_model_len // self.cache_config.block_size),
+                self.model.shape.hidden_size,
             )
 
     @torch.inference_mode()
@@ -242,7 +223,7 @@ class DiffusionModelRunner:
         failed: list[int] = []
         for number in range(1, max_steps + 1 if running else 1):
             steps = [state.next_step() for state in running]
-            commits = self._forward(running, steps)
+            commits = self.run_step(running, steps)
             failed = self._commit(running, steps, commits, output.counts)
             output.num_steps = number
             if failed or not all(state.continues_alone for state in states):
@@ -286,62 +267,90 @@ class DiffusionModelRunner:
             self.traits,
             page_ids,
             self.cache_config.block_size,
-            self._num_layers,
+            self.num_layers,
             torch.Generator(self.device).manual_seed(seed % 2**63),
             num_delivered=new.num_computed_tokens,
             request_id=new.req_id,
         )
 
-    def _forward(self, states: list[RequestState], steps: list[NextStep]) -> Commits | None:
-        """Run the batch; None if no step has anything to commit."""
-        batch = build_batch(states, steps, self.backend)
-        with set_forward_context(None, self.vllm_config):
-            hidden = self.model(batch.input_ids, batch.positions, plan=batch.plan)
-        active = [
-            (state, step) for state, step in zip(states, steps, strict=True) if len(step.candidates)
+    def run_step(self, states: list[RequestState], steps: list[NextStep]) -> Commits | None:
+        """Run a step of each of some requests; None if none has anything to commit."""
+        batch = build_batch(states, steps, self.backend, self.arrays, self.graphs)
+        candidates = [
+            state.candidates_of(step)
+            for state, step in zip(states, steps, strict=True)
+            if len(step.candidates)
         ]
-        if not active:
+        plan = None
+        if candidates:
+            fused = self.greedy is not None
+            plan = plan_step(candidates, self.max_logits_rows, batch.arrays, fused)
+        # All that the device has to know of the step goes there now, at once.
+        batch.arrays.send()
+        if batch.replay is None:
+            hidden = self._run_model(batch.input_ids, batch.positions, batch.plan)
+        else:
+            hidden = batch.replay()
+        if plan is None:
             return None
         return denoise(
-            partial(self._logits, hidden, batch),
-            [state.candidates_of(step) for state, step in active],
+            partial(self.logits_of, hidden, batch.logits),
+            plan,
             self.traits.mask_token_id,
             self.traits.sampler,
-            self.device,
-            self._max_logits_rows,
-            self._greedy,
+            batch.arrays,
+            self.greedy,
         )
 
+    def _run_model(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, plan: ForwardPlan
+    ) -> torch.Tensor:
+        with set_forward_context(None, self.vllm_config):
+            return self.model(input_ids, positions, plan=plan)
+
     @property
-    def _max_logits_rows(self) -> int:
+    def max_logits_rows(self) -> int:
+        """Rows of logits that exist at a time."""
         return max(1, _MAX_LOGITS // self.model.shape.vocab_size)
 
-    def _logits(self, hidden: torch.Tensor, batch: StepBatch, rows: np.ndarray) -> torch.Tensor:
-        """Return ``[n, vocab]`` logits of candidates, guided where a request asks for it."""
-        logits = self._head(hidden, batch.logits_rows, rows)
-        num_guided = batch.guided.shape[0]
-        if num_guided == 0:
+    def logits_of(
+        self,
+        hidden: torch.Tensor,
+        of: LogitsRows,
+        start: int,
+        end: int,
+        index: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return logits of a step's candidates, guided where a request asks for it; `LogitsOf`.
+
+        Args:
+            hidden: ``[n, hidden]`` states of the step.
+            of: Whose logits the step needs.
+            start: First candidate.
+            end: Behind the last one.
+            index: Which of them, None for all.
+        """
+        rows = of.rows[start:end]
+        logits = self._head(hidden, rows if index is None else rows.index_select(0, index))
+        first, last = np.searchsorted(of.guided_candidates, (start, end)).tolist()
+        if first == last:
             return logits
         # Unconditional rows lie behind all candidates, in the order of the guided ones.
-        num_candidates = batch.logits_rows.shape[0] - num_guided
-        unconditional_row = np.full(num_candidates, -1)
-        unconditional_row[batch.guided.cpu().numpy()] = np.arange(num_guided)
-        own = unconditional_row[rows]
-        guided = torch.from_numpy(np.flatnonzero(own >= 0)).to(self.device)
-        own = own[own >= 0]
-        unconditional = self._head(hidden, batch.logits_rows, own + num_candidates).float()
-        weights = batch.guidance.index_select(0, torch.from_numpy(own).to(self.device))
+        rows, weights = of.rows[of.num + first : of.num + last], of.guidance[first:last]
+        guided = of.guided[first:last] - start
+        if index is not None:
+            # Candidates of one request: all of them are guided.
+            rows, weights = rows.index_select(0, index), weights.index_select(0, index)
+            guided = torch.arange(index.shape[0], device=index.device)
+        unconditional = self._head(hidden, rows).float()
         logits = logits.float()
         difference = logits.index_select(0, guided) - unconditional
         return logits.index_copy(
             0, guided, unconditional + (weights.unsqueeze(-1) + 1) * difference
         )
 
-    def _head(
-        self, hidden: torch.Tensor, hidden_rows: torch.Tensor, rows: np.ndarray
-    ) -> torch.Tensor:
-        index = hidden_rows.index_select(0, torch.from_numpy(rows).to(self.device))
-        logits = self.model.compute_logits(hidden.index_select(0, index))
+    def _head(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        logits = self.model.compute_logits(hidden.index_select(0, rows))
         assert logits is not None
         return logits
 

@@ -1,0 +1,216 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Between host and device: many arrays by one copy there, many tensors by one copy back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+#: Each array starts at a multiple of this many bytes, so that a kernel may load four numbers of
+#: 32 bits at once.
+_ALIGNMENT = 16
+#: NumPy's dtypes as PyTorch has them.
+_DTYPES = {
+    np.dtype(np.bool_): torch.bool,
+    np.dtype(np.int32): torch.int32,
+    np.dtype(np.int64): torch.int64,
+    np.dtype(np.float32): torch.float32,
+    np.dtype(np.float64): torch.float64,
+}
+
+
+def aligned_bytes(shape: tuple[int, ...], dtype: Any) -> int:
+    """Return the bytes that an array takes among others."""
+    size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+class _Buffer:
+    """Bytes on the device, and those on the host that are to replace them."""
+
+    def __init__(self, device: torch.device, capacity: int) -> None:
+        self.tensor = torch.empty(max(capacity, _ALIGNMENT), dtype=torch.uint8, device=device)
+        #: Where the next array goes, and up to where all have been sent.
+        self.used = self.sent = 0
+        #: End of the arrays that never move.
+        self.fixed = 0
+        self._host: torch.Tensor | None = None
+
+    @property
+    def free(self) -> int:
+        return self.tensor.shape[0] - self.used
+
+    def take(self, size: int) -> int:
+        start = self.used
+        self.used += size
+        return start
+
+    def view(self, start: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> torch.Tensor:
+        size = int(np.prod(shape)) * dtype.itemsize
+        return self.tensor[start : start + size].view(_DTYPES[dtype]).view(shape)
+
+    def write(self, start: int, array: np.ndarray) -> None:
+        if self._host is None:
+            self._host = torch.empty(
+                self.tensor.shape, dtype=torch.uint8, pin_memory=self.tensor.device.type == "cuda"
+            )
+        place = self._host.numpy()[start : start + array.nbytes]
+        place.view(array.dtype).reshape(array.shape)[...] = array
+
+    def begin(self) -> None:
+        # PyTorch gives pinned memory to another only when the copy from it is done.
+        self._host = None
+        self.used = self.fixed
+        self.sent = 0
+
+    def send(self) -> None:
+        if self.used > self.sent and self._host is not None:
+            part = slice(self.sent, self.used)
+            self.tensor[part].copy_(self._host[part], non_blocking=True)
+            self.sent = self.used
+
+
+class FixedArray:
+    """An array of `HostArrays` whose place never changes.
+
+    Attributes:
+        view: The array on the device.
+    """
+
+    def __init__(self, view: torch.Tensor, buffer: _Buffer | None, start: int) -> None:
+        self.view = view
+        self.written = False
+        self._buffer = buffer
+        self._start = start
+
+    def write(self, array: np.ndarray) -> None:
+        """Have `HostArrays.send` put these numbers in place of those on the device.
+
+        Raises:
+            ValueError: If the array has another shape.
+        """
+        shape = tuple(self.view.shape)
+        if array.shape != shape:
+            raise ValueError(f"an array of the plan has shape {shape}, got {array.shape}")
+        self.written = True
+        if self._buffer is None:
+            self.view.numpy()[...] = array
+        elif array.size:
+            dtype = next(key for key, value in _DTYPES.items() if value == self.view.dtype)
+            self._buffer.write(self._start, array.astype(dtype, copy=False))
+
+
+class HostArrays:
+    """Host arrays on their way to the device: one copy for all, which nobody waits for.
+
+    Where an array will be is known at once; it is there for whatever is launched on the current
+    stream after `send`. A round begins with `begin`; then the views that `put` returned hold
+    other numbers, in the order of the stream. On a CPU arrays are where they belong already:
+    views of themselves, and nothing is copied.
+
+    Args:
+        device: Where they go.
+        capacity: Bytes of a round. Where they are too few, one round needs more copies.
+        staged: Whether arrays are copied at all; None: on every device but the host.
+    """
+
+    def __init__(
+        self, device: torch.device, capacity: int = 1 << 16, staged: bool | None = None
+    ) -> None:
+        self.device = device
+        self._staged = device.type != "cpu" if staged is None else staged
+        self._capacity = capacity
+        self._buffers = [_Buffer(device, capacity)] if self._staged else []
+        self._fixed: list[FixedArray] = []
+
+    def reserve(self, shape: tuple[int, ...], dtype: Any) -> FixedArray:
+        """Return an array that keeps its place; it has to be written in every round.
+
+        Before the first round.
+        """
+        if not self._staged:
+            fixed = FixedArray(torch.zeros(shape, dtype=_DTYPES[np.dtype(dtype)]), None, 0)
+        else:
+            buffer, start = self._take(aligned_bytes(shape, dtype))
+            fixed = FixedArray(buffer.view(start, shape, np.dtype(dtype)), buffer, start)
+            buffer.fixed = buffer.used
+        self._fixed.append(fixed)
+        return fixed
+
+    def begin(self) -> None:
+        """Begin a round: arrays of the last one may be overwritten."""
+        for fixed in self._fixed:
+            fixed.written = False
+        others = [buffer for buffer in self._buffers if not buffer.fixed]
+        if len(others) > 1:
+            # The last round was larger than any before: have room for such a one.
+            self._capacity = 2 * sum(buffer.used for buffer in others)
+            self._buffers = [buffer for buffer in self._buffers if buffer.fixed]
+            self._buffers.append(_Buffer(self.device, self._capacity))
+        for buffer in self._buffers:
+            buffer.begin()
+
+    def put(self, array: np.ndarray, dtype: Any = np.int64) -> torch.Tensor:
+        """Return where an array will be on the device, as ``dtype``."""
+        array = np.ascontiguousarray(array, dtype=dtype)
+        if not self._staged:
+            return torch.from_numpy(array)
+        if not array.size:
+            return torch.empty(array.shape, dtype=_DTYPES[array.dtype], device=self.device)
+        buffer, start = self._take(aligned_bytes(array.shape, dtype))
+        buffer.write(start, array)
+        return buffer.view(start, array.shape, array.dtype)
+
+    def _take(self, size: int) -> tuple[_Buffer, int]:
+        if self._buffers[-1].free < size:
+            self._buffers.append(_Buffer(self.device, max(size, self._capacity)))
+        buffer = self._buffers[-1]
+        return buffer, buffer.take(size)
+
+    def send(self) -> None:
+        """Copy what was put or written since the last time.
+
+        Raises:
+            RuntimeError: If a fixed array was not written in this round.
+        """
+        if not all(fixed.written for fixed in self._fixed):
+            raise RuntimeError("an array that keeps its place was not written in this round")
+        for buffer in self._buffers:
+            buffer.send()
+
+
+def read_back(tensors: Sequence[torch.Tensor], packed: bool | None = None) -> list[np.ndarray]:
+    """Return tensors of one device as host arrays: one copy, and one wait for the device.
+
+    On a CPU they are views.
+
+    Args:
+        tensors: Of the dtypes of `HostArrays`.
+        packed: Whether they are copied as one; None: on every device but the host.
+    """
+    if packed is None:
+        packed = tensors[0].device.type != "cpu"
+    if not packed:
+        return [tensor.numpy() for tensor in tensors]
+    # The widest first, so that each begins at a multiple of its own width.
+    order = sorted(range(len(tensors)), key=lambda number: -tensors[number].element_size())
+    parts = [_bytes_of(tensors[number]) for number in order]
+    numbers = torch.cat(parts).cpu().numpy()
+    arrays: dict[int, np.ndarray] = {}
+    start = 0
+    for number, part in zip(order, parts, strict=True):
+        tensor = tensors[number]
+        dtype = next(key for key, value in _DTYPES.items() if value == tensor.dtype)
+        own = numbers[start : start + part.shape[0]]
+        arrays[number] = own.view(dtype).reshape(tuple(tensor.shape))
+        start += part.shape[0]
+    return [arrays[number] for number in range(len(tensors))]
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    if not tensor.numel():
+        return tensor.new_empty(0, dtype=torch.uint8)
+    return tensor.contiguous().view(-1).view(torch.uint8)
