@@ -20,8 +20,11 @@ from typing import Any
 
 # Controls are registered in this process. Must be set before vLLM is imported.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-# Threads that spin while they wait take the cores from whatever else runs.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# Threads that spin for long take the cores from whatever else runs. As in `engine.cpu_cores`,
+# which is too late for a process that has PyTorch.
+if "OMP_WAIT_POLICY" not in os.environ:
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import report
 from controls import Control, registered
