@@ -14,35 +14,32 @@ from session import Session, Settings
 MANY_ROWS = 2048
 
 
-def block_step_rows(session: Session, settings: Settings, index: int = 0) -> int:
-    """Return the positions of a request that a block step runs in block ``index``."""
-    if settings["cache_policy"] == "prefix":
-        return session.options.response - index * settings["block_length"]
-    return settings["block_length"]
+def block_step_cost(session: Session, settings: Settings, prompt: int, requests: int) -> StepCost:
+    """Return what a block step of `sparse` or `dual` must cost."""
+    block_length = settings["block_length"]
+    cached = kept_keys(settings, prompt + session.options.response - block_length)
+    return cached_step_cost(session, settings, requests, block_length, cached)
 
 
-def block_step_cost(
-    session: Session,
-    settings: Settings,
-    prompt: int,
-    requests: int,
-    index: int = 0,
-    whole: bool = False,
+def kept_keys(settings: Settings, others: int) -> int:
+    """Return how many of the keys outside the block a policy keeps."""
+    if settings["cache_policy"] == "sparse":
+        return int(others * settings["keep_ratio"])
+    return others
+
+
+def cached_step_cost(
+    session: Session, settings: Settings, requests: int, rows: int, cached: int
 ) -> StepCost:
-    """Return what a block step must cost; of a block half the positions are masks on average.
+    """Return what a step on a cache must cost; half a block is masks on average.
 
     Args:
-        session: Has the model and the length of responses.
-        settings: Of the requests; any policy with a cache.
-        prompt: Tokens of each prompt.
+        session: Has the model.
+        settings: Of the requests.
         requests: In the step.
-        index: Which block.
-        whole: Under ``sparse``, before the cache is evicted.
+        rows: Positions that each runs.
+        cached: Keys that each reads.
     """
-    rows = block_step_rows(session, settings, index)
-    cached = prompt + session.options.response - rows
-    if settings["cache_policy"] == "sparse" and not whole:
-        cached = int(cached * settings["keep_ratio"])
     masks = requests * settings["block_length"] / 2
     return _cost(session, requests * rows, masks, cached + rows, cached, requests)
 
@@ -72,7 +69,7 @@ class Roofline:
 
     Attributes:
         full_pass: All positions of all requests.
-        block_step: The mean over the response's; 0 where there are none.
+        block_step: A step on the kept keys in a block with a refresh; 0 where there is none.
         response: The whole.
     """
 
@@ -84,7 +81,7 @@ class Roofline:
 def roofline(
     session: Session, settings: Settings, prompt: int, requests: int, rates: Job
 ) -> Roofline:
-    """Return the roofline of responses, a token a step, under any policy.
+    """Return the roofline of responses, a token a step, under any policy and schedule.
 
     A pass takes max(bytes of weights and cached keys and values / bandwidth, operations / rate of
     matrix products).
@@ -98,23 +95,35 @@ def roofline(
     """
 
     def seconds(cost: StepCost, rows: int) -> float:
-        floor = floor_of(cost, rows, rates)
+        floor = floor_of(cost, requests * rows, rates)
         memory = floor.memory + cost.cache_bytes / rates["bandwidth"]
         return max(memory, floor.linear + floor.attention)
 
-    length = prompt + session.options.response
-    full = seconds(full_pass_cost(session, settings, prompt, requests), requests * length)
+    def step(rows: int, cached: int) -> float:
+        return seconds(cached_step_cost(session, settings, requests, rows, cached), rows)
+
+    block_length, response = settings["block_length"], session.options.response
+    length = prompt + response
+    full = seconds(full_pass_cost(session, settings, prompt, requests), length)
     num_full, num_steps = passes_of_block(settings)
-    num_blocks = session.options.response // settings["block_length"]
+    interval = settings.get("refresh_interval", 1) if num_steps else 1
     num_whole = min(settings.get("eviction_delay", 0), num_steps)
-    in_steps = 0.0
-    for index in range(num_blocks if num_steps else 0):
-        rows = requests * block_step_rows(session, settings, index)
-        for whole, count in ((True, num_whole), (False, num_steps - num_whole)):
-            cost = block_step_cost(session, settings, prompt, requests, index, whole)
-            in_steps += count * seconds(cost, rows)
-    mean = in_steps / (num_blocks * num_steps) if num_steps else 0.0
-    return Roofline(full, mean, num_blocks * num_full * full + in_steps)
+    total = first = 0.0
+    for index in range(response // block_length):
+        rows = block_length
+        if settings["cache_policy"] == "prefix":
+            rows = response - index * block_length
+        # Keys of finished blocks join those that an earlier block's refresh kept.
+        cached = kept_keys(settings, length - rows) + index % interval * block_length
+        usual = step(rows, min(cached, length - rows)) if num_steps else 0.0
+        first = first or usual
+        if index % interval:
+            again = step(rows + block_length, min(cached, length - rows) - block_length)
+            total += again + (block_length - 1) * usual
+        else:
+            whole = step(rows, length - rows) if num_whole else 0.0
+            total += num_full * full + num_whole * whole + (num_steps - num_whole) * usual
+    return Roofline(full, first, total)
 
 
 def measure_rates(session: Session, settings: Settings, requests: int, seconds: float) -> Job:

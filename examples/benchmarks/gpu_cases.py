@@ -18,8 +18,12 @@ from vllm_sparse_dllm.settings import DecodingSettings
 #: Of vLLM's pages on a CPU, where they are 32 slots, and on a GPU.
 PAGE_SIZES = {"cpu": 32, "cuda": 16}
 LATE = f"late {LATE_DELAY}"
-#: The engine's contenders: the policies, and late eviction.
-CONTENDERS = ("sparse", LATE, "dual", "prefix", "none")
+#: One refresh for all blocks of the response.
+INTERVAL = f"{LATE} interval 4"
+#: `sparse` with settings beyond the published ones.
+SCHEDULES: dict[str, Settings] = {LATE: late(), INTERVAL: late(refresh_interval=4)}
+#: The engine's contenders: the policies, and schedules of `sparse`.
+CONTENDERS = ("sparse", *SCHEDULES, "dual", "prefix", "none")
 BASELINES = ("sparse", "dual", "none")
 #: Pages on top of what is needed: vLLM keeps one back.
 _SPARE_PAGES = 2
@@ -76,8 +80,8 @@ def size_of(family: str, size: str) -> Size:
 
 def settings_of(session: Session, name: str) -> Settings:
     """Return the settings of one of `CONTENDERS`."""
-    if name == LATE:
-        return session.settings("sparse") | late()
+    if name in SCHEDULES:
+        return session.settings("sparse") | SCHEDULES[name]
     return session.settings(name)
 
 

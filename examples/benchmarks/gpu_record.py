@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gpu_cases import LATE, SCALES, Scale
+from gpu_cases import SCALES, SCHEDULES, Scale
 from programs import Job
 from session import Measurement
 from tables import Target, table, targets_table
@@ -102,12 +102,12 @@ class _Targets:
 
     def __iter__(self) -> Iterator[Target]:
         scale, name = self.scale, "LLaDA-8B" if self.size == "public" else f"LLaDA {self.size}"
-        for schedule in ("sparse", LATE):
+        for schedule in ("sparse", *SCHEDULES):
             yield self._rate(f"{name}, one request, context {scale.short:,}", schedule, 1, 120.0)
         for context, bound in ((scale.medium, 15.0), (scale.large, 25.0)):
-            for schedule in ("sparse", LATE):
+            for schedule in ("sparse", *SCHEDULES):
                 yield self._over_none(name, schedule, context, bound)
-        for schedule in ("sparse", LATE):
+        for schedule in ("sparse", *SCHEDULES):
             figure = f"{name}, {scale.many} requests, context {scale.short:,}"
             yield self._rate(figure, schedule, scale.many, 2000.0)
         yield self._step(name)
@@ -145,8 +145,11 @@ class _Targets:
 
     def _rate(self, figure: str, schedule: str, requests: int, bound: float) -> Target:
         one = self._measurement(schedule, self.scale.short, requests)
-        value = None if one is None else one.rate
-        return self._target(f"{figure}, {schedule}: tokens/s", bound, one, value)
+        figure = f"{figure}, {schedule}: tokens/s"
+        if one is None:
+            return self._target(figure, bound, None, None)
+        note = f"the roofline allows {_most(one):,.0f}"
+        return self._target(figure, bound, one, one.rate, note=note)
 
     def _over_none(self, name: str, schedule: str, context: int, bound: float) -> Target:
         figure = f"{name}, one request, context {context:,}: {schedule} over none"
@@ -154,10 +157,8 @@ class _Targets:
         none = None if one is None else find(self.record.measurements, one, "engine none")
         if one is None or none is None:
             return self._target(figure, bound, None, None)
-        note = f"{one.rate:.2f} and {none.rate:.2f} tokens/s"
-        if schedule == "sparse":
-            block = one.settings["block_length"]
-            note += f"; two full passes a block bound it at {block / 2:g} ×"
+        note = f"{one.rate:.2f} and {none.rate:.2f} tokens/s; rooflines {_most(one):.2f} and "
+        note += f"{_most(none):.2f}: {_most(one) / _most(none):.1f} ×"
         return self._target(figure, bound, one, one.speed_up(none), note=note)
 
     def _step(self, name: str) -> Target:
@@ -198,14 +199,18 @@ def _times(one: Measurement, other: Measurement | None) -> str:
     return "" if other is None or other is one else f"{one.speed_up(other):.2f}"
 
 
+def _most(one: Measurement) -> float:
+    """Return the tokens a second that the roofline allows."""
+    return one.num_requests * one.response / one.notes["floor"]
+
+
 def rates_table(measurements: list[Measurement]) -> str:
     """Return the table of rates; those of one turn ran in turn on the same requests."""
     rows = []
     for one in measurements:
         policy = one.contender.partition(" ")[2]
         scaled = f" (× {one.scale:g})" if one.scale > 1 else ""
-        floor = one.notes.get("floor")
-        least = one.num_requests * one.response / floor if floor else None
+        most = _most(one)
         beside = sum(one.notes.get("beside", {}).values())
         rows.append(
             [
@@ -219,8 +224,8 @@ def rates_table(measurements: list[Measurement]) -> str:
                 _times(one, find(measurements, one, "engine none")),
                 _times(one, find(measurements, one, f"baseline {policy}")),
                 _times(one, find(measurements, one, "baseline none")),
-                "" if least is None else f"{least:,.0f}",
-                "" if least is None else f"{one.rate / least:.0%}",
+                f"{most:,.1f}",
+                f"{one.rate / most:.0%}",
                 f"{(one.peak_memory - beside) / GIB:.2f}",
                 f"{one.notes.get('pages', 0) / GIB:.2f}",
             ]
