@@ -210,7 +210,8 @@ def build(output: Path, python: str, present: set[str]) -> list[str]:
         runner.write_text(_RUN, encoding="utf-8")
         runner.chmod(0o755)
         output.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(output, f"w:{output.suffix.removeprefix('.')}") as archive:
+        compression = output.suffix.removeprefix(".").removeprefix("tar")
+        with tarfile.open(output, f"w:{compression}") as archive:
             archive.add(top, NAME)
     return travelling
 
