@@ -17,6 +17,7 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -33,17 +34,45 @@ from session import Contender, Measurement, Options, Session
 ROOT = Path(__file__).parents[2]
 #: In the order in which they are measured.
 GROUPS = ("contexts", "steps", "long", "batches", "baseline", "memory")
-#: Groups that share one engine.
-_SHARED = ("contexts", "steps", "long", "batches")
 #: A run's time over its roofline, before any was measured.
 _FIRST_GUESS = 2.0
 #: What a warm-up adds to the first round.
 _WARM_UP = 1.3
-#: Memory of the card that is not for weights and pages, of each program on it.
-_RESERVE = 10 * GIB
+#: Memory of the card that each program has for what is neither weights nor pages.
+_RESERVE = 8 * GIB
 
 #: What is measured in turn: sweep, tokens of each prompt, requests at once, contenders.
 Turn = tuple[str, int, int, list[Contender]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Groups that are measured on the same programs.
+
+    Attributes:
+        groups: Their names.
+        turns: In order.
+        needed: Pages that all turns' requests find room in.
+        most: Pages that there is room for beside the programs' weights.
+    """
+
+    groups: list[str]
+    turns: list[Turn]
+    needed: int
+    most: float
+
+    @property
+    def fits(self) -> bool:
+        return self.needed <= self.most
+
+    @property
+    def programs(self) -> list[str]:
+        return sorted({one.program for turn in self.turns for one in turn[3]})
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max(prompt for _, prompt, _, _ in self.turns)
 
 
 class GpuBenchmark:
@@ -74,6 +103,7 @@ class GpuBenchmark:
             max(*self.contexts, self.scale.long) + self.scale.response,
         )
         self._slowdowns: dict[str, float] = {}
+        self._turns = 0
 
     @property
     def contexts(self) -> Sequence[int]:
@@ -86,10 +116,16 @@ class GpuBenchmark:
     def run(self) -> None:
         """Measure all groups that were asked for."""
         self._measure_machine()
-        shared = [group for group in _SHARED if group in self.arguments.groups]
-        for groups in (shared, ["baseline"], ["memory"]):
-            if set(groups) & set(self.arguments.groups):
-                self._measure_groups(groups)
+        chosen = self.arguments.groups
+        # An engine takes a while to start: all groups that fit beside each other share one.
+        together = [group for group in chosen if group != "memory"]
+        plans = [together]
+        if together and not self._plan(together).fits:
+            plans = [[group for group in together if group != "baseline"], ["baseline"]]
+        for groups in (*plans, ["memory"]):
+            groups = [group for group in groups if group in chosen]
+            if groups:
+                self._measure_groups(self._plan(groups))
 
     # The machine.
 
@@ -158,28 +194,32 @@ class GpuBenchmark:
         shape = cases.ModelShape.of(model)
         return cases.page_bytes(shape, self.page_size, self.element_bytes)
 
-    def _most_pages(self, num_programs: int) -> float:
-        """Return the pages that there is room for on the card."""
+    def _most_pages(self, baseline_rows: int) -> float:
+        """Return the pages that there is room for on the card.
+
+        Args:
+            baseline_rows: Positions of the baseline's longest canvas, 0 if it does not run.
+        """
         total = self.record.runs[-1]["machine"]["memory"]
         if self.arguments.kv_cache_gib is not None:
             room = self.arguments.kv_cache_gib * GIB
         elif total is None:
             return math.inf
         else:
-            weights = cases.ModelShape.of(self.model).weights * self.element_bytes
-            room = total - num_programs * (weights * 1.1 + _RESERVE)
-        return room // self._page_bytes(self.model)
+            shape = cases.ModelShape.of(self.model)
+            program = (shape.weights + shape.width * shape.vocab) * self.element_bytes + _RESERVE
+            # The baseline's dual cache takes the softmax of all rows' logits in float64.
+            logits = 3 * 8 * shape.vocab * baseline_rows
+            room = total - program * (2 if baseline_rows else 1) - logits
+        return max(0, room // self._page_bytes(self.model))
 
     # Turns.
 
-    def _measure_groups(self, groups: list[str]) -> None:
-        """Start the programs of some groups and measure their turns."""
-        scale = self.scale
+    def _plan(self, groups: list[str]) -> Plan:
+        """Return what some groups measure, and the pages that they need."""
         with self._session(1, 1, 0) as planned:
             turns = [turn for group in groups for turn in getattr(self, f"_{group}")(planned)]
-        longest = max(prompt for _, prompt, _, _ in turns) + scale.response
-        most = max(requests for _, _, requests, _ in turns)
-        programs = {one.program for _, _, _, contenders in turns for one in contenders}
+        longest = max(prompt for _, prompt, _, _ in turns) + self.scale.response
         needed = cases.pool_pages(
             [
                 (one.settings, prompt, requests)
@@ -187,20 +227,26 @@ class GpuBenchmark:
                 for one in contenders
                 if one.program == "engine"
             ],
-            scale.response,
+            self.scale.response,
             longest,
             self.page_size,
         )
-        pages = int(min(needed, self._most_pages(len(programs))))
-        with self._session(longest, most, pages) as session:
+        rows = max((prompt for sweep, prompt, _, _ in turns if sweep == "baseline"), default=0)
+        return Plan(groups, turns, needed, self._most_pages(rows and rows + self.scale.response))
+
+    def _measure_groups(self, plan: Plan) -> None:
+        """Start the programs of a plan and measure its turns."""
+        pages = int(min(plan.needed, plan.most))
+        requests = max(requests for _, _, requests, _ in plan.turns)
+        with self._session(plan.longest + self.scale.response, requests, pages) as session:
             try:
-                session.prepare(*sorted(programs))
+                session.prepare(*plan.programs)
             except ProgramError as error:
-                self._skip(", ".join(groups), _short(error))
+                self._skip(", ".join(plan.groups), _short(error))
                 return
             self.record.runs[-1]["vllm"] = session.about()["engine"]["vllm"]
-            for sweep, prompt, requests, contenders in turns:
-                self._measure(session, sweep, prompt, requests, contenders, pages)
+            for turn in plan.turns:
+                self._measure(session, *turn, pages)
 
     def _contexts(self, session: Session) -> list[Turn]:
         return [("contexts", context, 1, self._contenders(session)) for context in self.contexts]
@@ -259,7 +305,10 @@ class GpuBenchmark:
             self._skip(what, _short(error))
             return
         about = session.about()
+        # Sessions each count their own.
+        self._turns += 1
         for one in results:
+            one.turn = self._turns
             self._note(session, one, about[one.program])
         if sweep == "steps":
             self.record.steps.append(self._step_times(session, results))

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,75 +113,85 @@ class _Targets:
         yield self._step(name)
         yield self._memory(name)
 
-    def _latest(self, entries: list[Any], run_of: Callable[[Any], int], **wanted: Any) -> Any:
-        """Return the last entry of this model with these attributes or keys, None if none is."""
+    def _counts(self, run: int) -> bool:
+        """Return whether a run was of this model."""
+        about = self.record.runs[run]
+        return (about["family"], about["size"]) == ("llada", self.size)
+
+    def _latest(self, entries: list[Job], **wanted: Any) -> Job | None:
+        """Return the last entry of this model with these values, None if there is none."""
         for one in reversed(entries):
-            run = self.record.runs[run_of(one)]
-            values = one if isinstance(one, dict) else vars(one)
-            if (run["family"], run["size"]) == ("llada", self.size) and all(
-                values[name] == value for name, value in wanted.items()
-            ):
+            if self._counts(one["run"]) and wanted.items() <= one.items():
                 return one
         return None
 
-    def _target(self, figure: str, bound: float, one: Any, value: float | None, **more: Any) -> Any:
-        note = more.pop("note", "")
-        judged = True
-        if one is not None:
-            run = one["run"] if isinstance(one, dict) else one.notes["run"]
-            about = self.record.runs[run]
-            judged = self.size == "public" and CARD in about["machine"]["name"]
-            note = f"run {run + 1}, {about['machine']['name']}; {note}"
-        return Target(figure, bound, value, note=note.rstrip("; "), judged=judged, **more)
+    def _target(
+        self,
+        figure: str,
+        bound: float,
+        run: int | None = None,
+        value: float | None = None,
+        note: str = "",
+        at_least: bool = True,
+    ) -> Target:
+        if run is None:
+            return Target(figure, bound, None, at_least)
+        name = self.record.runs[run]["machine"]["name"]
+        judged = self.size == "public" and CARD in name
+        note = "; ".join(filter(None, (f"run {run + 1}, {name}", note)))
+        return Target(figure, bound, value, at_least, note, judged)
 
-    def _measurement(self, contender: str, prompt: int, requests: int) -> Measurement | None:
-        return self._latest(
-            self.record.measurements,
-            lambda one: one.notes["run"],
-            contender=f"engine {contender}",
-            prompt=prompt,
-            concurrency=requests,
-        )
+    def _measurements(self, contender: str, prompt: int, requests: int) -> Iterator[Measurement]:
+        """Yield what a contender did, the latest first."""
+        wanted = (f"engine {contender}", prompt, requests)
+        for one in reversed(self.record.measurements):
+            if (
+                self._counts(one.notes["run"])
+                and (one.contender, one.prompt, one.concurrency) == wanted
+            ):
+                yield one
 
     def _rate(self, figure: str, schedule: str, requests: int, bound: float) -> Target:
-        one = self._measurement(schedule, self.scale.short, requests)
+        one = next(self._measurements(schedule, self.scale.short, requests), None)
         figure = f"{figure}, {schedule}: tokens/s"
         if one is None:
-            return self._target(figure, bound, None, None)
+            return self._target(figure, bound)
         note = f"the roofline allows {_most(one):,.0f}"
-        return self._target(figure, bound, one, one.rate, note=note)
+        return self._target(figure, bound, one.notes["run"], one.rate, note)
 
     def _over_none(self, name: str, schedule: str, context: int, bound: float) -> Target:
         figure = f"{name}, one request, context {context:,}: {schedule} over none"
-        one = self._measurement(schedule, context, 1)
-        none = None if one is None else find(self.record.measurements, one, "engine none")
+        one = none = None
+        for none in self._measurements("none", context, 1):
+            one = find(self.record.measurements, none, f"engine {schedule}")
+            if one is not None:
+                break
         if one is None or none is None:
-            return self._target(figure, bound, None, None)
+            return self._target(figure, bound)
         note = f"{one.rate:.2f} and {none.rate:.2f} tokens/s; rooflines {_most(one):.2f} and "
         note += f"{_most(none):.2f}: {_most(one) / _most(none):.1f} ×"
-        return self._target(figure, bound, one, one.speed_up(none), note=note)
+        return self._target(figure, bound, one.notes["run"], one.speed_up(none), note)
 
     def _step(self, name: str) -> Target:
         scale = self.scale
-        one = self._latest(
-            self.record.steps, lambda one: one["run"], prompt=scale.short, requests=1
-        )
+        one = self._latest(self.record.steps, prompt=scale.short, requests=1)
         figure = (
             f"{name}, block step of one request, context {scale.short:,}, over weights / bandwidth"
         )
         if one is None:
-            return self._target(figure, 1.3, None, None, at_least=False)
+            return self._target(figure, 1.3, at_least=False)
         ratio = one["block_step"] / one["weights"]
         note = f"{1e3 * one['block_step']:.2f} and {1e3 * one['weights']:.2f} ms"
-        return self._target(figure, 1.3, one, ratio, at_least=False, note=note)
+        return self._target(figure, 1.3, one["run"], ratio, note, at_least=False)
 
     def _memory(self, name: str) -> Target:
         context = self.scale.large
         figure = f"{name}, one request, context {context:,}, sparse: peak memory over weights, GiB"
-        wanted = {"prompt": context, "contender": "engine sparse"}
-        one = self._latest(self.record.memory, lambda one: one["run"], **wanted)
-        value = None if one is None else (one["peak"] - one["weights"]) / GIB
-        return self._target(figure, 7.0, one, value, at_least=False)
+        one = self._latest(self.record.memory, prompt=context, contender="engine sparse")
+        if one is None:
+            return self._target(figure, 7.0, at_least=False)
+        value = (one["peak"] - one["weights"]) / GIB
+        return self._target(figure, 7.0, one["run"], value, at_least=False)
 
 
 def find(measurements: list[Measurement], like: Measurement, contender: str) -> Measurement | None:
@@ -231,7 +241,7 @@ def rates_table(measurements: list[Measurement]) -> str:
             ]
         )
     head = (
-        "run|context|at once|contender|tokens/s|runs|spread|× engine none|× baseline, same policy|"
+        "run|context|at once|contender|tokens/s|times|spread|× engine none|× baseline, same policy|"
         "× baseline none|roofline tokens/s|of it|peak beside weights and pool, GiB|pages, GiB"
     )
     return table(head.split("|"), rows)
