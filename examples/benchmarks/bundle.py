@@ -20,20 +20,56 @@ import sys
 import tarfile
 import tempfile
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 #: Top folder in the archive.
 NAME = "gpu-benchmark"
-#: What a machine is taken to have, with all that these require.
-PRESENT = ("torch", "triton", "transformers")
-#: Distributions that vLLM, this plugin and the benchmark import on their way to a batch.
-NEEDED: tuple[str, ...] = ()
-#: Stands where vLLM's CUDA build has its compiled operators, whose import nothing guards.
-_STAND_IN = '''# SPDX-License-Identifier: Apache-2.0
-"""In place of vLLM's compiled operators, which this archive lacks: none are registered."""
-'''
+#: What a machine is taken to have: PyTorch, Triton, transformers and what all their versions need.
+PRESENT = (
+    *("torch", "triton", "transformers", "filelock", "fsspec", "hf-xet", "huggingface-hub"),
+    *("jinja2", "markupsafe", "mpmath", "networkx", "numpy", "packaging", "pyyaml", "regex"),
+    *("safetensors", "setuptools", "sympy", "tokenizers", "tqdm", "typing-extensions"),
+)
+#: Distributions that vLLM, this plugin and the benchmark import on their way to a batch; what
+#: they require travels too. Found by running them where nothing else is installed.
+NEEDED = (
+    *("aiohttp", "cachetools", "cbor2", "cloudpickle", "compressed-tensors", "einops", "fastapi"),
+    *("llguidance", "msgspec", "openai", "oss-harmony", "partial-json-parser", "pillow"),
+    *("prometheus-client", "psutil", "py-cpuinfo", "pybase64", "pydantic", "pyzmq", "requests"),
+    *("uvloop", "xgrammar"),
+)
+#: Files that stand where vLLM's CUDA build has compiled parts, whose import nothing guards.
+_STAND_INS = {
+    # Modules ask at import what these can do.
+    "_C_stable_libtorch.py": '''# SPDX-License-Identifier: Apache-2.0
+"""In place of vLLM's compiled operators: there are none, say those that can be asked."""
+
+import torch
+
+_LIBRARY = torch.library.Library("_C", "FRAGMENT")
+for _name in (
+    "cutlass_scaled_mm_supports_fp8",
+    "cutlass_scaled_mm_supports_block_fp8",
+    "cutlass_group_gemm_supported",
+):
+    _LIBRARY.define(f"{_name}(int cuda_device_capability) -> bool")
+    _LIBRARY.impl(_name, lambda capability: False, "CompositeExplicitAutograd")
+''',
+    # vLLM's own refuses to be imported without its library.
+    "vllm_flash_attn/__init__.py": '''# SPDX-License-Identifier: Apache-2.0
+"""In place of vLLM's FlashAttention: it can be asked what is supported, which is nothing."""
+
+from vllm.vllm_flash_attn.flash_attn_interface import (  # noqa: F401
+    compile_flash_attn_varlen_func_from_specs,
+    fa_version_unsupported_reason,
+    flash_attn_varlen_func,
+    get_scheduler_metadata,
+    is_fa_version_supported,
+)
+''',
+}
 _RUN = """#!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # Run the benchmark from this folder; arguments are those of gpu.py.
@@ -60,18 +96,23 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def required_by(names: Iterable[str]) -> set[str]:
-    """Return installed distributions and all that they require, without extras."""
+def required_by(names: Iterable[str], present: Collection[str] = ()) -> set[str]:
+    """Return installed distributions and all that they require, without extras.
+
+    Args:
+        names: The first of them.
+        present: Canonical names of those that are left out, with what only they require.
+    """
     found: set[str] = set()
     waiting = [canonical(name) for name in names]
     while waiting:
         name = waiting.pop()
+        if name in found or name in present:
+            continue
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             # Not for this platform, or of another build of PyTorch.
-            continue
-        if name in found:
             continue
         found.add(name)
         for requirement in distribution.requires or ():
@@ -129,7 +170,8 @@ def copy_vllm(site: Path) -> None:
     package = Path(spec.origin).parent
     for source in package.rglob("*.py"):
         _copy(source, site / "vllm" / source.relative_to(package))
-    (site / "vllm" / "_C_stable_libtorch.py").write_text(_STAND_IN, encoding="utf-8")
+    for name, text in _STAND_INS.items():
+        (site / "vllm" / name).write_text(text, encoding="utf-8")
     # With "cpu" in its version it would take a GPU for absent.
     version = importlib.metadata.version("vllm").partition("+")[0]
     _write_metadata(site, "vllm", version)
@@ -175,7 +217,7 @@ def fetch_wheels(names: Iterable[str], python: str, site: Path) -> None:
 
 def missing(present: set[str]) -> list[str]:
     """Return what must travel."""
-    return [name for name in NEEDED if canonical(name) not in present]
+    return sorted(required_by(NEEDED, present))
 
 
 def build(output: Path, python: str, present: set[str]) -> list[str]:
@@ -225,10 +267,10 @@ def main() -> None:
         "--present",
         type=Path,
         metavar="FILE",
-        help=f"names of the packages that it has (default: {', '.join(PRESENT)} and theirs)",
+        help=f"names of the packages that it has (default: {', '.join(PRESENT)})",
     )
     arguments = parser.parse_args()
-    present = read_names(arguments.present) if arguments.present else required_by(PRESENT)
+    present = read_names(arguments.present) if arguments.present else set(PRESENT)
     travelling = build(arguments.output, arguments.python, present)
     size = arguments.output.stat().st_size / 2**20
     print(f"{arguments.output}: {size:.1f} MiB, with {', '.join(travelling) or 'no packages'}")
