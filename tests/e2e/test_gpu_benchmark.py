@@ -73,7 +73,7 @@ def test_pages_are_those_of_the_policy(result: dict[str, Any]) -> None:
         for one in result["measurements"]
         if one["prompt"] == 48
     }
-    assert pages["engine none", 1] == 0 < pages["engine sparse", 1] < pages["engine dual", 1]
+    assert pages["engine none", 1] == 0 < pages["engine sparse", 1] <= pages["engine dual", 1]
     assert pages["engine dual", 3] == 3 * pages["engine dual", 1]
     # What is not the engine has no pages.
     assert pages["baseline dual", 1] == 0
