@@ -21,7 +21,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from baseline_network import Decoding, LayerCache, Network, Pass
-from programs import Job, num_cores, peak_memory, reset_peak_memory, serve_model
+from devices import peak_memory, reset_peak_memory
+from programs import Job, num_cores, serve_model
 
 #: Lower end of Dream's times.
 DREAM_EPS = 1e-3
@@ -49,7 +50,7 @@ def generate(model: Network, prompt: list[int], decoding: Decoding) -> Response:
     """Denoise one response, block by block."""
     mask = model.shape.mask_token_id
     rule = LLaDARule(decoding) if model.shape.family == "llada" else DreamRule(decoding)
-    ids = torch.tensor([prompt + [mask] * decoding.response])
+    ids = torch.tensor([prompt + [mask] * decoding.response], device=model.device)
     response = Response([])
     fill_step = {"none": -1, "dual": 0, "sparse": 1}[decoding.cache_policy]
     for number in range(decoding.num_blocks):
@@ -143,7 +144,7 @@ class DreamRule:
         """Return which candidates are filled in."""
         decoding = self.decoding
         if step == 0 and decoding.cache_policy != "none":
-            return torch.tensor([0])
+            return torch.zeros(1, dtype=torch.long, device=confidence.device)
         if decoding.threshold is not None:
             return _surest(confidence, decoding.threshold)
         count = len(confidence)
@@ -154,12 +155,15 @@ class DreamRule:
 
 def _load(arguments: argparse.Namespace) -> tuple[Job, Any]:
     torch.set_num_threads(num_cores())
-    model = Network.load(arguments.model, getattr(torch, arguments.dtype))
-    about = {"torch": torch.__version__, "threads": torch.get_num_threads()}
+    device = torch.device(arguments.device)
+    dtype = getattr(torch, arguments.dtype)
+    model = Network.load(arguments.model, dtype, device, arguments.dummy)
+    weights = sum(one.numel() * one.element_size() for one in model.parameters())
+    about = {"torch": torch.__version__, "threads": torch.get_num_threads(), "weights": weights}
 
     def handle(job: Job) -> Job:
         decoding = Decoding(job["response"], **job["settings"])
-        reset_peak_memory()
+        reset_peak_memory(device)
         start = time.perf_counter()
         responses = [generate(model, prompt, decoding) for prompt in job["prompts"]]
         seconds = time.perf_counter() - start
@@ -169,7 +173,8 @@ def _load(arguments: argparse.Namespace) -> tuple[Job, Any]:
             "num_full": sum(response.num_full for response in responses),
             "num_block": sum(response.num_block for response in responses),
             "cache_bytes": max(response.cache_bytes for response in responses),
-            "peak_memory": peak_memory(),
+            # Reading the tokens has waited for the device.
+            "peak_memory": peak_memory(device),
         }
 
     return about, handle

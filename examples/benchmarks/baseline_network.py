@@ -252,7 +252,8 @@ class Block(nn.Module):
         """Return the positions outside the block that are kept, the most salient first."""
         start, end = block
         length = k.shape[2]
-        others = torch.cat([torch.arange(start), torch.arange(end, length)])
+        positions = torch.arange(length, device=k.device)
+        others = torch.cat([positions[:start], positions[end:]])
         mean_query = q[:, :, start:end].mean(dim=2, keepdim=True)
         candidates = k.index_select(2, others)
         if self.kv_heads != self.heads:
@@ -304,9 +305,25 @@ class Network(nn.Module):
         self.ln_f = RMSNorm(shape.width, shape.eps)
         self.ff_out = nn.Linear(shape.width, shape.vocab, bias=False)
 
+    @property
+    def device(self) -> torch.device:
+        return self.wte.weight.device
+
     @classmethod
-    def load(cls, path: Path, dtype: torch.dtype) -> Network:
+    def load(
+        cls,
+        path: Path,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        dummy: bool = False,
+    ) -> Network:
         """Load a checkpoint in the public layout.
+
+        Args:
+            path: Its directory.
+            dtype: Of the weights.
+            device: Where the network runs.
+            dummy: Take random weights, which it need not hold.
 
         Raises:
             ValueError: If it is neither a LLaDA nor a Dream checkpoint.
@@ -314,16 +331,26 @@ class Network(nn.Module):
         shape = Shape.of(path)
         with torch.device("meta"):
             model = cls(shape)
+        if dummy:
+            model.to(dtype).to_empty(device=device)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.uniform_(-1e-3, 1e-3)
+        else:
+            model._read(path, dtype, device)
+        with torch.device(device):
+            model.rotary = Rotary(shape, dtype)
+        return model.eval().requires_grad_(False)
+
+    def _read(self, path: Path, dtype: torch.dtype, device: torch.device | str) -> None:
         tensors = {
-            _rename(name, shape.family): tensor.to(dtype)
+            _rename(name, self.shape.family): tensor.to(device, dtype)
             for file in sorted(path.glob("*.safetensors"))
             for name, tensor in load_file(file).items()
             # Made here, below.
             if not name.endswith("rotary_emb.inv_freq")
         }
-        model.load_state_dict(tensors, strict=True, assign=True)
-        model.rotary = Rotary(shape, dtype)
-        return model.eval().requires_grad_(False)
+        self.load_state_dict(tensors, strict=True, assign=True)
 
     def forward(
         self, ids: torch.Tensor, this: Pass, caches: list[LayerCache], decoding: Decoding

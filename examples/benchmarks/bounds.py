@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from ceilings import StepCost, floor_of, step_cost
@@ -14,13 +15,33 @@ MANY_ROWS = 2048
 
 
 def block_step_cost(session: Session, settings: Settings, prompt: int, requests: int) -> StepCost:
-    """Return what a block step must cost; of a block half the positions are masks on average."""
-    block = settings["block_length"]
-    others = prompt + session.options.response - block
+    """Return what a block step of `sparse` or `dual` must cost."""
+    block_length = settings["block_length"]
+    cached = kept_keys(settings, prompt + session.options.response - block_length)
+    return cached_step_cost(session, settings, requests, block_length, cached)
+
+
+def kept_keys(settings: Settings, others: int) -> int:
+    """Return how many of the keys outside the block a policy keeps."""
     if settings["cache_policy"] == "sparse":
-        others = int(others * settings["keep_ratio"])
-    rows = requests * block
-    return _cost(session, rows, rows / 2, others + block, others, requests)
+        return int(others * settings["keep_ratio"])
+    return others
+
+
+def cached_step_cost(
+    session: Session, settings: Settings, requests: int, rows: int, cached: int
+) -> StepCost:
+    """Return what a step on a cache must cost; half a block is masks on average.
+
+    Args:
+        session: Has the model.
+        settings: Of the requests.
+        requests: In the step.
+        rows: Positions that each runs.
+        cached: Keys that each reads.
+    """
+    masks = requests * settings["block_length"] / 2
+    return _cost(session, requests * rows, masks, cached + rows, cached, requests)
 
 
 def full_pass_cost(session: Session, settings: Settings, prompt: int, requests: int) -> StepCost:
@@ -32,6 +53,77 @@ def full_pass_cost(session: Session, settings: Settings, prompt: int, requests: 
 
 def _cost(session: Session, *sizes: Any) -> StepCost:
     return step_cost(session.shape, *sizes, {"bfloat16": 2, "float32": 4}[session.options.dtype])
+
+
+def passes_of_block(settings: Settings) -> tuple[int, int]:
+    """Return how many full passes and block steps a block has, a token a step."""
+    block_length, policy = settings["block_length"], settings["cache_policy"]
+    full = {"none": block_length, "sparse": settings.get("delay_steps", 1) + 1}.get(policy, 1)
+    full = min(full, block_length)
+    return full, block_length - full
+
+
+@dataclass(frozen=True)
+class Roofline:
+    """The least time on this machine, in seconds.
+
+    Attributes:
+        full_pass: All positions of all requests.
+        block_step: A step on the kept keys in a block with a refresh; 0 where there is none.
+        response: The whole.
+    """
+
+    full_pass: float
+    block_step: float
+    response: float
+
+
+def roofline(
+    session: Session, settings: Settings, prompt: int, requests: int, rates: Job
+) -> Roofline:
+    """Return the roofline of responses, a token a step, under any policy and schedule.
+
+    A pass takes max(bytes of weights and cached keys and values / bandwidth, operations / rate of
+    matrix products).
+
+    Args:
+        session: Has the model and the length of responses, whole blocks.
+        settings: Of the requests.
+        prompt: Tokens of each prompt.
+        requests: That run together.
+        rates: What `ceilings` measured.
+    """
+
+    def seconds(cost: StepCost, rows: int) -> float:
+        floor = floor_of(cost, requests * rows, rates)
+        memory = floor.memory + cost.cache_bytes / rates["bandwidth"]
+        return max(memory, floor.linear + floor.attention)
+
+    def step(rows: int, cached: int) -> float:
+        return seconds(cached_step_cost(session, settings, requests, rows, cached), rows)
+
+    block_length, response = settings["block_length"], session.options.response
+    length = prompt + response
+    full = seconds(full_pass_cost(session, settings, prompt, requests), length)
+    num_full, num_steps = passes_of_block(settings)
+    interval = settings.get("refresh_interval", 1) if num_steps else 1
+    num_whole = min(settings.get("eviction_delay", 0), num_steps)
+    total = first = 0.0
+    for index in range(response // block_length):
+        rows = block_length
+        if settings["cache_policy"] == "prefix":
+            rows = response - index * block_length
+        # Keys of finished blocks join those that an earlier block's refresh kept.
+        cached = kept_keys(settings, length - rows) + index % interval * block_length
+        usual = step(rows, min(cached, length - rows)) if num_steps else 0.0
+        first = first or usual
+        if index % interval:
+            again = step(rows + block_length, min(cached, length - rows) - block_length)
+            total += again + (block_length - 1) * usual
+        else:
+            whole = step(rows, length - rows) if num_whole else 0.0
+            total += num_full * full + num_whole * whole + (num_steps - num_whole) * usual
+    return Roofline(full, first, total)
 
 
 def measure_rates(session: Session, settings: Settings, requests: int, seconds: float) -> Job:
@@ -69,12 +161,12 @@ def least_seconds(
         full_pass: Seconds of a full pass, if they are to be taken as given.
     """
     block_length = settings["block_length"]
-    refreshes = settings.get("delay_steps", 1) + 1 if settings["cache_policy"] == "sparse" else 1
+    refreshes, steps = passes_of_block(settings)
     if full_pass is None:
         cost = full_pass_cost(session, settings, prompt, requests)
         rows = requests * (prompt + session.options.response)
         full_pass = floor_of(cost, rows, rates).seconds
     cost = block_step_cost(session, settings, prompt, requests)
     step = floor_of(cost, requests * block_length, rates).seconds
-    block = refreshes * full_pass + (block_length - refreshes) * step
+    block = refreshes * full_pass + steps * step
     return full_pass, step, session.options.response // block_length * block

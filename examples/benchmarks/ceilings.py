@@ -2,10 +2,10 @@
 """What the machine can do, measured, and the least time that a step can take on it.
 
 *Matrix products* run at the shapes of the model's layers and at the rows of its steps, with
-PyTorch's `linear` and with the oneDNN handler that vLLM uses. `hot` repeats one weight, which
-the caches may hold: the arithmetic's ceiling. `walk` goes through as many weights as the model
-has, as a step must: what a step of nothing but matrix products takes. *Bandwidth* is the best
-of reading and of copying much more memory than the caches hold.
+PyTorch's `linear` and, on a CPU, with the oneDNN handler that vLLM uses. `hot` repeats one weight,
+which the caches may hold: the arithmetic's ceiling. `walk` goes through as many weights as the
+model has, as a step must: what a step of nothing but matrix products takes. *Bandwidth* is the
+best of reading and of copying much more memory than the caches hold.
 
 A step's floor is max(bytes it must read / bandwidth, its operations / hot rate).
 """
@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -24,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from devices import describe, median_seconds
 from programs import Job, num_cores, serve_model
 
 #: Multiplies activations ``[rows, in]`` by a weight.
@@ -151,18 +150,6 @@ def floor_of(cost: StepCost, rows: int, ceilings: Job) -> Floor:
     )
 
 
-def median_seconds(function: Callable[[], Any], budget: float) -> float:
-    """Return the median time of a call, of as many as the budget allows but at least three."""
-    function()
-    times: list[float] = []
-    end = time.perf_counter() + budget
-    while len(times) < 3 or (time.perf_counter() < end and len(times) < 200):
-        start = time.perf_counter()
-        function()
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
-
-
 def _onednn() -> Any:
     """Return vLLM's operators if its build has the handler, else None."""
     try:
@@ -173,14 +160,14 @@ def _onednn() -> Any:
     return ops if getattr(ops, "_supports_onednn", False) else None
 
 
-def _backends() -> dict[str, Callable[[torch.Tensor], Product]]:
+def _backends(device: torch.device) -> dict[str, Callable[[torch.Tensor], Product]]:
     """Return, for each way to multiply, what turns a weight ``[out, in]`` into a product."""
 
     def of_torch(weight: torch.Tensor) -> Product:
         return lambda x: F.linear(x, weight)
 
     backends: dict[str, Callable[[torch.Tensor], Product]] = {"torch": of_torch}
-    ops = _onednn()
+    ops = _onednn() if device.type == "cpu" else None
     if ops is not None:
 
         def of_onednn(weight: torch.Tensor) -> Product:
@@ -191,13 +178,13 @@ def _backends() -> dict[str, Callable[[torch.Tensor], Product]]:
     return backends
 
 
-def bandwidth(num_bytes: int, budget: float) -> dict[str, float]:
+def bandwidth(num_bytes: int, budget: float, device: torch.device) -> dict[str, float]:
     """Return bytes a second of reading and of copying."""
-    source = torch.ones(num_bytes // 4, dtype=torch.float32)
+    source = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
-    read = source.numel() * 4 / median_seconds(source.sum, budget / 2)
-    copied = 2 * source.numel() * 4 / median_seconds(lambda: target.copy_(source), budget / 2)
-    return {"read": read, "copy": copied}
+    read = source.numel() * 4 / median_seconds(source.sum, budget / 2, device)
+    seconds = median_seconds(lambda: target.copy_(source), budget / 2, device)
+    return {"read": read, "copy": 2 * source.numel() * 4 / seconds}
 
 
 def _walk(layers: list[dict[str, Product]], head: Product, inputs: dict[str, torch.Tensor]) -> None:
@@ -209,7 +196,9 @@ def _walk(layers: list[dict[str, Product]], head: Product, inputs: dict[str, tor
 
 
 @torch.inference_mode()
-def measure(shape: ModelShape, dtype: torch.dtype, rows: list[int], budget: float) -> Job:
+def measure(
+    shape: ModelShape, dtype: torch.dtype, rows: list[int], budget: float, device: torch.device
+) -> Job:
     """Measure all ceilings.
 
     Args:
@@ -217,34 +206,40 @@ def measure(shape: ModelShape, dtype: torch.dtype, rows: list[int], budget: floa
         dtype: Of weights and activations.
         rows: Tokens of the steps that matter.
         budget: Seconds for one measurement.
+        device: Where.
     """
+
+    def random(*sizes: int) -> torch.Tensor:
+        return torch.randn(*sizes, device=device)
+
     element_bytes = torch.empty(0, dtype=dtype).element_size()
-    memory = bandwidth(max(64 << 20, min(1 << 30, 4 * element_bytes * shape.weights)), budget * 4)
+    size = max(64 << 20, min(1 << 30, 4 * element_bytes * shape.weights))
+    memory = bandwidth(size, budget * 4, device)
     gemm: dict[int, Job] = {
         count: {"hot": {}, "walk": {}, "walk_flops": 2.0 * count * shape.weights} for count in rows
     }
-    for name, make in _backends().items():
-        head = make(torch.randn(shape.vocab, shape.width).to(dtype))
+    for name, make in _backends(device).items():
+        head = make(random(shape.vocab, shape.width).to(dtype))
         layers = [
             {
-                product: make((torch.randn(outer, inner) / inner**0.5).to(dtype))
+                product: make((random(outer, inner) / inner**0.5).to(dtype))
                 for product, (inner, outer) in shape.products.items()
             }
             for _ in range(shape.layers)
         ]
         for count in rows:
             inputs = {
-                product: torch.randn(count, inner).to(dtype)
+                product: random(count, inner).to(dtype)
                 for product, (inner, _) in shape.products.items()
             }
-            inputs["head"] = torch.randn(count, shape.width).to(dtype)
+            inputs["head"] = random(count, shape.width).to(dtype)
             hot: dict[str, float] = {}
             for product, multiply in {**layers[0], "head": head}.items():
                 x = inputs[product]
-                hot[product] = median_seconds(partial(multiply, x), budget)
+                hot[product] = median_seconds(partial(multiply, x), budget, device)
             gemm[count]["hot"][name] = hot
-
-            gemm[count]["walk"][name] = median_seconds(partial(_walk, layers, head, inputs), budget)
+            walk = partial(_walk, layers, head, inputs)
+            gemm[count]["walk"][name] = median_seconds(walk, budget, device)
         del layers, head
     for count, entry in gemm.items():
         best = {
@@ -267,11 +262,10 @@ def measure(shape: ModelShape, dtype: torch.dtype, rows: list[int], budget: floa
 def _load(arguments: argparse.Namespace) -> tuple[Job, Any]:
     torch.set_num_threads(num_cores())
     shape = ModelShape.of(arguments.model)
-    dtype = getattr(torch, arguments.dtype)
+    dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
     # Loaded with the rest: importing vLLM takes a while.
-    return {"products": list(_backends())}, lambda job: measure(
-        shape, dtype, job["rows"], job["budget"]
-    )
+    about = describe(device) | {"products": list(_backends(device))}
+    return about, lambda job: measure(shape, dtype, job["rows"], job["budget"], device)
 
 
 if __name__ == "__main__":

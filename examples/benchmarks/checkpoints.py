@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random LLaDA and Dream checkpoints in the public Hugging Face layouts, kept in a folder.
 
+For models too large to be written down there are configurations alone: programs then make random
+weights of their own (vLLM's ``load_format`` ``dummy``).
+
 Speed does not depend on what the weights say, but a benchmark that compares tokens wants
 decoding that is not degenerate. So the weights are scaled: attention logits have a standard
 deviation of `ATTENTION_STD` (a few effective keys a query), every sub-layer adds about as much
@@ -17,7 +20,8 @@ import math
 import os
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,10 @@ FAMILIES = ("llada", "dream")
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of a checkpoint. Key/value heads count for Dream; LLaDA's public models are MHA."""
+    """Widths of a checkpoint. Key/value heads count for Dream; LLaDA's public models are MHA.
+
+    Special ids are ``mask``, ``eos`` and ``bos``, the last of the vocabulary where none are given.
+    """
 
     d_model: int
     layers: int
@@ -44,6 +51,11 @@ class Size:
     mlp: int
     vocab: int
     positions: int = 8192
+    specials: Mapping[str, int] | None = None
+
+    @property
+    def special_ids(self) -> Mapping[str, int]:
+        return self.specials or special_ids(self.vocab)
 
     def kv_heads_of(self, family: str) -> int:
         return self.heads if family == "llada" else self.kv_heads
@@ -54,6 +66,29 @@ SIZES = {
     "tiny": Size(d_model=128, layers=4, heads=4, kv_heads=2, mlp=384, vocab=512),
     "25m": Size(d_model=512, layers=6, heads=8, kv_heads=2, mlp=1792, vocab=2048),
     "200m": Size(d_model=1024, layers=14, heads=16, kv_heads=4, mlp=3072, vocab=8192),
+}
+#: The public LLaDA-8B (whose `positions` are 4,096) and Dream-7B (131,072).
+PUBLIC_SIZES = {
+    "llada": Size(
+        d_model=4096,
+        layers=32,
+        heads=32,
+        kv_heads=32,
+        mlp=12288,
+        vocab=126464,
+        positions=4096,
+        specials={"mask": 126336, "eos": 126081, "bos": 126080},
+    ),
+    "dream": Size(
+        d_model=3584,
+        layers=28,
+        heads=28,
+        kv_heads=4,
+        mlp=18944,
+        vocab=152064,
+        positions=131072,
+        specials={"mask": 151666, "eos": 151643, "bos": 151643},
+    ),
 }
 
 
@@ -80,16 +115,29 @@ def checkpoint(folder: Path, family: str, size: str, dtype: str, seed: int = 0) 
     return path
 
 
+def configuration(folder: Path, family: str, size: Size, dtype: str, positions: int) -> Path:
+    """Return the directory of a checkpoint without tensors, for as many positions at least."""
+    size = replace(size, positions=max(size.positions, positions))
+    path = folder / f"{family}-{size.d_model}x{size.layers}-{size.positions}"
+    path.mkdir(parents=True, exist_ok=True)
+    write_configuration(path, family, size, getattr(torch, dtype))
+    return path
+
+
 def write_checkpoint(path: Path, family: str, size: Size, dtype: torch.dtype, seed: int) -> None:
     """Write configuration and tensors into an existing directory."""
     weights = _Weights(size, family, seed)
-    config, tensors = (
-        (_llada_config(size), weights.llada())
-        if family == "llada"
-        else (_dream_config(size), weights.dream())
-    )
+    tensors = weights.llada() if family == "llada" else weights.dream()
+    write_configuration(path, family, size, dtype)
+    on_grid = {name: t.to(torch.bfloat16).to(dtype).contiguous() for name, t in tensors.items()}
+    save_file(on_grid, path / "model.safetensors", metadata={"format": "pt"})
+
+
+def write_configuration(path: Path, family: str, size: Size, dtype: torch.dtype) -> None:
+    """Write the configuration files into an existing directory."""
+    config = _llada_config(size) if family == "llada" else _dream_config(size)
     config["torch_dtype"] = str(dtype).removeprefix("torch.")
-    ids = special_ids(size.vocab)
+    ids = size.special_ids
     generation = {
         "bos_token_id": ids["bos"],
         "eos_token_id": ids["eos"],
@@ -98,8 +146,6 @@ def write_checkpoint(path: Path, family: str, size: Size, dtype: torch.dtype, se
     }
     for name, content in (("config", config), ("generation_config", generation)):
         (path / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    on_grid = {name: t.to(torch.bfloat16).to(dtype).contiguous() for name, t in tensors.items()}
-    save_file(on_grid, path / "model.safetensors", metadata={"format": "pt"})
 
 
 class _Weights:
@@ -189,7 +235,7 @@ class _Weights:
 
 
 def _llada_config(size: Size) -> dict[str, Any]:
-    ids = special_ids(size.vocab)
+    ids = size.special_ids
     return {
         "model_type": "llada",
         "architectures": ["LLaDAModelLM"],
@@ -236,7 +282,7 @@ def _llada_config(size: Size) -> dict[str, Any]:
 
 
 def _dream_config(size: Size) -> dict[str, Any]:
-    ids = special_ids(size.vocab)
+    ids = size.special_ids
     return {
         "model_type": "Dream",
         "architectures": ["DreamModel"],

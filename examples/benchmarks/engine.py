@@ -2,12 +2,14 @@
 """The engine as a program: vLLM's `LLM` with the plugin.
 
 As users run it, with the engine core in a process of its own, for times; with ``--in-process``
-in one process, so that `probes` can look into its steps.
+in one process, so that `probes` can look into its steps. On a GPU its memory is that of tensors on
+the device, which the worker tells.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import time
 from pathlib import Path
@@ -30,9 +32,11 @@ class Engine:
         import torch
         import vllm
 
-        options: dict[str, Any] = {}
+        options: dict[str, Any] = dict(arguments.options)
         if arguments.max_num_batched_tokens:
             options["max_num_batched_tokens"] = arguments.max_num_batched_tokens
+        if arguments.device_memory:
+            options["worker_extension_cls"] = "device_memory.DeviceMemory"
         self.llm: LLM = vllm.LLM(
             str(arguments.model),
             dtype=arguments.dtype,
@@ -49,6 +53,7 @@ class Engine:
             from probes import StepRecorder
 
             self.recorder = StepRecorder(self.llm)
+        self._device_memory = arguments.device_memory
         config = self.llm.llm_engine.vllm_config
         self.about: Job = {
             "vllm": vllm.__version__,
@@ -57,7 +62,13 @@ class Engine:
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "page_size": config.cache_config.block_size,
+            "options": arguments.options,
+            "memory": self._memory("memory_held"),
         }
+
+    def _memory(self, method: str) -> Any:
+        """Return what the worker says of its memory, None where it was not asked to know."""
+        return self.llm.collective_rpc(method)[0] if self._device_memory else None
 
     def handle(self, job: Job) -> Job:
         """Answer all prompts of a job, submitted at once."""
@@ -79,15 +90,17 @@ class Engine:
         recorder = self.recorder if job.get("record") else None
         if recorder is not None:
             recorder.start(detailed=job.get("detailed", False))
-        reset_peak_memory()
+        if self._memory("reset_peak_memory") is None:
+            reset_peak_memory()
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         seconds = time.perf_counter() - start
         result: Job = {
             "seconds": seconds,
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-            "peak_memory": peak_memory(),
         }
+        peak = self._memory("peak_memory")
+        result["peak_memory"] = peak_memory() if peak is None else peak
         if recorder is not None:
             result["record"] = recorder.stop()
         return result
@@ -102,6 +115,12 @@ def main() -> None:
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
     parser.add_argument("--in-process", action="store_true")
+    parser.add_argument(
+        "--device-memory", action="store_true", help="peaks are of the worker's device"
+    )
+    parser.add_argument(
+        "--options", type=json.loads, default={}, metavar="JSON", help="more of vLLM's options"
+    )
     arguments = parser.parse_args()
 
     def load() -> tuple[Job, Any]:

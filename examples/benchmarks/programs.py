@@ -146,7 +146,7 @@ def serve_model(
     description: str | None,
     load: Callable[[argparse.Namespace], tuple[Job, Callable[[Job], Job]]],
 ) -> None:
-    """Be a program that is given a checkpoint and a dtype on its command line.
+    """Be a program that is given a checkpoint, a dtype and a device on its command line.
 
     Args:
         description: The program's docstring.
@@ -155,6 +155,8 @@ def serve_model(
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("model", type=Path)
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--dummy", action="store_true", help="random weights, none are read")
     arguments = parser.parse_args()
     serve(lambda: load(arguments))
 

@@ -5,26 +5,19 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from probes import FORWARD_DETAILS, PARTS
 from programs import Job
 from session import Measurement
-from targets import Target
+from tables import Target, table, targets_table
 
 MIB = 2**20
 #: Settings that `sparse` as published does not have.
 SCHEDULE = ("delay_steps", "eviction_delay", "refresh_interval", "suffix_window")
 #: Settings under which a response takes the same steps.
 SAME_WORK = ("block_length", "steps", "threshold", "factor")
-
-
-def table(head: list[str], rows: Iterable[list[str]]) -> str:
-    """Return a Markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
 def _find(
@@ -99,21 +92,6 @@ def sweep_table(measurements: list[Measurement]) -> str:
         "× baseline none|× engine none|× engine sparse|peak MiB|right|baseline's tokens"
     )
     return table(head.split("|"), rows)
-
-
-def targets_table(targets: list[Target]) -> str:
-    """Return the table of the figures that must hold."""
-    rows = [
-        [
-            one.figure,
-            one.target,
-            "" if one.value is None else f"{one.value:.3g}",
-            {None: "not measured", True: "yes", False: "**no**"}[one.holds],
-            one.note,
-        ]
-        for one in targets
-    ]
-    return table(["figure", "target", "measured", "holds", "how"], rows)
 
 
 def breakdown_table(breakdowns: list[Job]) -> str:

