@@ -165,9 +165,11 @@ class HostArrays:
         return buffer.view(start, array.shape, array.dtype)
 
     def _take(self, size: int) -> tuple[_Buffer, int]:
-        if self._buffers[-1].free < size:
-            self._buffers.append(_Buffer(self.device, max(size, self._capacity)))
-        buffer = self._buffers[-1]
+        for buffer in self._buffers:
+            if buffer.free >= size:
+                return buffer, buffer.take(size)
+        buffer = _Buffer(self.device, max(size, self._capacity))
+        self._buffers.append(buffer)
         return buffer, buffer.take(size)
 
     def send(self) -> None:

@@ -109,11 +109,11 @@ def test_what_is_profiled(engine: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         unregister_saliency(saliency.name)
 
-    # Refreshes of the whole budget, then the evictions beside refreshes of what they leave; the
-    # passes between fill the cache that is evicted.
+    # One row; then refreshes of the whole budget, the evictions beside refreshes of what they
+    # leave, and between them the passes that fill the cache that is evicted.
     most = BUDGET - BUDGET % 2
     own = [BUDGET, CONTEXT, BUDGET] * num_saliencies
-    assert passes == own + [most, 2 * CONTEXT, most] * guided
+    assert passes == [1] + own + [most, 2 * CONTEXT, most] * guided
     # Everything that a context has outside its block is kept, and read back.
     assert max(filled) == max(moved) == max(evicted) == CONTEXT - BLOCK
     assert len(evicted) == LAYERS * (num_saliencies + 2 * guided)

@@ -69,13 +69,14 @@ def test_what_is_asked_of_vllms_graphs_is_noted(given: dict[str, Any], expected:
 
 
 def test_how_cuda_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for real, then in vLLM's context, on its stream, from one pool."""
+    """Once for real, then in vLLM's context; all from one pool and on one stream."""
     events: list[Any] = []
+    streams = iter(range(9))
 
     @contextmanager
     def context(device: torch.device) -> Iterator[Any]:
         events.append(("vllm", device))
-        yield SimpleNamespace(stream="its stream")
+        yield SimpleNamespace(stream=next(streams))
         events.append("vllm done")
 
     @contextmanager
@@ -85,6 +86,7 @@ def test_how_cuda_captures(monkeypatch: pytest.MonkeyPatch) -> None:
         events.append("captured")
 
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: "the pool")
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: next(streams))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: events.append("wait"))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
     monkeypatch.setattr(torch.cuda, "graph", graph)
@@ -96,7 +98,7 @@ def test_how_cuda_captures(monkeypatch: pytest.MonkeyPatch) -> None:
         "run",
         "wait",
         ("vllm", device),
-        ("capture", "the pool", "its stream"),
+        ("capture", "the pool", 0),
         "run",
         "captured",
         "vllm done",

@@ -114,6 +114,19 @@ def test_fixed_arrays_stay_where_they_are(staged: bool, copies: list[int]) -> No
     assert len(copies) <= (2 * 6 if staged else 0)
 
 
+def test_a_large_round_leaves_small_ones_at_one_copy(copies: list[int]) -> None:
+    arrays = HostArrays(CPU, 128, staged=True)
+    fixed = arrays.reserve((5,), np.int32)
+    for size, num_copies in [(2, 1), (100, 2), (2, 1), (100, 2), (3, 1)]:
+        arrays.begin()
+        fixed.write(np.arange(5))
+        view = arrays.put(np.arange(size))
+        arrays.send()
+        assert view.tolist() == list(range(size))
+        assert len(copies) == num_copies
+        copies.clear()
+
+
 def test_a_fixed_array_is_written_in_every_round() -> None:
     arrays = HostArrays(CPU, 128, staged=True)
     fixed = arrays.reserve((2,), np.int64)

@@ -205,11 +205,16 @@ class _BlockGraph:
 
 
 class CudaCapture:
-    """Captures as a CUDA graph; all share one pool of memory, as they never run together."""
+    """Captures as a CUDA graph; all share one pool of memory, as they never run together.
+
+    PyTorch gives memory of a pool to the stream that had it first and to no other, so all are
+    captured on one.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._pool = torch.cuda.graph_pool_handle()
+        self._stream = torch.cuda.Stream(device)
 
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         from vllm.distributed.parallel_state import graph_capture
@@ -218,10 +223,11 @@ class CudaCapture:
         run()
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # vLLM's own all-reduce has to know of the capture, and wants its stream.
+        # vLLM's own all-reduce has to know of the capture; the stream that comes with it is a new
+        # one each time.
         with (
-            graph_capture(device=self._device) as context,
-            torch.cuda.graph(graph, pool=self._pool, stream=context.stream),
+            graph_capture(device=self._device),
+            torch.cuda.graph(graph, pool=self._pool, stream=self._stream),
         ):
             run()
         return graph.replay

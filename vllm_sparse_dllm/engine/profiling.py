@@ -42,7 +42,11 @@ def profile_steps(runner: DiffusionModelRunner) -> None:
     kept, and everything kept; late evictions, which read a whole cache back, beside such
     refreshes; the same under guidance; and sampling from as many logits as may ever exist at a
     time, in the costliest way. Meanwhile as much memory is held as captured graphs will take.
+
+    A pass of a single token goes before them: what `torch.compile` compiles for any number of
+    rows it compiles once more for one, and no request is to wait for that.
     """
+    run_full_pass(runner, 1)
     budget = runner.vllm_config.scheduler_config.max_num_batched_tokens
     graphs = torch.empty(graph_bytes(runner), dtype=torch.uint8, device=runner.device)
     with _one_page(runner):
