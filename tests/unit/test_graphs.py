@@ -33,6 +33,7 @@ def test_the_ladder() -> None:
     assert ladder(256, 32, tokens=[1, 2, 4]) == [1]
     assert ladder(8, 32, tokens=[32, 4096]) == [1, 8]
     assert ladder(256, 32, tokens=[], most_tokens=512) == []
+    assert ladder(256, 32, tokens=[0, 32]) == [1]
     for most in range(1, 200):
         sizes = ladder(most, 4)
         assert sizes[0] == 1 and sizes[-1] == most

@@ -50,7 +50,7 @@ def ladder(
         most_tokens: Tokens of the largest of the default ones.
     """
     if tokens is not None:
-        sizes = {-(-size // block_length) for size in tokens}
+        sizes = {-(-size // block_length) for size in tokens if size > 0}
     else:
         most = (_MOST_TOKENS if most_tokens is None else most_tokens) // block_length
         powers = [1 << exponent for exponent in range(most.bit_length())]
