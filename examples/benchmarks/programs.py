@@ -18,9 +18,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from vllm_sparse_dllm.engine.waiting import WAITING
+
 FOLDER = Path(__file__).parent
 #: How long OpenMP's threads spin before they sleep: what the engine sets where it is unset.
-SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT", "5000")
+SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT", WAITING["GOMP_SPINCOUNT"])
 Job = dict[str, Any]
 
 

@@ -20,20 +20,19 @@ from typing import Any
 
 # Controls are registered in this process. Must be set before vLLM is imported.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-# Threads that spin for long take the cores from whatever else runs. As in `engine.cpu_cores`,
-# which is too late for a process that has PyTorch.
-if "OMP_WAIT_POLICY" not in os.environ:
-    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+# OpenMP reads this when PyTorch is imported.
+from vllm_sparse_dllm.engine.waiting import wait_shortly
 
-import report
-from controls import Control, registered
-from evaluate import Evaluator, model_path, start_engine
-from sweeps import QUICK, SWEEPS, Row, Scale, Sweep, make_sweeps
-from tasks import MIN_LENGTH, held_out
+wait_shortly()
 
-from vllm_sparse_dllm.assets import embedded_model, embedded_models
-from vllm_sparse_dllm.cache.saliency import SALIENCIES
+import report  # noqa: E402
+from controls import Control, registered  # noqa: E402
+from evaluate import Evaluator, model_path, start_engine  # noqa: E402
+from sweeps import QUICK, SWEEPS, Row, Scale, Sweep, make_sweeps  # noqa: E402
+from tasks import MIN_LENGTH, held_out  # noqa: E402
+
+from vllm_sparse_dllm.assets import embedded_model, embedded_models  # noqa: E402
+from vllm_sparse_dllm.cache.saliency import SALIENCIES  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 Json = dict[str, Any]

@@ -13,14 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_sparse_dllm.engine import cpu_cores
-from vllm_sparse_dllm.engine.cpu_cores import (
-    BINDING,
-    WAITING,
-    bind_ray_worker,
-    bind_workers,
-    shares,
-    wait_shortly,
-)
+from vllm_sparse_dllm.engine.cpu_cores import BINDING, bind_ray_worker, bind_workers, shares
+from vllm_sparse_dllm.engine.waiting import WAITING, wait_shortly
 
 
 def machine(num_nodes: int, cores_of_a_node: int, threads: int) -> list[Any]:

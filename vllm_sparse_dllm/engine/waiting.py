@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How OpenMP's threads wait for each other.
+
+The library reads this as it is loaded, so this module has to be usable before PyTorch is.
+"""
+
+from __future__ import annotations
+
+import os
+
+#: How OpenMP's threads wait for each other. Waking one that sleeps takes as long as a small
+#: operation, and a block step has a dozen of them in each layer; one that spins takes the core
+#: from the front end and from whoever else runs on the machine. So a thread spins for a part of a
+#: millisecond, about what lies between two operations, and then sleeps.
+WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
+
+
+def wait_shortly() -> None:
+    """Have OpenMP's threads of processes that start from now on wait as in `WAITING`.
+
+    A user who set one of the variables has decided.
+    """
+    if not WAITING.keys() & os.environ.keys():
+        os.environ.update(WAITING)
