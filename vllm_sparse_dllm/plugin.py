@@ -31,12 +31,13 @@ def register() -> None:
     more than once.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from vllm import ModelRegistry
+    from vllm import ModelRegistry, envs
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vllm_sparse_dllm.cache.block_manager import register_block_manager
     from vllm_sparse_dllm.engine import admission
     from vllm_sparse_dllm.engine.config import DiffusionConfigHook
+    from vllm_sparse_dllm.kernels.cpu import VARIABLE
     from vllm_sparse_dllm.models.configs import (
         DREAM_ARCHITECTURE,
         LLADA_ARCHITECTURE,
@@ -45,6 +46,8 @@ def register() -> None:
     )
     from vllm_sparse_dllm.models.tokenizer import DreamTokenizer
 
+    # vLLM then knows the name: it neither warns of it nor leaves it behind when it starts workers.
+    envs.environment_variables.setdefault(VARIABLE, lambda: os.getenv(VARIABLE))
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
     AutoConfig.register(DreamConfig.model_type, DreamConfig, exist_ok=True)
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)

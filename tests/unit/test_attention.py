@@ -13,13 +13,28 @@ import torch
 
 from vllm_sparse_dllm.attention.backends import make_backend
 from vllm_sparse_dllm.attention.cpu import CPUBackend
+from vllm_sparse_dllm.attention.cpu_rows import RowAttention
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.portable import PortableBackend
 
 PAGE = 32
 NUM_PAGES = 24
 CPU = torch.device("cpu")
-BACKENDS = [CPUBackend, PortableBackend]
+
+
+class RowBackend(CPUBackend):
+    """As on a machine that has bfloat16 but no tiles, or no compiler."""
+
+    whole_kernels = (RowAttention,)
+
+
+class ScratchBackend(CPUBackend):
+    """As on a machine without bfloat16."""
+
+    whole_kernels = ()
+
+
+BACKENDS = [CPUBackend, RowBackend, ScratchBackend, PortableBackend]
 
 SHAPES = [
     AttentionShape(4, 4, 32),
@@ -46,7 +61,9 @@ def cases() -> list:
             f"{shape.num_kv_heads}x{shape.head_size}-{str(dtype)[6:]}",
         )
         for backend, shape, dtype in itertools.product(BACKENDS, SHAPES, DTYPES)
-        if backend is not CPUBackend or CPUBackend.supports(shape, PAGE, dtype)
+        if not issubclass(backend, CPUBackend) or CPUBackend.supports(shape, PAGE, dtype)
+        # In float32 they are all the same.
+        if backend not in (RowBackend, ScratchBackend) or dtype == torch.bfloat16
     ]
 
 

@@ -37,6 +37,7 @@ from vllm_sparse_dllm.engine.graphs import BlockGraphs, Capture, ladder
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
 from vllm_sparse_dllm.engine.profiling import profile_steps, run_full_pass
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState
+from vllm_sparse_dllm.kernels.cpu import why_no_cpu_kernels
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.models.files import check_files
 from vllm_sparse_dllm.models.layers import DiffusionDecoder
@@ -92,6 +93,8 @@ class DiffusionModelRunner:
             self.device,
             self.engine_settings.attention_backend,
         )
+        if self.device.type == "cpu" and (reason := why_no_cpu_kernels(self.dtype)) is not None:
+            logger.info("Without compiled CPU kernels: %s", reason)
 
     @property
     def attention_shape(self) -> AttentionShape:

@@ -33,6 +33,7 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.attention.module import BidirectionalAttention
 from vllm_sparse_dllm.attention.plan import ForwardPlan
+from vllm_sparse_dllm.kernels.cpu import cpu_kernels
 from vllm_sparse_dllm.models.fused import FusedRMSNorm, silu_and_mul
 
 #: Rows that go through the feed-forward layer at a time on CPU: its intermediate results are
@@ -107,6 +108,8 @@ class Rotary(nn.Module):
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
         self.full_precision = shape.rope_full_precision
+        self.head_size = shape.head_size
+        self._table: torch.Tensor | None = None
         self.rope = get_rope(
             shape.head_size,
             max_position=shape.max_positions,
@@ -129,6 +132,14 @@ class Rotary(nn.Module):
             Queries and keys.
         """
         sizes = [q_size, qk.shape[-1] - q_size]
+        if qk.device.type == "cpu" and self.head_size % 32 == 0:
+            kernels = cpu_kernels(qk.dtype)
+            if kernels is not None:
+                if self._table is None:
+                    self._table = self.rope.cos_sin_cache.float()
+                kernels.rotate(qk, self.head_size, positions, self._table)
+                q, k = qk.split(sizes, dim=-1)
+                return q, k
         if self.full_precision and qk.dtype != torch.float32:
             # Copied as one, there and back.
             wide = qk.float()

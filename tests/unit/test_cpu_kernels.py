@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled CPU kernels against plain PyTorch, and what happens where they cannot be had."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.kernels.twins import attention
+from vllm_sparse_dllm.kernels import cpu
+from vllm_sparse_dllm.kernels.cpu import CPUKernels, cpu_kernels, why_no_cpu_kernels
+
+BF16 = torch.bfloat16
+
+
+def available(attends: bool = False) -> CPUKernels:
+    """Return the kernels; skip the test where the machine has none."""
+    reason = cpu._why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    kernels = cpu_kernels(BF16)
+    assert kernels is not None  # what should compile does
+    if attends and not kernels.attends:
+        pytest.skip("the processor has no tiles")
+    return kernels
+
+
+@pytest.fixture
+def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Have the kernels looked for again, with an empty cache directory."""
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
+    monkeypatch.setattr(cpu, "_load", cpu._load.__wrapped__)
+    return tmp_path
+
+
+def randn(seed: int, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(BF16)
+
+
+@pytest.mark.parametrize("head_size", [32, 64, 96, 128])
+@pytest.mark.parametrize("rows", [1, 5, 70])
+def test_rotate(rows: int, head_size: int) -> None:
+    kernels = available()
+    heads, half = 3, head_size // 2
+    # Queries and keys lie beside values, which stay.
+    row = randn(1, rows, (heads + 1) * head_size)
+    before = row.clone()
+    positions = torch.randperm(90, generator=torch.Generator().manual_seed(2))[:rows]
+    angles = torch.rand(90, half, generator=torch.Generator().manual_seed(3)) * 7
+    kernels.rotate(
+        row[:, : heads * head_size],
+        head_size,
+        positions,
+        torch.cat([angles.cos(), angles.sin()], dim=-1),
+    )
+    a, b = before.double().view(rows, heads + 1, 2, half)[:, :heads].unbind(2)
+    cos, sin = (f(angles.double())[positions].unsqueeze(1) for f in (torch.cos, torch.sin))
+    expected = torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(1)
+    # Rounded once.
+    torch.testing.assert_close(row[:, :-head_size], expected.to(BF16), rtol=8e-3, atol=1e-6)
+    assert torch.equal(row[:, -head_size:], before[:, -head_size:])
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (130, 512)])
+def test_silu_and_mul(rows: int, width: int) -> None:
+    gate_up = randn(4, rows, 2 * width) * 6
+    expected = F.silu(gate_up[:, :width].double()) * gate_up[:, width:].double()
+    result = available().silu_and_mul(gate_up)
+    torch.testing.assert_close(result, expected.to(BF16), rtol=8e-3, atol=1e-30)
+
+
+def test_silu_of_what_is_not_finite() -> None:
+    gates = [math.inf, -math.inf, math.nan, 3e38, -3e38, 0.0, -0.0, -88.0, -105.0, 1e-30]
+    gate = torch.tensor(gates + [1.0] * 6).to(BF16).unsqueeze(0)
+    result = available().silu_and_mul(torch.cat([gate, torch.ones_like(gate)], dim=-1))
+    expected = F.silu(gate.float()).to(BF16)
+    torch.testing.assert_close(result, expected, rtol=8e-3, atol=1e-30, equal_nan=True)
+
+
+SEQUENCE = st.tuples(st.integers(0, 90), st.integers(1, 700))
+
+
+@given(
+    st.lists(SEQUENCE, min_size=1, max_size=4),
+    st.sampled_from([(2, 2, 64), (4, 2, 64), (3, 1, 32), (2, 1, 128), (1, 1, 96)]),
+    st.integers(0, 99),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_attend(sequences: list[tuple[int, int]], shape: tuple[int, int, int], seed: int) -> None:
+    """Any lengths, of several tiles and parts of tiles, in rows that lie apart."""
+    kernels = available(attends=True)
+    heads, kv_heads, size = shape
+    num_queries, num_keys = (sum(lengths) for lengths in zip(*sequences, strict=True))
+    # The larger keys are, the more one weight outdoes all others.
+    row = randn(seed, num_keys, 3 * kv_heads * size)
+    keys, values = (
+        part.view(num_keys, kv_heads, size) for part in row.split(kv_heads * size, dim=-1)[:2]
+    )
+    keys *= seed % 5
+    queries = randn(seed + 1, num_queries, 2 * heads * size)[:, : heads * size]
+    queries = queries.unflatten(-1, (heads, size))
+    output = torch.full(queries.shape, math.nan, dtype=BF16)
+    query_starts, key_starts = (
+        torch.tensor([0, *lengths]).cumsum(0) for lengths in zip(*sequences, strict=True)
+    )
+    kernels.attend(queries, keys, values, output, query_starts, key_starts, size**-0.5)
+    for number in range(len(sequences)):
+        q = slice(*query_starts[number : number + 2].tolist())
+        k = slice(*key_starts[number : number + 2].tolist())
+        expected = attention(queries[q], keys[k], values[k])
+        # Weights are of bfloat16: an error of 2 ** -9 of the largest value each.
+        torch.testing.assert_close(output[q].double(), expected, rtol=0.0, atol=0.03)
+        alone = torch.empty_like(output[q])
+        lengths = [torch.tensor([0, end]) for end in (q.stop - q.start, k.stop - k.start)]
+        kernels.attend(queries[q], keys[k], values[k], alone, *lengths, size**-0.5)
+        assert torch.equal(alone, output[q])
+
+
+def test_attend_is_the_same_with_any_number_of_threads() -> None:
+    """A sequence's queries are split where there are more threads than heads."""
+    kernels = available(attends=True)
+    q, k, v = (randn(seed, 500, 1, 64) for seed in range(3))
+    starts = torch.tensor([0, 500])
+    outputs = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            outputs.append(torch.empty_like(q))
+            kernels.attend(q, k, v, outputs[-1], starts, starts, 0.125)
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+def test_attend_with_scores_beyond_all_exponentials() -> None:
+    kernels = available(attends=True)
+    k = randn(5, 300, 1, 32) * 100
+    q, v = randn(6, 40, 1, 32) * 100, randn(7, 300, 1, 32)
+    output = torch.empty_like(q)
+    kernels.attend(q, k, v, output, torch.tensor([0, 40]), torch.tensor([0, 300]), 1.0)
+    torch.testing.assert_close(output.double(), attention(q * 32**0.5, k, v), rtol=0.0, atol=0.03)
+
+
+def test_wrong_tensors_are_refused() -> None:
+    kernels = available()
+    x, table = randn(1, 3, 64), torch.zeros(9, 32)
+    positions = torch.arange(3)
+    with pytest.raises(ValueError, match="bfloat16 on the CPU"):
+        kernels.rotate(x.float(), 32, positions, table)
+    with pytest.raises(ValueError, match="int64"):
+        kernels.rotate(x, 32, positions.int(), table)
+    with pytest.raises(ValueError, match="head_size must be a multiple of 32, got 16"):
+        kernels.rotate(x, 16, positions, table)
+    with pytest.raises(ValueError, match="width must be a multiple of 16, got 8"):
+        kernels.silu_and_mul(randn(1, 3, 16))
+    with pytest.raises(ValueError, match="contiguous last dimension"):
+        kernels.silu_and_mul(x.t())
+
+
+def test_other_dtypes_have_none() -> None:
+    assert cpu_kernels(torch.float32) is None
+    assert why_no_cpu_kernels(torch.float16) == "they are of bfloat16, not float16"
+
+
+def missing(anew: Path) -> str:
+    """Return why there are no kernels."""
+    assert cpu_kernels(BF16) is None
+    assert not list(anew.rglob("*.so"))
+    reason = why_no_cpu_kernels(BF16)
+    assert reason is not None
+    return reason
+
+
+def test_they_can_be_switched_off(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cpu.VARIABLE, "0")
+    assert f"{cpu.VARIABLE} is 0" in missing(anew)
+
+
+def test_an_older_processor_has_none(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    assert "no AVX-512" in missing(anew)
+
+
+def test_without_a_compiler_there_are_none(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("PATH", str(anew))
+    assert "no C++ compiler" in missing(anew)
+
+
+def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = anew / "c++"
+    compiler.write_text(
+        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such flag" >&2\nexit 1'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    monkeypatch.setenv("PATH", f"{anew}:/usr/bin:/bin")
+    assert "no such flag" in missing(anew)
+
+
+def test_a_directory_that_cannot_be_written_means_none(
+    anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if cpu._why_not() is not None:
+        pytest.skip(str(cpu._why_not()))
+    (anew / "file").write_text("")
+    monkeypatch.setenv("VLLM_CACHE_ROOT", str(anew / "file"))
+    assert "Not a directory" in missing(anew)
+
+
+def test_workers_that_compile_at_once_get_one_library(anew: Path) -> None:
+    if cpu._why_not() is not None:
+        pytest.skip(str(cpu._why_not()))
+    with ThreadPoolExecutor(3) as pool:
+        libraries = {future.result() for future in [pool.submit(cpu.build) for _ in range(3)]}
+    assert list(anew.rglob("*")) == [anew / "vllm_sparse_dllm", *libraries]
+    compiled = libraries.pop()
+    before = compiled.stat().st_mtime_ns
+    assert cpu.build() == compiled and compiled.stat().st_mtime_ns == before
+
+
+def test_the_source_has_no_warnings(tmp_path: Path) -> None:
+    """GCC 12 warns of its own headers, of nothing else."""
+    if cpu._why_not() is not None:
+        pytest.skip(str(cpu._why_not()))
+    compiler = cpu._compiler()
+    assert compiler is not None
+    run = subprocess.run(
+        [compiler, *cpu.FLAGS, "-Wall", "-Wextra", "-Wno-uninitialized"]
+        + ["-Wno-maybe-uninitialized", "-c", str(cpu.SOURCE), "-o", str(tmp_path / "cpu.o")],
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0 and run.stderr == ""
