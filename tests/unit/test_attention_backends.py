@@ -21,6 +21,7 @@ import torch
 from tests.unit.test_attention import NUM_PAGES, PAGED, WHOLE, softmax_attention
 from vllm_sparse_dllm.attention.backends import BACKENDS, choose_backend, make_backend
 from vllm_sparse_dllm.attention.cpu import CPUBackend
+from vllm_sparse_dllm.attention.cpu_tiles import TileBackend
 from vllm_sparse_dllm.attention.flash_attn import FlashAttentionBackend
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.portable import PortableBackend
@@ -284,7 +285,9 @@ def test_the_devices_own() -> None:
     def auto(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> type[AttentionBackend]:
         return choose_backend("auto", SHAPE, 32, dtype, device)
 
-    assert auto(CPU) is CPUBackend
+    assert auto(CPU, torch.float32) is CPUBackend
+    own = TileBackend.supports(SHAPE, 32, torch.bfloat16)
+    assert auto(CPU) is (TileBackend if own else CPUBackend)
     assert auto(CUDA) is BACKENDS["triton"]
     assert auto(CUDA, torch.float64) is PortableBackend
     assert choose_backend("portable", SHAPE, 32, torch.bfloat16, CPU) is PortableBackend

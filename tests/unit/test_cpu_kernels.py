@@ -15,20 +15,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.twins import attention
-from vllm_sparse_dllm.kernels import cpu
-from vllm_sparse_dllm.kernels.cpu import CPUKernels, cpu_kernels, why_no_cpu_kernels
+from vllm_sparse_dllm.kernels import native
+from vllm_sparse_dllm.kernels.cpu import CPUKernels, PagePool, cpu_kernels, why_no_cpu_kernels
 
 BF16 = torch.bfloat16
 
 
-def available(attends: bool = False) -> CPUKernels:
+def available(tiles: bool = False) -> CPUKernels:
     """Return the kernels; skip the test where the machine has none."""
-    reason = cpu._why_not()
+    reason = native.why_not()
     if reason is not None:
         pytest.skip(reason)
     kernels = cpu_kernels(BF16)
     assert kernels is not None  # what should compile does
-    if attends and not kernels.attends:
+    if tiles and not kernels.has_tiles:
         pytest.skip("the processor has no tiles")
     return kernels
 
@@ -37,7 +37,7 @@ def available(attends: bool = False) -> CPUKernels:
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Have the kernels looked for again, with an empty cache directory."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
-    monkeypatch.setattr(cpu, "_load", cpu._load.__wrapped__)
+    monkeypatch.setattr(native, "load", native.load.__wrapped__)
     return tmp_path
 
 
@@ -96,7 +96,7 @@ SEQUENCE = st.tuples(st.integers(0, 90), st.integers(1, 700))
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_attend(sequences: list[tuple[int, int]], shape: tuple[int, int, int], seed: int) -> None:
     """Any lengths, of several tiles and parts of tiles, in rows that lie apart."""
-    kernels = available(attends=True)
+    kernels = available(tiles=True)
     heads, kv_heads, size = shape
     num_queries, num_keys = (sum(lengths) for lengths in zip(*sequences, strict=True))
     # The larger keys are, the more one weight outdoes all others.
@@ -124,9 +124,61 @@ def test_attend(sequences: list[tuple[int, int]], shape: tuple[int, int, int], s
         assert torch.equal(alone, output[q])
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 70), st.integers(1, 400)), min_size=1, max_size=4),
+    st.sampled_from([(2, 2, 64, 32), (4, 2, 32, 64), (2, 1, 128, 32)]),
+    st.integers(0, 99),
+)
+@settings(max_examples=30, deadline=None, derandomize=True)
+def test_pages(
+    sequences: list[tuple[int, int]], shape: tuple[int, int, int, int], seed: int
+) -> None:
+    """Written and read in any order; attended to in pages of any order, partly filled."""
+    kernels = available(tiles=True)
+    heads, kv_heads, size, page_size = shape
+    counts = [-(-keys // page_size) for _, keys in sequences]
+    generator = torch.Generator().manual_seed(seed)
+    page_ids = torch.randperm(sum(counts) + 2, generator=generator)[: sum(counts)].int()
+    table = torch.zeros(len(sequences), max(counts), dtype=torch.int32)
+    for row, pages in zip(table, page_ids.split(counts), strict=True):
+        row[: len(pages)] = pages
+    pool = PagePool(
+        torch.full(((sum(counts) + 2) * 2 * page_size * kv_heads * size,), 7.0, dtype=BF16),
+        page_size,
+        kv_heads,
+        size,
+    )
+    num_queries = sum(queries for queries, _ in sequences)
+    queries = randn(seed, num_queries, 2 * heads * size)[:, : heads * size]
+    queries = queries.unflatten(-1, (heads, size))
+    output = torch.full(queries.shape, math.nan, dtype=BF16)
+    written = []
+    for row, (_, num_keys) in zip(table, sequences, strict=True):
+        keys, values = randn(seed + 1, num_keys, 2 * kv_heads, size).chunk(2, dim=1)
+        positions = torch.arange(num_keys)
+        slots = row[positions // page_size].long() * page_size + positions % page_size
+        order = torch.randperm(num_keys, generator=generator)
+        kernels.write_pages(pool, keys[order], values[order], slots[order])
+        written.append((keys, values, slots))
+    starts = torch.tensor([0, *(number for number, _ in sequences)]).cumsum(0)
+    lengths = torch.tensor([number for _, number in sequences])
+    kernels.attend_pages(pool, queries, output, starts, lengths, table, size**-0.5)
+    for number, (keys, values, slots) in enumerate(written):
+        assert torch.equal(kernels.read_pages(pool, slots, values=False), keys)
+        assert torch.equal(kernels.read_pages(pool, slots, values=True), values)
+        own = slice(*starts[number : number + 2].tolist())
+        expected = attention(queries[own], keys, values)
+        torch.testing.assert_close(output[own].double(), expected, rtol=0.0, atol=0.03)
+        # The same as over keys that lie in rows, to the last bit.
+        whole = torch.empty_like(output[own])
+        ends = [torch.tensor([0, end]) for end in (own.stop - own.start, len(slots))]
+        kernels.attend(queries[own], keys, values, whole, *ends, size**-0.5)
+        assert torch.equal(whole, output[own])
+
+
 def test_attend_is_the_same_with_any_number_of_threads() -> None:
     """A sequence's queries are split where there are more threads than heads."""
-    kernels = available(attends=True)
+    kernels = available(tiles=True)
     q, k, v = (randn(seed, 500, 1, 64) for seed in range(3))
     starts = torch.tensor([0, 500])
     outputs = []
@@ -142,7 +194,7 @@ def test_attend_is_the_same_with_any_number_of_threads() -> None:
 
 
 def test_attend_with_scores_beyond_all_exponentials() -> None:
-    kernels = available(attends=True)
+    kernels = available(tiles=True)
     k = randn(5, 300, 1, 32) * 100
     q, v = randn(6, 40, 1, 32) * 100, randn(7, 300, 1, 32)
     output = torch.empty_like(q)
@@ -181,8 +233,8 @@ def missing(anew: Path) -> str:
 
 
 def test_they_can_be_switched_off(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cpu.VARIABLE, "0")
-    assert f"{cpu.VARIABLE} is 0" in missing(anew)
+    monkeypatch.setenv(native.VARIABLE, "0")
+    assert f"{native.VARIABLE} is 0" in missing(anew)
 
 
 def test_an_older_processor_has_none(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,33 +262,36 @@ def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyP
 def test_a_directory_that_cannot_be_written_means_none(
     anew: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if cpu._why_not() is not None:
-        pytest.skip(str(cpu._why_not()))
+    if native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
     (anew / "file").write_text("")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(anew / "file"))
     assert "Not a directory" in missing(anew)
 
 
 def test_workers_that_compile_at_once_get_one_library(anew: Path) -> None:
-    if cpu._why_not() is not None:
-        pytest.skip(str(cpu._why_not()))
+    if native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
     with ThreadPoolExecutor(3) as pool:
-        libraries = {future.result() for future in [pool.submit(cpu.build) for _ in range(3)]}
+        libraries = {future.result() for future in [pool.submit(native.build) for _ in range(3)]}
     assert list(anew.rglob("*")) == [anew / "vllm_sparse_dllm", *libraries]
     compiled = libraries.pop()
     before = compiled.stat().st_mtime_ns
-    assert cpu.build() == compiled and compiled.stat().st_mtime_ns == before
+    assert native.build() == compiled and compiled.stat().st_mtime_ns == before
 
 
-def test_the_source_has_no_warnings(tmp_path: Path) -> None:
-    """GCC 12 warns of its own headers, of nothing else."""
-    if cpu._why_not() is not None:
-        pytest.skip(str(cpu._why_not()))
-    compiler = cpu._compiler()
+@pytest.mark.parametrize("source", [path.name for path in native.SOURCES.glob("*.cpp")])
+@pytest.mark.parametrize("flags", [[], ["-mno-amx-bf16"]])
+def test_the_sources_have_no_warnings(source: str, flags: list[str], tmp_path: Path) -> None:
+    """With and without tiles. GCC 12 warns of its own headers, of nothing else."""
+    if native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
+    compiler = native.find_compiler()
     assert compiler is not None
     run = subprocess.run(
-        [compiler, *cpu.FLAGS, "-Wall", "-Wextra", "-Wno-uninitialized"]
-        + ["-Wno-maybe-uninitialized", "-c", str(cpu.SOURCE), "-o", str(tmp_path / "cpu.o")],
+        [compiler, *native.FLAGS, *flags, "-Wall", "-Wextra", "-Wno-uninitialized"]
+        + ["-Wno-maybe-uninitialized", "-c", str(native.SOURCES / source)]
+        + ["-o", str(tmp_path / "object.o")],
         capture_output=True,
         text=True,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_sparse_dllm.attention.cpu_tiles import TileBackend
 from vllm_sparse_dllm.attention.flash_attn import FlashAttentionBackend
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.portable import PortableBackend
@@ -25,7 +26,8 @@ def choose_backend(
 ) -> type[AttentionBackend]:
     """Return the backend of a name.
 
-    `auto` is vLLM's kernel on a CPU and Triton's on CUDA, plain PyTorch where they do not fit.
+    `auto` is our own kernel or vLLM's on a CPU and Triton's on CUDA, plain PyTorch where they do
+    not fit.
 
     Raises:
         ValueError: If it cannot run here.
@@ -37,6 +39,8 @@ def choose_backend(
             raise ValueError(f"attention_backend {name} cannot be used here: {reason}")
         return backend
     if device.type == "cpu":
+        if TileBackend.supports(shape, page_size, dtype):
+            return TileBackend
         # Only here: the module needs vLLM's CPU build.
         from vllm_sparse_dllm.attention.cpu import CPUBackend
 

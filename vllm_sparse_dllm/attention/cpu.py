@@ -2,14 +2,14 @@
 """Attention on CPU, by vLLM's paged kernel.
 
 The kernel reads keys only from pages, and is faster than scaled_dot_product_attention also for
-whole sequences; so where neither `cpu_tiles` nor `cpu_rows` has a better one, the keys of a full
-forward are laid out in scratch pages, one layer's worth that every layer overwrites.
+whole sequences; so where `cpu_rows` has no better one, the keys of a full forward are laid out
+in scratch pages, one layer's worth that every layer overwrites.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,8 +17,7 @@ from vllm import _custom_ops as ops
 from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
-from vllm_sparse_dllm.attention.cpu_rows import RowAttention
-from vllm_sparse_dllm.attention.cpu_tiles import TileAttention
+from vllm_sparse_dllm.attention.cpu_rows import RowAttention, RowPlan
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.transfer import HostArrays
 
@@ -55,16 +54,7 @@ class _FullPlan:
 
 
 class CPUBackend(AttentionBackend):
-    """vLLM's CPU attention kernel, without causality.
-
-    Attributes:
-        whole_kernels: Kernels for whole sequences that read no pages, the fastest first.
-    """
-
-    whole_kernels: ClassVar[tuple[type[TileAttention | RowAttention], ...]] = (
-        TileAttention,
-        RowAttention,
-    )
+    """vLLM's CPU attention kernel, without causality."""
 
     def __init__(
         self, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
@@ -73,14 +63,9 @@ class CPUBackend(AttentionBackend):
         self._isa = _get_attn_isa(dtype, page_size, shape.head_size)
         self._pools: list[torch.Tensor] = []
         self._pages: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._whole = next(
-            (
-                kernel(dtype, self.scale)
-                for kernel in self.whole_kernels
-                if kernel.supports(shape, dtype)
-            ),
-            None,
-        )
+        self._rows: RowAttention | None = None
+        if RowAttention.supports(shape, dtype):
+            self._rows = RowAttention(self.scale)
         self._scratch_pool = self._zeros(1)
         self._scratch = self._split(self._scratch_pool)
         self._key_cells, self._value_cells = self._find_cells()
@@ -239,9 +224,9 @@ class CPUBackend(AttentionBackend):
         query_lengths: np.ndarray,
         key_lengths: np.ndarray,
         arrays: HostArrays | None = None,
-    ) -> Any:
-        if self._whole is not None:
-            return self._whole.plan(query_lengths, key_lengths)
+    ) -> _FullPlan | RowPlan:
+        if self._rows is not None:
+            return RowPlan.of(query_lengths, key_lengths)
         page_counts = -(-key_lengths // self.page_size)
         first_pages = np.concatenate(([0], np.cumsum(page_counts)))
         table = first_pages[:-1, None] + np.arange(page_counts.max())
@@ -268,8 +253,8 @@ class CPUBackend(AttentionBackend):
         output: torch.Tensor,
         plan: Any,
     ) -> None:
-        if self._whole is not None:
-            self._whole.attend(queries, keys, values, output, plan)
+        if self._rows is not None:
+            self._rows.attend(queries, keys, values, output, plan)
             return
         if self._scratch[0].shape[0] < plan.num_pages:
             self._scratch_pool = self._zeros(plan.num_pages)

@@ -41,7 +41,6 @@ class RowPlan:
 
     @classmethod
     def of(cls, query_lengths: np.ndarray, key_lengths: np.ndarray) -> RowPlan:
-        """Plan attention of sequences; 0 queries are allowed."""
         first_keys = np.cumsum(key_lengths) - key_lengths
         key_rows = first_keys[:, None] + np.arange(key_lengths.max())
         # Behind a sequence's own keys the table is not read, but it has to name rows.
@@ -72,7 +71,7 @@ class RowPlan:
 class RowAttention:
     """The kernel for cross attention, as bidirectional self-attention."""
 
-    def __init__(self, dtype: torch.dtype, scale: float) -> None:
+    def __init__(self, scale: float) -> None:
         self._scale = scale
         self._kernel = getattr(torch.ops._C, _KERNEL)
 
@@ -85,10 +84,6 @@ class RowAttention:
             and hasattr(torch.ops._C, _KERNEL)
             and torch.cpu._is_avx512_bf16_supported()
         )
-
-    def plan(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> RowPlan:
-        """Plan attention of sequences; 0 queries are allowed."""
-        return RowPlan.of(query_lengths, key_lengths)
 
     def attend(
         self,

@@ -1,63 +1,120 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on CPU in bfloat16, over the keys of the same pass, by our own kernel.
+"""Attention on CPU in bfloat16 by our own kernels, on processors with tiles (AMX).
 
-It multiplies in the processor's tiles (AMX), where exponentials are the larger part of the time,
-and takes them with as few instructions as bfloat16 weights need: 1.5 times the rate of `cpu_rows`.
+There, exponentials are the larger part of attention's time; these take them with as few
+instructions as bfloat16 weights need. Pages have the layout that products in tiles read.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-from vllm_sparse_dllm.attention.interface import AttentionShape
-from vllm_sparse_dllm.kernels.cpu import cpu_kernels
+from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
+from vllm_sparse_dllm.kernels.cpu import PagePool, cpu_kernels
+from vllm_sparse_dllm.transfer import HostArrays
 
 
 @dataclass(frozen=True)
-class TilePlan:
-    """Where sequences lie.
+class _PagedPlan:
+    query_starts: torch.Tensor
+    key_lengths: torch.Tensor
+    page_table: torch.Tensor
 
-    Attributes:
-        query_starts: ``[sequences + 1]`` first query of each, and the end of the last.
-        key_starts: The same of keys.
-    """
 
+@dataclass(frozen=True)
+class _FullPlan:
     query_starts: torch.Tensor
     key_starts: torch.Tensor
 
 
-class TileAttention:
-    """Our own kernel, as `cpu_rows.RowAttention` has vLLM's."""
+def _starts(lengths: np.ndarray) -> torch.Tensor:
+    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
+    np.cumsum(lengths, out=starts[1:])
+    return torch.from_numpy(starts)
 
-    def __init__(self, dtype: torch.dtype, scale: float) -> None:
+
+class TileBackend(AttentionBackend):
+    """Own kernels, for pages and for whole sequences."""
+
+    def __init__(
+        self, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__(shape, page_size, dtype, device)
         kernels = cpu_kernels(dtype)
         assert kernels is not None
         self._kernels = kernels
-        self._scale = scale
+        self._pools: list[PagePool] = []
 
     @staticmethod
-    def supports(shape: AttentionShape, dtype: torch.dtype) -> bool:
-        """Return whether the kernel can be had here."""
+    def supports(shape: AttentionShape, page_size: int, dtype: torch.dtype) -> bool:
+        """Return whether the kernels can be had here, for this head size and page size."""
+        if shape.head_size % 32 or page_size % 32:
+            return False
         kernels = cpu_kernels(dtype)
-        return kernels is not None and kernels.attends and shape.head_size % 32 == 0
+        return kernels is not None and kernels.has_tiles
 
-    def plan(self, query_lengths: np.ndarray, key_lengths: np.ndarray) -> TilePlan:
-        """Plan attention of sequences; 0 queries are allowed."""
-        starts = np.zeros((2, len(key_lengths) + 1), dtype=np.int64)
-        np.cumsum((query_lengths, key_lengths), axis=1, out=starts[:, 1:])
-        return TilePlan(*torch.from_numpy(starts))
+    def bind_pages(self, layers: list[torch.Tensor]) -> None:
+        shape = self.shape
+        self._pools = [
+            PagePool(layer.view(self.dtype), self.page_size, shape.num_kv_heads, shape.head_size)
+            for layer in layers
+        ]
 
-    def attend(
+    def clear(self, page_ids: np.ndarray) -> None:
+        pages = torch.from_numpy(page_ids)
+        numbers = 2 * self.page_size * self.shape.num_kv_heads * self.shape.head_size
+        for pool in self._pools:
+            pool.numbers.view(-1, numbers).index_fill_(0, pages, 0)
+
+    def write(
+        self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
+    ) -> None:
+        self._kernels.write_pages(self._pools[layer], keys, values, slots)
+
+    def read_keys(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        return self._kernels.read_pages(self._pools[layer], slots, values=False)
+
+    def read_values(self, layer: int, slots: torch.Tensor) -> torch.Tensor:
+        return self._kernels.read_pages(self._pools[layer], slots, values=True)
+
+    def plan_paged(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        page_table: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> _PagedPlan:
+        return _PagedPlan(
+            _starts(query_lengths),
+            torch.from_numpy(key_lengths.astype(np.int64)),
+            torch.from_numpy(np.ascontiguousarray(page_table, dtype=np.int32)),
+        )
+
+    def attend_paged(
+        self, layer: int, queries: torch.Tensor, output: torch.Tensor, plan: Any
+    ) -> None:
+        paged = plan.query_starts, plan.key_lengths, plan.page_table
+        self._kernels.attend_pages(self._pools[layer], queries, output, *paged, self.scale)
+
+    def plan_full(
+        self,
+        query_lengths: np.ndarray,
+        key_lengths: np.ndarray,
+        arrays: HostArrays | None = None,
+    ) -> _FullPlan:
+        return _FullPlan(_starts(query_lengths), _starts(key_lengths))
+
+    def attend_full(
         self,
         queries: torch.Tensor,
         keys: torch.Tensor,
         values: torch.Tensor,
         output: torch.Tensor,
-        plan: TilePlan,
+        plan: Any,
     ) -> None:
-        """Write attention of ``queries`` over ``keys``, sequence by sequence, to ``output``."""
         starts = plan.query_starts, plan.key_starts
-        self._kernels.attend(queries, keys, values, output, *starts, self._scale)
+        self._kernels.attend(queries, keys, values, output, *starts, self.scale)

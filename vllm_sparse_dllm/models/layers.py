@@ -36,8 +36,9 @@ from vllm_sparse_dllm.attention.plan import ForwardPlan
 from vllm_sparse_dllm.kernels.cpu import cpu_kernels
 from vllm_sparse_dllm.models.fused import FusedRMSNorm, silu_and_mul
 
-#: Rows that go through the feed-forward layer at a time on CPU: its intermediate results are
-#: the widest, and cost more than their products once they leave the caches.
+#: Rows that go through the feed-forward layer at a time on CPU where SwiGLU is not one pass over
+#: memory: its intermediate results are the widest, and cost more than their products once they
+#: leave the caches.
 _CACHED_ROWS = 512
 
 
@@ -240,7 +241,8 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.shape[0]
-        if hidden.device.type != "cpu" or rows <= _CACHED_ROWS:
+        whole = hidden.device.type != "cpu" or cpu_kernels(hidden.dtype) is not None
+        if whole or rows <= _CACHED_ROWS:
             return self._run(hidden)
         output = torch.empty_like(hidden)
         num_parts = -(-rows // _CACHED_ROWS)

@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+// Products of bfloat16 matrices in the processor's tiles (AMX), and the layout that they want.
+//
+// A tile has 16 rows of 16 pairs of numbers. The right factor of a product has pairs of its rows
+// side by side: of keys, pairs of channels (16 keys x 32 channels a tile); of values, pairs of
+// keys (32 keys x 16 channels). A group is 32 keys, or their values, with all channels: of keys
+// first the tiles of 16 keys, then those of the other 16, of values tile by tile of channels.
+
+#pragma once
+
+#include <atomic>
+
+#include "common.h"
+
+#ifdef __AMX_BF16__
+
+// Numbers of a tile; keys of a group.
+constexpr int kTile = 512, kGroup = 32;
+
+// The processor's tiles, for as long as this lives.
+class Tiles {
+ public:
+  Tiles() { _tile_loadconfig(&kConfig); }
+  ~Tiles() { _tile_release(); }
+
+ private:
+  struct alignas(64) Config {
+    uint8_t palette = 1, start = 0, reserved[14] = {};
+    uint16_t columns[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+    uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+  };
+  static const Config kConfig;
+};
+
+inline const Tiles::Config Tiles::kConfig;
+
+// c = a b, or c += a b: a is 32 x (32 `steps`), b is (32 `steps`) x 32. A step's part of b is two
+// tiles, the second one `beside` numbers behind the first; first tiles start at b[...] + offset.
+inline void multiply(const bf16* a, int a_stride, const bf16* const* b, int64_t offset,
+                     int64_t beside, float* c, int c_stride, int steps, bool add) {
+  float* corners[] = {c, c + 16, c + 16 * c_stride, c + 16 * c_stride + 16};
+  // The compiler does not know that tile loads read memory: all that was written comes first.
+  std::atomic_signal_fence(std::memory_order_seq_cst);
+  const int a_bytes = a_stride * sizeof(bf16), c_bytes = c_stride * sizeof(float);
+  if (add) {
+    _tile_loadd(0, corners[0], c_bytes);
+    _tile_loadd(1, corners[1], c_bytes);
+    _tile_loadd(2, corners[2], c_bytes);
+    _tile_loadd(3, corners[3], c_bytes);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (int index = 0; index < steps; ++index, a += 32) {
+    const bf16* tile = b[index] + offset;
+    _tile_loadd(4, a, a_bytes);
+    _tile_loadd(5, a + 16 * a_stride, a_bytes);
+    _tile_loadd(6, tile, 64);
+    _tile_loadd(7, tile + beside, 64);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_dpbf16ps(1, 4, 7);
+    _tile_dpbf16ps(2, 5, 6);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+  _tile_stored(0, corners[0], c_bytes);
+  _tile_stored(1, corners[1], c_bytes);
+  _tile_stored(2, corners[2], c_bytes);
+  _tile_stored(3, corners[3], c_bytes);
+}
+
+// Rows that may lie apart.
+struct Strided {
+  bf16* data;
+  int64_t stride;
+  bf16* row(int64_t index) const { return data + index * stride; }
+};
+
+// A 16 x 16 transpose of pairs: `rows` are 16 keys, the tile's rows 16 pairs of channels.
+inline void transpose_pairs(const __m512i rows[16], bf16* tile) {
+  __m512i a[16], b[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(rows[i], rows[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(rows[i], rows[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    b[i] = _mm512_unpacklo_epi64(a[i], a[i + 2]);
+    b[i + 1] = _mm512_unpackhi_epi64(a[i], a[i + 2]);
+    b[i + 2] = _mm512_unpacklo_epi64(a[i + 1], a[i + 3]);
+    b[i + 3] = _mm512_unpackhi_epi64(a[i + 1], a[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    a[i] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0x88);
+    a[i + 4] = _mm512_shuffle_i32x4(b[i], b[i + 4], 0xdd);
+    a[i + 8] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0x88);
+    a[i + 12] = _mm512_shuffle_i32x4(b[i + 8], b[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm512_storeu_si512(tile + 32 * i, _mm512_shuffle_i32x4(a[i], a[i + 8], 0x88));
+    _mm512_storeu_si512(tile + 32 * (i + 4), _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0x88));
+    _mm512_storeu_si512(tile + 32 * (i + 8), _mm512_shuffle_i32x4(a[i], a[i + 8], 0xdd));
+    _mm512_storeu_si512(tile + 32 * (i + 12), _mm512_shuffle_i32x4(a[i + 4], a[i + 12], 0xdd));
+  }
+}
+
+// Lay keys out in groups; those behind `count` are 0.
+inline void pack_keys(Strided keys, int64_t count, int64_t padded, int size, bf16* packed) {
+  for (int64_t first = 0; first < padded; first += 16) {
+    for (int channel = 0; channel < size; channel += 32, packed += kTile) {
+      __m512i rows[16];
+      for (int i = 0; i < 16; ++i) {
+        rows[i] = first + i < count ? _mm512_loadu_si512(keys.row(first + i) + channel)
+                                    : _mm512_setzero_si512();
+      }
+      transpose_pairs(rows, packed);
+    }
+  }
+}
+
+// Lay values out in groups; those behind `count` are 0.
+inline void pack_values(Strided values, int64_t count, int64_t padded, int size, bf16* packed) {
+  const auto part = [&](int64_t key, int channel) {
+    if (key >= count) return _mm512_setzero_si512();
+    return _mm512_cvtepu16_epi32(
+        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values.row(key) + channel)));
+  };
+  for (int64_t first = 0; first < padded; first += 32) {
+    for (int channel = 0; channel < size; channel += 16, packed += kTile) {
+      for (int pair = 0; pair < 16; ++pair) {
+        const __m512i even = part(first + 2 * pair, channel);
+        const __m512i odd = part(first + 2 * pair + 1, channel);
+        _mm512_storeu_si512(packed + 32 * pair, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      }
+    }
+  }
+}
+
+#endif

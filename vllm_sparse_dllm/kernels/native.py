@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The library of cpp/, compiled for the machine at hand and kept in vLLM's cache directory."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+
+import torch
+
+#: ``0`` in this variable of the environment: do without the library.
+VARIABLE = "VLLM_SPARSE_DLLM_CPU_KERNELS"
+SOURCES = Path(__file__).with_name("cpp")
+COMPILERS = ("c++", "g++", "clang++")
+FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC")
+#: Seconds that a run of the compiler may take; it takes about five.
+TIMEOUT = 120.0
+
+
+@cache
+def load() -> ctypes.CDLL | str:
+    """Return the library, or what keeps it from being had here."""
+    reason = why_not()
+    if reason is not None:
+        return reason
+    try:
+        return ctypes.CDLL(str(build()))
+    except (OSError, subprocess.SubprocessError) as error:
+        return f"{error} {(getattr(error, 'stderr', None) or '')[-2000:]}".strip()
+
+
+def why_not() -> str | None:
+    """Return what keeps the library from being compiled here, None if nothing is known to."""
+    if os.environ.get(VARIABLE, "1") == "0":
+        return f"{VARIABLE} is 0"
+    if not torch.cpu._is_avx512_bf16_supported():
+        return "the processor has no AVX-512 with bfloat16"
+    if find_compiler() is None:
+        return f"there is no C++ compiler ({', '.join(COMPILERS)})"
+    if _openmp() is None:
+        return "PyTorch has loaded no OpenMP library"
+    return None
+
+
+def find_compiler() -> str | None:
+    """Return the C++ compiler, None if there is none."""
+    return next((path for name in COMPILERS if (path := shutil.which(name))), None)
+
+
+def _openmp() -> str | None:
+    """Return the OpenMP library of this process.
+
+    The kernels are linked with that one: a second would bring threads of its own.
+    """
+    try:
+        lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return None
+    paths = (line.partition("/")[2] for line in lines)
+    wanted = ("libgomp", "libiomp", "libomp")
+    return next((f"/{path}" for path in paths if Path(path).name.startswith(wanted)), None)
+
+
+def build() -> Path:
+    """Compile the library unless that has been done, and return where it is.
+
+    Raises:
+        OSError: If no directory can be written.
+        subprocess.SubprocessError: If the compiler fails.
+    """
+    compiler, openmp = find_compiler(), _openmp()
+    assert compiler is not None and openmp is not None
+    files = sorted(path for path in SOURCES.iterdir() if path.suffix in (".cpp", ".h"))
+    parts = (
+        *(path.read_text(encoding="utf-8") for path in files),
+        _run(compiler, "--version"),
+        # What the compiler makes of "native" is the machine's; another needs its own.
+        _processor(),
+        openmp,
+        *FLAGS,
+    )
+    name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    library = _directory() / f"cpu-{name}.so"
+    if not library.exists():
+        # Several workers may be at it: each writes its own, and the last one stays.
+        with tempfile.TemporaryDirectory(dir=library.parent) as directory:
+            objects = []
+            for path in files:
+                if path.suffix == ".cpp":
+                    objects.append(str(Path(directory, path.stem).with_suffix(".o")))
+                    _run(compiler, *FLAGS, "-c", str(path), "-o", objects[-1])
+            linked = Path(directory, library.name)
+            # Not by -fopenmp, which would name a library of the compiler's choice.
+            _run(compiler, "-shared", *objects, openmp, "-o", str(linked))
+            linked.replace(library)
+    return library
+
+
+def _directory() -> Path:
+    cache_home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
+    root = Path(os.environ.get("VLLM_CACHE_ROOT", Path(cache_home, "vllm"))).expanduser()
+    directory = root / "vllm_sparse_dllm"
+    directory.mkdir(parents=True, exist_ok=True)
+    return directory
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags"))}))
+
+
+def _run(*command: str) -> str:
+    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+    return run.stdout
