@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Triton kernels, and the plain PyTorch of what each replaces.
+"""Kernels for CUDA and for CPUs, and the plain PyTorch of what some of them replace.
 
-Only `plain` may be imported where there is no Triton. The others are written for CUDA; with
+Only `plain`, `cpu` and `native` may be imported where there is no Triton: `cpu` has the kernels
+of `cpp`, which `native` compiles. All others are Triton's, written for CUDA; with
 ``TRITON_INTERPRET=1`` in the environment before Triton is imported they run on a CPU, slowly,
 which is how the tests compare them with their twins. See docs/gpu.md.
 """
