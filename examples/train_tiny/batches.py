@@ -22,9 +22,6 @@ from tasks import END, RESPONSE, Vocabulary, make_item
 MIX = {"retrieval": 0.45, "copy": 0.3, "reverse": 0.15, "addition": 0.1}
 #: Of the padding after an answer, which is soon learnt, in the loss.
 PADDING_WEIGHT = 0.1
-#: Padding next to the answer, which tells where that ends, weighs as much as the answer. If it
-#: weighed less, a model in doubt would put the end too far back and be sure of it before any word.
-NEXT_PADDING = 4
 #: The part of sequences that show some of the answer and the end of the padding, as decoding
 #: does half-way; in all others each position is shown or masked by its own draw.
 HALF_WAY = 0.4
@@ -104,7 +101,7 @@ class Batches(Dataset[Batch]):
                     masked[start:end] = False
                     masked[rng.sample(range(start, end), end - first)] = True
             weights[row] = masked[-RESPONSE:]
-            weights[row, RESPONSE - length + end + NEXT_PADDING :] *= PADDING_WEIGHT
+            weights[row, end - length :] *= PADDING_WEIGHT
             ids[row, masked] *= -1
         targets = np.abs(ids)
         seen = np.where(ids < 0, self.vocabulary["<|mask|>"], ids)
