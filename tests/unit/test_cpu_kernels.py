@@ -70,6 +70,18 @@ def test_rotate(rows: int, head_size: int) -> None:
 
 
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (130, 512)])
+def test_add_norm(rows: int, width: int) -> None:
+    x, residual = randn(8, rows, width), randn(9, rows, width) * 5
+    weight = randn(10, width)
+    expected = x + residual
+    wide = expected.double()
+    normed = wide * torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + 0.25) * weight.double()
+    available().add_norm(x, residual, weight, 0.25)
+    assert torch.equal(residual, expected)
+    torch.testing.assert_close(x, normed.to(BF16), rtol=8e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(1, 16), (7, 48), (130, 512)])
 def test_silu_and_mul(rows: int, width: int) -> None:
     gate_up = randn(4, rows, 2 * width) * 6
     expected = F.silu(gate_up[:, :width].double()) * gate_up[:, width:].double()
@@ -216,6 +228,8 @@ def test_wrong_tensors_are_refused() -> None:
         kernels.silu_and_mul(randn(1, 3, 16))
     with pytest.raises(ValueError, match="contiguous last dimension"):
         kernels.silu_and_mul(x.t())
+    with pytest.raises(ValueError, match="rows must lie side by side"):
+        kernels.add_norm(x[:, :32], x[:, :32], x[0, :32], 1e-5)
 
 
 def test_other_dtypes_have_none() -> None:

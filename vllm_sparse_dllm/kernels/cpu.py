@@ -20,6 +20,7 @@ _ROWS = (_POINTER, _SIZE)
 _POOL = (_POINTER, _SIZE, _SIZE, _SIZE)
 _SIGNATURES: dict[str, tuple[type, ...]] = {
     "rotate": (*_ROWS, _SIZE, _SIZE, _SIZE, _POINTER, _POINTER),
+    "add_norm": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_float),
     "silu_and_mul": (_POINTER, _POINTER, _SIZE, _SIZE),
 }
 #: Of processors with tiles (AMX).
@@ -93,6 +94,25 @@ class CPUKernels:
             *(x.shape[0], x.shape[1] // head_size, head_size),
             *(positions.data_ptr(), table.data_ptr()),
         )
+
+    def add_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> None:
+        """Add ``x`` to ``residual``, then write the sum's RMSNorm to ``x``.
+
+        Args:
+            x: ``[rows, width]``, contiguous; width is a multiple of 16.
+            residual: As ``x``.
+            weight: ``[width]``.
+            eps: Added to the mean square.
+        """
+        _require(torch.bfloat16, x, residual, weight)
+        rows, width = x.shape
+        _require_multiple("width", width, 16)
+        if not (x.is_contiguous() and residual.is_contiguous()):
+            raise ValueError("rows must lie side by side")
+        pointers = x.data_ptr(), residual.data_ptr(), weight.data_ptr()
+        self._library.add_norm(*pointers, rows, width, eps)
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         """Return ``silu(gate) * up`` of ``[rows, 2 * width]``; width is a multiple of 16."""

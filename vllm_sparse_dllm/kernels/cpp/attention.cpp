@@ -92,9 +92,11 @@ class Attention {
     }
   }
 
-  // Attend to the first slots of pages.
+  // Attend to the first slots of pages. The next head's are fetched meanwhile: pages lie anywhere,
+  // and reading them takes as long as what is done with them.
   void take(const Pages& pages, const int32_t* page_ids, int64_t kv_head, int64_t count) {
     resize(count);
+    ahead_ = kv_head + 1 < pages.kv_heads ? pages.keys(0, 1) - pages.keys(0, 0) : 0;
     const int64_t groups_of_page = pages.page_size / kGroup;
     for (size_t group = 0; group < key_groups_.size(); ++group) {
       const int64_t page = page_ids[group / groups_of_page];
@@ -120,6 +122,7 @@ class Attention {
       multiply_keys(q, first, num_keys);
       for (int row = 0; row < count; ++row) {
         soften(row, num_keys, std::min<int64_t>(num_keys, count_ - first), o + row * size_);
+        if (ahead_) fetch(first / kGroup, num_keys / kGroup, row);
       }
       multiply_values(o, first, num_keys);
     }
@@ -138,6 +141,19 @@ class Attention {
     padded_ = (count + kGroup - 1) / kGroup * kGroup;
     key_groups_.resize(padded_ / kGroup);
     value_groups_.resize(padded_ / kGroup);
+  }
+
+  // Have row `row`'s share of what lies `ahead_` of some groups brought to the second cache.
+  void fetch(int64_t first, int num_groups, int row) const {
+    const int share = kGroup * size_ / kQueries;
+    for (int group = 0; group < num_groups; ++group) {
+      const bf16* keys = key_groups_[first + group] + ahead_ + row * share;
+      const bf16* values = value_groups_[first + group] + ahead_ + row * share;
+      for (int number = 0; number < share; number += 32) {
+        _mm_prefetch(keys + number, _MM_HINT_T1);
+        _mm_prefetch(values + number, _MM_HINT_T1);
+      }
+    }
   }
 
   void multiply_keys(const bf16* q, int64_t first, int num_keys) {
@@ -198,6 +214,7 @@ class Attention {
   const int size_;
   const float scale_;
   int64_t count_ = 0, padded_ = 0;
+  int64_t ahead_ = 0;
   std::vector<const bf16*> steps_, key_groups_, value_groups_;
   Buffer<bf16> keys_, values_, queries_, weights_;
   Buffer<float> scores_, output_;
@@ -288,7 +305,8 @@ void attend_pages(bf16* pool, int64_t page_size, const int32_t* table, int64_t w
   {
     const Tiles tiles;
     Attention attention(size, scale);
-#pragma omp for schedule(dynamic)
+    // Heads of a sequence one after the other.
+#pragma omp for schedule(static)
     for (size_t index = 0; index < tasks.size(); ++index) {
       const Task& task = tasks[index];
       attention.take(pages, table + task.sequence * width, task.kv_head,
@@ -314,6 +332,9 @@ void write_pages(bf16* pool, int64_t page_size, int64_t kv_heads, int64_t size, 
       const int64_t page = slots[row] / page_size, offset = slots[row] % page_size;
       const bf16* key = keys + row * key_stride + head * size;
       const bf16* value = values + row * value_stride + head * size;
+      // Two slots side by side share the pairs of their values: the first writes both.
+      const bool first = offset % 2 == 0 && row + 1 < count && slots[row + 1] == slots[row] + 1;
+      const bool second = offset % 2 == 1 && row > 0 && slots[row - 1] == slots[row] - 1;
       bf16* key_target = pages.keys(page, head) + pages.key_cell(offset, 0);
       bf16* value_target = pages.values(page, head) + pages.value_cell(offset, 0);
       for (int64_t tile = 0; tile < size / 32; ++tile, key_target += kTile, key += 32) {
@@ -321,7 +342,12 @@ void write_pages(bf16* pool, int64_t page_size, int64_t kv_heads, int64_t size, 
           std::memcpy(key_target + pair * 32, key + 2 * pair, 2 * sizeof(bf16));
         }
       }
+      if (second) continue;
       for (int64_t tile = 0; tile < size / 16; ++tile, value_target += kTile, value += 16) {
+        if (first) {
+          _mm512_storeu_si512(value_target, pair_up(value, value + value_stride));
+          continue;
+        }
         for (int64_t channel = 0; channel < 16; ++channel) {
           value_target[2 * channel] = value[channel];
         }

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Elementwise parts of a layer, each in one pass over memory.
 
+#include <cmath>
+
 #include "common.h"
 
 extern "C" {
@@ -21,6 +23,29 @@ void rotate(bf16* x, int64_t stride, int64_t rows, int64_t heads, int64_t size,
         store(head + i, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
         store(head + half + i, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
       }
+    }
+  }
+}
+
+// residual += x, then x = norm(residual) * weight.
+void add_norm(bf16* x, bf16* residual, const bf16* weight, int64_t rows, int64_t width,
+              float epsilon) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; ++row) {
+    bf16* own = x + row * width;
+    bf16* sum = residual + row * width;
+    __m512 squares = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) {
+      store(sum + i, _mm512_add_ps(load(own + i), load(sum + i)));
+      // As it was rounded.
+      const __m512 value = load(sum + i);
+      squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(width);
+    const __m512 factor = _mm512_set1_ps(1.0f / std::sqrt(mean + epsilon));
+    for (int64_t i = 0; i < width; i += 16) {
+      const __m512 value = _mm512_mul_ps(load(sum + i), factor);
+      store(own + i, _mm512_mul_ps(value, load(weight + i)));
     }
   }
 }

@@ -118,19 +118,25 @@ inline void pack_keys(Strided keys, int64_t count, int64_t padded, int size, bf1
   }
 }
 
+// 16 channels of two values as pairs.
+inline __m512i pair_up(const bf16* even, const bf16* odd) {
+  const auto widen = [](const bf16* x) {
+    return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  };
+  const __m512i high = odd ? _mm512_slli_epi32(widen(odd), 16) : _mm512_setzero_si512();
+  return even ? _mm512_or_si512(widen(even), high) : high;
+}
+
 // Lay values out in groups; those behind `count` are 0.
 inline void pack_values(Strided values, int64_t count, int64_t padded, int size, bf16* packed) {
-  const auto part = [&](int64_t key, int channel) {
-    if (key >= count) return _mm512_setzero_si512();
-    return _mm512_cvtepu16_epi32(
-        _mm256_loadu_si256(reinterpret_cast<const __m256i*>(values.row(key) + channel)));
+  const auto row = [&](int64_t key, int channel) {
+    return key < count ? values.row(key) + channel : nullptr;
   };
-  for (int64_t first = 0; first < padded; first += 32) {
+  for (int64_t first = 0; first < padded; first += kGroup) {
     for (int channel = 0; channel < size; channel += 16, packed += kTile) {
-      for (int pair = 0; pair < 16; ++pair) {
-        const __m512i even = part(first + 2 * pair, channel);
-        const __m512i odd = part(first + 2 * pair + 1, channel);
-        _mm512_storeu_si512(packed + 32 * pair, _mm512_or_si512(even, _mm512_slli_epi32(odd, 16)));
+      for (int64_t key = 0; key < kGroup; key += 2) {
+        const __m512i pairs = pair_up(row(first + key, channel), row(first + key + 1, channel));
+        _mm512_storeu_si512(packed + 16 * key, pairs);
       }
     }
   }
