@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -278,6 +280,16 @@ def test_workers_that_compile_at_once_get_one_library(anew: Path) -> None:
     compiled = libraries.pop()
     before = compiled.stat().st_mtime_ns
     assert native.build() == compiled and compiled.stat().st_mtime_ns == before
+
+
+def test_the_openmp_library_is_pytorchs_whatever_else_is_loaded(tmp_path: Path) -> None:
+    """Other packages bring copies of their own, with threads of their own."""
+    own = native._openmp()
+    if own is None:
+        pytest.skip("PyTorch uses no OpenMP library")
+    # Later ones lie before it in the list of what is loaded.
+    ctypes.CDLL(shutil.copy(own, tmp_path / "libgomp-another.so.1"))
+    assert native._openmp() == own
 
 
 @pytest.mark.parametrize("source", [path.name for path in native.SOURCES.glob("*.cpp")])

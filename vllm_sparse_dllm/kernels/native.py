@@ -44,7 +44,7 @@ def why_not() -> str | None:
     if find_compiler() is None:
         return f"there is no C++ compiler ({', '.join(COMPILERS)})"
     if _openmp() is None:
-        return "PyTorch has loaded no OpenMP library"
+        return "PyTorch uses no OpenMP library"
     return None
 
 
@@ -54,17 +54,22 @@ def find_compiler() -> str | None:
 
 
 def _openmp() -> str | None:
-    """Return the OpenMP library of this process.
+    """Return the OpenMP library that PyTorch calls; this process may have loaded others.
 
-    The kernels are linked with that one: a second would bring threads of its own.
+    The kernels are linked with that one: another would bring threads of its own.
     """
     try:
+        function = ctypes.CDLL(torch._C.__file__).omp_get_max_threads
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    except (OSError, AttributeError):
         return None
-    paths = (line.partition("/")[2] for line in lines)
-    wanted = ("libgomp", "libiomp", "libomp")
-    return next((f"/{path}" for path in paths if Path(path).name.startswith(wanted)), None)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    for line in lines:
+        start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+        if start <= address < end:
+            return f"/{line.partition('/')[2]}"
+    return None
 
 
 def build() -> Path:
