@@ -251,7 +251,7 @@ def test_without_a_compiler_there_are_none(anew: Path, monkeypatch: pytest.Monke
 
 
 def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = anew / "c++"
+    compiler = anew / "g++"
     compiler.write_text(
         '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such flag" >&2\nexit 1'
     )
@@ -259,6 +259,19 @@ def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("PATH", f"{anew}:/usr/bin:/bin")
     assert "no such flag" in missing(anew)
+
+
+def test_what_cannot_be_linked_leaves_no_library(
+    anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a compiler's code for OpenMP calls functions of another library than PyTorch's."""
+    if native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
+    (anew / "kernel.cpp").write_text(
+        'extern "C" { void __kmpc_fork_call(); int has_tiles() { __kmpc_fork_call(); return 0; } }'
+    )
+    monkeypatch.setattr(native, "SOURCES", anew)
+    assert "__kmpc_fork_call" in missing(anew)
 
 
 def test_a_directory_that_cannot_be_written_means_none(

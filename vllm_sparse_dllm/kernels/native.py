@@ -17,8 +17,11 @@ import torch
 #: ``0`` in this variable of the environment: do without the library.
 VARIABLE = "VLLM_SPARSE_DLLM_CPU_KERNELS"
 SOURCES = Path(__file__).with_name("cpp")
-COMPILERS = ("c++", "g++", "clang++")
+#: What clang++ makes of -fopenmp calls LLVM's OpenMP library; PyTorch has GNU's.
+COMPILERS = ("g++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC")
+#: A function that no library has is an error now, not when the library is loaded.
+LINK_FLAGS = ("-shared", "-Wl,-z,defs")
 #: Seconds that a run of the compiler may take; it takes about five.
 TIMEOUT = 120.0
 
@@ -89,6 +92,7 @@ def build() -> Path:
         _processor(),
         openmp,
         *FLAGS,
+        *LINK_FLAGS,
     )
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = _directory() / f"cpu-{name}.so"
@@ -102,7 +106,7 @@ def build() -> Path:
                     _run(compiler, *FLAGS, "-c", str(path), "-o", objects[-1])
             linked = Path(directory, library.name)
             # Not by -fopenmp, which would name a library of the compiler's choice.
-            _run(compiler, "-shared", *objects, openmp, "-o", str(linked))
+            _run(compiler, *LINK_FLAGS, *objects, openmp, "-o", str(linked))
             linked.replace(library)
     return library
 
