@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import pwd
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -253,7 +254,8 @@ def test_without_a_compiler_there_are_none(anew: Path, monkeypatch: pytest.Monke
 def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = anew / "g++"
     compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such flag" >&2\nexit 1'
+        # Not in UTF-8, as compilers that speak other languages may.
+        "#!/bin/sh\n[ $1 = --version ] && exit 0\nprintf 'no such flag \\374' >&2\nexit 1"
     )
     compiler.chmod(0o755)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
@@ -282,6 +284,22 @@ def test_a_directory_that_cannot_be_written_means_none(
     (anew / "file").write_text("")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(anew / "file"))
     assert "Not a directory" in missing(anew)
+
+
+def test_without_a_home_a_directory_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a container whose user is only a number; vLLM itself takes the path as it is."""
+
+    def getpwuid(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    monkeypatch.chdir(tmp_path)
+    assert native._directory() == Path("~/.cache/vllm/vllm_sparse_dllm")
+    assert native._directory().is_dir()
 
 
 def test_workers_that_compile_at_once_get_one_library(anew: Path) -> None:

@@ -113,8 +113,9 @@ def build() -> Path:
 
 def _directory() -> Path:
     cache_home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    root = Path(os.environ.get("VLLM_CACHE_ROOT", Path(cache_home, "vllm"))).expanduser()
-    directory = root / "vllm_sparse_dllm"
+    root = os.environ.get("VLLM_CACHE_ROOT", os.path.join(cache_home, "vllm"))
+    # Not by Path, whose method raises where there is no home.
+    directory = Path(os.path.expanduser(root), "vllm_sparse_dllm")
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -125,5 +126,7 @@ def _processor() -> str:
 
 
 def _run(*command: str) -> str:
-    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+    run = subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+    )
     return run.stdout
