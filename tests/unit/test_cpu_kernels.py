@@ -11,6 +11,7 @@ import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.twins import attention
+from vllm_sparse_dllm.attention.cpu_tiles import TileBackend
+from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.kernels import native
 from vllm_sparse_dllm.kernels.cpu import CPUKernels, PagePool, cpu_kernels, why_no_cpu_kernels
 
@@ -179,6 +182,18 @@ def test_pages(
         assert torch.equal(whole, output[own])
 
 
+def test_no_sequences_are_nothing_to_do() -> None:
+    available(tiles=True)
+    backend = TileBackend(AttentionShape(2, 1, 64), 32, BF16, torch.device("cpu"))
+    backend.bind_pages([torch.zeros(2 * 32 * 64, dtype=BF16).view(torch.int8)])
+    none = np.zeros(0, dtype=np.int64)
+    queries = torch.empty(0, 2, 64, dtype=BF16)
+    keys, output = queries[:, :1], torch.empty_like(queries)
+    backend.attend_full(queries, keys, keys, output, backend.plan_full(none, none))
+    plan = backend.plan_paged(none, none, np.zeros((0, 0), dtype=np.int64))
+    backend.attend_paged(0, queries, output, plan)
+
+
 def test_attend_is_the_same_with_any_number_of_threads() -> None:
     """A sequence's queries are split where there are more threads than heads."""
     kernels = available(tiles=True)
@@ -245,6 +260,15 @@ def test_they_can_be_switched_off(anew: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_an_older_processor_has_none(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
     assert "no AVX-512" in missing(anew)
+
+
+def test_a_processor_without_tiles_has_all_but_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = available()
+    monkeypatch.setattr(kernels, "has_tiles", False)
+    reason = why_no_cpu_kernels(BF16)
+    assert reason is not None and "for attention there is no AMX" in reason
+    assert cpu_kernels(BF16) is kernels
+    assert not TileBackend.supports(AttentionShape(2, 1, 64), 32, BF16)
 
 
 def test_without_a_compiler_there_are_none(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:

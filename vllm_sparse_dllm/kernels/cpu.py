@@ -192,7 +192,9 @@ def _rows(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _require(dtype: torch.dtype, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
-        if tensor.dtype != dtype or tensor.device.type != "cpu" or tensor.stride(-1) != 1:
+        # What is empty has any strides.
+        contiguous = tensor.numel() < 2 or tensor.stride(-1) == 1
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or not contiguous:
             raise ValueError(
                 f"needs {dtype} on the CPU with a contiguous last dimension, got {tensor.dtype} "
                 f"on {tensor.device} with strides {tensor.stride()}"
@@ -226,8 +228,12 @@ def cpu_kernels(dtype: torch.dtype) -> CPUKernels | None:
 
 
 def why_no_cpu_kernels(dtype: torch.dtype) -> str | None:
-    """Return what keeps `cpu_kernels` from having any, None if it has them."""
+    """Return what keeps `cpu_kernels`, or attention's among them, from being had; else None."""
     if dtype != torch.bfloat16:
         return f"they are of bfloat16, not {str(dtype).removeprefix('torch.')}"
     library = native.load()
-    return library if isinstance(library, str) else None
+    if isinstance(library, str):
+        return library
+    if _kernels(library).has_tiles:
+        return None
+    return "for attention there is no AMX, in the processor, the system or the compiler"
