@@ -238,6 +238,34 @@ def test_wrong_tensors_are_refused() -> None:
         kernels.silu_and_mul(x.t())
 
 
+def test_what_does_not_go_together_is_refused() -> None:
+    """The kernels would read and write past the end."""
+    kernels = available(tiles=True)
+    q, k, starts = randn(1, 3, 4, 64), randn(2, 3, 2, 64), torch.tensor([0, 3])
+    for queries, keys, output, key_starts, message in (
+        (q, k, q[:2], starts, "shapes of queries and output"),
+        (q, k[:, :, :32], q, starts, "shapes of keys and values"),
+        (q[:, :, :32].contiguous(), k, q[:, :, :32].contiguous(), starts, "head sizes"),
+        (q, k, q, torch.tensor([0, 3, 3]), "numbers of sequences"),
+        (q[:, :3].contiguous(), k, q[:, :3].contiguous(), starts, "heads must be a multiple of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.attend(queries, keys.contiguous(), k, output, starts, key_starts, 1.0)
+    pool = PagePool(torch.zeros(2 * 32 * 2 * 64, dtype=BF16), 32, 2, 64)
+    lengths, table = torch.tensor([3]), torch.zeros(1, 1, dtype=torch.int32)
+    for queries, output, key_lengths, message in (
+        (q, q[:2], lengths, "shapes of queries and output"),
+        (q[:, :, :32].contiguous(), q[:, :, :32].contiguous(), lengths, "head sizes"),
+        (q, q, lengths.repeat(2), "numbers of sequences"),
+        (q[:, :3].contiguous(), q[:, :3].contiguous(), lengths, "heads must be a multiple of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.attend_pages(pool, queries, output, starts, key_lengths, table, 1.0)
+    for keys, slots in ((k[:2], 3), (k, 4), (q, 3)):
+        with pytest.raises(ValueError, match="shapes of keys and values"):
+            kernels.write_pages(pool, keys, k, torch.arange(slots))
+
+
 def test_other_dtypes_have_none() -> None:
     assert cpu_kernels(torch.float32) is None
     assert why_no_cpu_kernels(torch.float16) == "they are of bfloat16, not float16"
