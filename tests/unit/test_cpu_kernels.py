@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import pwd
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.twins import attention
+from vllm_sparse_dllm.attention.cpu_tiles import TileBackend
+from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.kernels import native
 from vllm_sparse_dllm.kernels.cpu import CPUKernels, PagePool, cpu_kernels, why_no_cpu_kernels
 
@@ -188,6 +194,18 @@ def test_pages(
         assert torch.equal(whole, output[own])
 
 
+def test_no_sequences_are_nothing_to_do() -> None:
+    available(tiles=True)
+    backend = TileBackend(AttentionShape(2, 1, 64), 32, BF16, torch.device("cpu"))
+    backend.bind_pages([torch.zeros(2 * 32 * 64, dtype=BF16).view(torch.int8)])
+    none = np.zeros(0, dtype=np.int64)
+    queries = torch.empty(0, 2, 64, dtype=BF16)
+    keys, output = queries[:, :1], torch.empty_like(queries)
+    backend.attend_full(queries, keys, keys, output, backend.plan_full(none, none))
+    plan = backend.plan_paged(none, none, np.zeros((0, 0), dtype=np.int64))
+    backend.attend_paged(0, queries, output, plan)
+
+
 def test_attend_is_the_same_with_any_number_of_threads() -> None:
     """A sequence's queries are split where there are more threads than heads."""
     kernels = available(tiles=True)
@@ -205,13 +223,15 @@ def test_attend_is_the_same_with_any_number_of_threads() -> None:
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-def test_attend_with_scores_beyond_all_exponentials() -> None:
+@pytest.mark.parametrize("magnitude", [1e2, 1e3, 1e5, 1e9, 1e15])
+def test_attend_with_scores_beyond_all_exponentials(magnitude: float) -> None:
     kernels = available(tiles=True)
-    k = randn(5, 300, 1, 32) * 100
-    q, v = randn(6, 40, 1, 32) * 100, randn(7, 300, 1, 32)
+    q, k = randn(6, 40, 1, 32) * magnitude, randn(5, 600, 1, 32) * magnitude
+    v = randn(7, 600, 1, 32)
     output = torch.empty_like(q)
-    kernels.attend(q, k, v, output, torch.tensor([0, 40]), torch.tensor([0, 300]), 1.0)
-    torch.testing.assert_close(output.double(), attention(q * 32**0.5, k, v), rtol=0.0, atol=0.03)
+    kernels.attend(q, k, v, output, torch.tensor([0, 40]), torch.tensor([0, 600]), 1.0)
+    expected = attention(q.double() * 32**0.5, k, v)
+    torch.testing.assert_close(output.double(), expected, rtol=0.0, atol=0.03)
 
 
 def test_wrong_tensors_are_refused() -> None:
@@ -230,6 +250,34 @@ def test_wrong_tensors_are_refused() -> None:
         kernels.silu_and_mul(x.t())
     with pytest.raises(ValueError, match="rows must lie side by side"):
         kernels.add_norm(x[:, :32], x[:, :32], x[0, :32], 1e-5)
+
+
+def test_what_does_not_go_together_is_refused() -> None:
+    """The kernels would read and write past the end."""
+    kernels = available(tiles=True)
+    q, k, starts = randn(1, 3, 4, 64), randn(2, 3, 2, 64), torch.tensor([0, 3])
+    for queries, keys, output, key_starts, message in (
+        (q, k, q[:2], starts, "shapes of queries and output"),
+        (q, k[:, :, :32], q, starts, "shapes of keys and values"),
+        (q[:, :, :32].contiguous(), k, q[:, :, :32].contiguous(), starts, "head sizes"),
+        (q, k, q, torch.tensor([0, 3, 3]), "numbers of sequences"),
+        (q[:, :3].contiguous(), k, q[:, :3].contiguous(), starts, "heads must be a multiple of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.attend(queries, keys.contiguous(), k, output, starts, key_starts, 1.0)
+    pool = PagePool(torch.zeros(2 * 32 * 2 * 64, dtype=BF16), 32, 2, 64)
+    lengths, table = torch.tensor([3]), torch.zeros(1, 1, dtype=torch.int32)
+    for queries, output, key_lengths, message in (
+        (q, q[:2], lengths, "shapes of queries and output"),
+        (q[:, :, :32].contiguous(), q[:, :, :32].contiguous(), lengths, "head sizes"),
+        (q, q, lengths.repeat(2), "numbers of sequences"),
+        (q[:, :3].contiguous(), q[:, :3].contiguous(), lengths, "heads must be a multiple of 2"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            kernels.attend_pages(pool, queries, output, starts, key_lengths, table, 1.0)
+    for keys, slots in ((k[:2], 3), (k, 4), (q, 3)):
+        with pytest.raises(ValueError, match="shapes of keys and values"):
+            kernels.write_pages(pool, keys, k, torch.arange(slots))
 
 
 def test_other_dtypes_have_none() -> None:
@@ -256,6 +304,15 @@ def test_an_older_processor_has_none(anew: Path, monkeypatch: pytest.MonkeyPatch
     assert "no AVX-512" in missing(anew)
 
 
+def test_a_processor_without_tiles_has_all_but_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = available()
+    monkeypatch.setattr(kernels, "has_tiles", False)
+    reason = why_no_cpu_kernels(BF16)
+    assert reason is not None and "for attention there is no AMX" in reason
+    assert cpu_kernels(BF16) is kernels
+    assert not TileBackend.supports(AttentionShape(2, 1, 64), 32, BF16)
+
+
 def test_without_a_compiler_there_are_none(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("PATH", str(anew))
@@ -263,14 +320,28 @@ def test_without_a_compiler_there_are_none(anew: Path, monkeypatch: pytest.Monke
 
 
 def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    compiler = anew / "c++"
+    compiler = anew / "g++"
     compiler.write_text(
-        '#!/bin/sh\n[ "$1" = --version ] && exit 0\necho "no such flag" >&2\nexit 1'
+        # Not in UTF-8, as compilers that speak other languages may.
+        "#!/bin/sh\n[ $1 = --version ] && exit 0\nprintf 'no such flag \\374' >&2\nexit 1"
     )
     compiler.chmod(0o755)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
     monkeypatch.setenv("PATH", f"{anew}:/usr/bin:/bin")
     assert "no such flag" in missing(anew)
+
+
+def test_what_cannot_be_linked_leaves_no_library(
+    anew: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a compiler's code for OpenMP calls functions of another library than PyTorch's."""
+    if native.why_not() is not None:
+        pytest.skip(str(native.why_not()))
+    (anew / "kernel.cpp").write_text(
+        'extern "C" { void __kmpc_fork_call(); int has_tiles() { __kmpc_fork_call(); return 0; } }'
+    )
+    monkeypatch.setattr(native, "SOURCES", anew)
+    assert "__kmpc_fork_call" in missing(anew)
 
 
 def test_a_directory_that_cannot_be_written_means_none(
@@ -283,6 +354,22 @@ def test_a_directory_that_cannot_be_written_means_none(
     assert "Not a directory" in missing(anew)
 
 
+def test_without_a_home_a_directory_is_found(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a container whose user is only a number; vLLM itself takes the path as it is."""
+
+    def getpwuid(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("HOME", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", getpwuid)
+    monkeypatch.chdir(tmp_path)
+    assert native._directory() == Path("~/.cache/vllm/vllm_sparse_dllm")
+    assert native._directory().is_dir()
+
+
 def test_workers_that_compile_at_once_get_one_library(anew: Path) -> None:
     if native.why_not() is not None:
         pytest.skip(str(native.why_not()))
@@ -292,6 +379,16 @@ def test_workers_that_compile_at_once_get_one_library(anew: Path) -> None:
     compiled = libraries.pop()
     before = compiled.stat().st_mtime_ns
     assert native.build() == compiled and compiled.stat().st_mtime_ns == before
+
+
+def test_the_openmp_library_is_pytorchs_whatever_else_is_loaded(tmp_path: Path) -> None:
+    """Other packages bring copies of their own, with threads of their own."""
+    own = native._openmp()
+    if own is None:
+        pytest.skip("PyTorch uses no OpenMP library")
+    # Later ones lie before it in the list of what is loaded.
+    ctypes.CDLL(shutil.copy(own, tmp_path / "libgomp-another.so.1"))
+    assert native._openmp() == own
 
 
 @pytest.mark.parametrize("source", [path.name for path in native.SOURCES.glob("*.cpp")])

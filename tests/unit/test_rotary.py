@@ -42,11 +42,15 @@ def rotated(positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("full_precision", [True, False])
-@pytest.mark.parametrize("custom_ops", ["none", "all"])
+@pytest.mark.parametrize("way", ["own", "none", "all"])
 def test_queries_and_keys_are_rotated(
-    custom_ops: str, full_precision: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    way: str, full_precision: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In place (vLLM's kernel) or not (its PyTorch code, `custom_ops` none): the same."""
+    """By our own kernel where there is one; by vLLM's, in place (`custom_ops` all) or not (its
+    PyTorch code, `custom_ops` none): the same."""
+    custom_ops = "all" if way == "own" else way
+    if way != "own":
+        monkeypatch.setattr("vllm_sparse_dllm.models.layers.cpu_kernels", lambda dtype: None)
     # vLLM keeps what it has made, whatever the configuration.
     monkeypatch.setattr("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {})
     config = VllmConfig(compilation_config=CompilationConfig(custom_ops=[custom_ops]))

@@ -149,6 +149,11 @@ class CPUKernels:
         _require_heads(queries, keys, values, output)
         _require(torch.int64, query_starts, key_starts)
         _, heads, head_size = queries.shape
+        _require_equal("shapes of queries and output", queries.shape, output.shape)
+        _require_equal("shapes of keys and values", keys.shape, values.shape)
+        _require_equal("head sizes", head_size, keys.shape[2])
+        _require_equal("numbers of sequences", len(query_starts), len(key_starts))
+        _require_multiple("heads", heads, keys.shape[1])
         self._library.attend(
             *(*_rows(queries), *_rows(keys), *_rows(values), *_rows(output)),
             *(heads, keys.shape[1], head_size, len(query_starts) - 1),
@@ -180,6 +185,11 @@ class CPUKernels:
         _require_heads(queries, output)
         _require(torch.int64, query_starts, key_lengths)
         _require(torch.int32, page_table)
+        _require_equal("shapes of queries and output", queries.shape, output.shape)
+        _require_equal("head sizes", queries.shape[2], pool.head_size)
+        sequences = (len(query_starts) - 1, len(key_lengths), len(page_table))
+        _require_equal("numbers of sequences", *sequences)
+        _require_multiple("heads", queries.shape[1], pool.kv_heads)
         self._library.attend_pages(
             *(pool.numbers.data_ptr(), pool.page_size, *_rows(page_table), key_lengths.data_ptr()),
             *(*_rows(queries), *_rows(output), queries.shape[1], pool.kv_heads, pool.head_size),
@@ -192,6 +202,8 @@ class CPUKernels:
         """Write keys and values ``[n, kv_heads, head_size]`` to slots ``[n]``, int64."""
         _require_heads(keys, values)
         _require(torch.int64, slots)
+        shape = (len(slots), pool.kv_heads, pool.head_size)
+        _require_equal("shapes of keys and values", keys.shape, values.shape, shape)
         self._library.write_pages(
             *(*pool.arguments(), *_rows(keys), *_rows(values), slots.data_ptr(), len(slots))
         )
@@ -212,7 +224,9 @@ def _rows(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _require(dtype: torch.dtype, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
-        if tensor.dtype != dtype or tensor.device.type != "cpu" or tensor.stride(-1) != 1:
+        # What is empty has any strides.
+        contiguous = tensor.numel() < 2 or tensor.stride(-1) == 1
+        if tensor.dtype != dtype or tensor.device.type != "cpu" or not contiguous:
             raise ValueError(
                 f"needs {dtype} on the CPU with a contiguous last dimension, got {tensor.dtype} "
                 f"on {tensor.device} with strides {tensor.stride()}"
@@ -222,6 +236,11 @@ def _require(dtype: torch.dtype, *tensors: torch.Tensor) -> None:
 def _require_multiple(name: str, value: int, of: int) -> None:
     if value % of:
         raise ValueError(f"{name} must be a multiple of {of}, got {value}")
+
+
+def _require_equal(names: str, *values: object) -> None:
+    if any(value != values[0] for value in values):
+        raise ValueError(f"{names} must be the same, got {', '.join(map(str, values))}")
 
 
 def _require_heads(*tensors: torch.Tensor) -> None:
@@ -246,8 +265,12 @@ def cpu_kernels(dtype: torch.dtype) -> CPUKernels | None:
 
 
 def why_no_cpu_kernels(dtype: torch.dtype) -> str | None:
-    """Return what keeps `cpu_kernels` from having any, None if it has them."""
+    """Return what keeps `cpu_kernels`, or attention's among them, from being had; else None."""
     if dtype != torch.bfloat16:
         return f"they are of bfloat16, not {str(dtype).removeprefix('torch.')}"
     library = native.load()
-    return library if isinstance(library, str) else None
+    if isinstance(library, str):
+        return library
+    if _kernels(library).has_tiles:
+        return None
+    return "for attention there is no AMX, in the processor, the system or the compiler"

@@ -17,8 +17,11 @@ import torch
 #: ``0`` in this variable of the environment: do without the library.
 VARIABLE = "VLLM_SPARSE_DLLM_CPU_KERNELS"
 SOURCES = Path(__file__).with_name("cpp")
-COMPILERS = ("c++", "g++", "clang++")
+#: What clang++ makes of -fopenmp calls LLVM's OpenMP library; PyTorch has GNU's.
+COMPILERS = ("g++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC")
+#: A function that no library has is an error now, not when the library is loaded.
+LINK_FLAGS = ("-shared", "-Wl,-z,defs")
 #: Seconds that a run of the compiler may take; it takes about five.
 TIMEOUT = 120.0
 
@@ -44,7 +47,7 @@ def why_not() -> str | None:
     if find_compiler() is None:
         return f"there is no C++ compiler ({', '.join(COMPILERS)})"
     if _openmp() is None:
-        return "PyTorch has loaded no OpenMP library"
+        return "PyTorch uses no OpenMP library"
     return None
 
 
@@ -54,17 +57,22 @@ def find_compiler() -> str | None:
 
 
 def _openmp() -> str | None:
-    """Return the OpenMP library of this process.
+    """Return the OpenMP library that PyTorch calls; this process may have loaded others.
 
-    The kernels are linked with that one: a second would bring threads of its own.
+    The kernels are linked with that one: another would bring threads of its own.
     """
     try:
+        function = ctypes.CDLL(torch._C.__file__).omp_get_max_threads
         lines = Path("/proc/self/maps").read_text(encoding="utf-8").splitlines()
-    except OSError:
+    except (OSError, AttributeError):
         return None
-    paths = (line.partition("/")[2] for line in lines)
-    wanted = ("libgomp", "libiomp", "libomp")
-    return next((f"/{path}" for path in paths if Path(path).name.startswith(wanted)), None)
+    address = ctypes.cast(function, ctypes.c_void_p).value
+    assert address is not None
+    for line in lines:
+        start, end = (int(bound, 16) for bound in line.split()[0].split("-"))
+        if start <= address < end:
+            return f"/{line.partition('/')[2]}"
+    return None
 
 
 def build() -> Path:
@@ -84,6 +92,7 @@ def build() -> Path:
         _processor(),
         openmp,
         *FLAGS,
+        *LINK_FLAGS,
     )
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = _directory() / f"cpu-{name}.so"
@@ -97,15 +106,16 @@ def build() -> Path:
                     _run(compiler, *FLAGS, "-c", str(path), "-o", objects[-1])
             linked = Path(directory, library.name)
             # Not by -fopenmp, which would name a library of the compiler's choice.
-            _run(compiler, "-shared", *objects, openmp, "-o", str(linked))
+            _run(compiler, *LINK_FLAGS, *objects, openmp, "-o", str(linked))
             linked.replace(library)
     return library
 
 
 def _directory() -> Path:
     cache_home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
-    root = Path(os.environ.get("VLLM_CACHE_ROOT", Path(cache_home, "vllm"))).expanduser()
-    directory = root / "vllm_sparse_dllm"
+    root = os.environ.get("VLLM_CACHE_ROOT", os.path.join(cache_home, "vllm"))
+    # Not by Path, whose method raises where there is no home.
+    directory = Path(os.path.expanduser(root), "vllm_sparse_dllm")
     directory.mkdir(parents=True, exist_ok=True)
     return directory
 
@@ -116,5 +126,7 @@ def _processor() -> str:
 
 
 def _run(*command: str) -> str:
-    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT)
+    run = subprocess.run(
+        command, check=True, capture_output=True, text=True, errors="replace", timeout=TIMEOUT
+    )
     return run.stdout

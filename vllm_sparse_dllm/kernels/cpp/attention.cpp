@@ -5,6 +5,7 @@
 // multiplied with the values; the running maximum and sum of each row join the parts.
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -22,6 +23,10 @@ namespace {
 
 // Queries and keys at a time: scores and weights stay in the first cache.
 constexpr int kQueries = 32, kKeys = 256;
+
+// Up to here rounding changes a scaled score by 1 at most, of which all weights of a row get the
+// same share. Where it is more, they could all become 0 or infinite.
+constexpr float kRounded = 1 << 24;
 
 template <typename T>
 class Buffer {
@@ -180,9 +185,17 @@ class Attention {
       more = _mm512_max_ps(more, _mm512_load_ps(scores + key + 16));
     }
     const float before = maximum_[row];
-    const float maximum =
-        std::max(before, _mm512_reduce_max_ps(_mm512_max_ps(most, more)) * scale_);
-    const __m512 scale = _mm512_set1_ps(scale_), base = _mm512_set1_ps(maximum);
+    const float own = _mm512_reduce_max_ps(_mm512_max_ps(most, more)) * scale_;
+    // A branch, not std::max: it is foreseen, and what follows does not wait for the reduction.
+    if (own > before) maximum_[row] = own;
+    const float maximum = maximum_[row];
+    float remaining = scale_;
+    if (std::fabs(maximum) > kRounded) {
+      // Rounded as the maximum was: the largest is 0 relative to it.
+      for (int key = 0; key < num_keys; ++key) scores[key] *= scale_;
+      remaining = 1.0f;
+    }
+    const __m512 scale = _mm512_set1_ps(remaining), base = _mm512_set1_ps(maximum);
     __m512 sum = _mm512_setzero_ps();
 #pragma GCC unroll 4
     for (int key = 0; key < num_keys; key += 32) {
@@ -199,7 +212,6 @@ class Attention {
         _mm512_store_ps(o + channel, _mm512_mul_ps(_mm512_load_ps(o + channel), factor));
       }
     }
-    maximum_[row] = maximum;
     sum_[row] = total;
   }
 
