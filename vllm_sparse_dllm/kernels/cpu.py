@@ -264,6 +264,13 @@ def cpu_kernels(dtype: torch.dtype) -> CPUKernels | None:
     return None if isinstance(library, str) else _kernels(library)
 
 
+def kernels_for(x: torch.Tensor, width: int, multiple: int) -> CPUKernels | None:
+    """Return the kernels if they can be had for ``x`` and a width that must be a multiple."""
+    if x.device.type != "cpu" or width % multiple:
+        return None
+    return cpu_kernels(x.dtype)
+
+
 def why_no_cpu_kernels(dtype: torch.dtype) -> str | None:
     """Return what keeps `cpu_kernels`, or attention's among them, from being had; else None."""
     if dtype != torch.bfloat16:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vllm_sparse_dllm.kernels.cpu import CPUKernels, cpu_kernels
+from vllm_sparse_dllm.kernels.cpu import kernels_for
 
 with contextlib.suppress(ImportError):
     # Registers the operators of this platform's extension, whatever that is called.
@@ -26,13 +26,6 @@ with contextlib.suppress(ImportError):
 _COMPILED = all(
     hasattr(torch.ops._C, name) for name in ("rms_norm", "fused_add_rms_norm", "silu_and_mul")
 )
-
-
-def _cpu_kernels(x: torch.Tensor, of: int) -> CPUKernels | None:
-    """Return our own kernels if they are for ``x``: they want its width to be a multiple."""
-    if x.device.type != "cpu" or x.shape[-1] % of:
-        return None
-    return cpu_kernels(x.dtype)
 
 
 def _compiles(device: torch.device) -> bool:
@@ -91,7 +84,7 @@ class FusedRMSNorm(nn.Module):
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the norm of ``x + residual``, and the sum; both may be written in place."""
-        kernels = _cpu_kernels(x, of=16)
+        kernels = kernels_for(x, x.shape[-1], 16)
         if kernels is not None and x.is_contiguous() and residual.is_contiguous():
             kernels.add_norm(x, residual, self.weight, self.eps)
             return x, residual
@@ -103,7 +96,7 @@ class FusedRMSNorm(nn.Module):
 
 def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """Return ``silu(gate) * up`` of ``[rows, 2 * width]``."""
-    kernels = _cpu_kernels(gate_up, of=32)
+    kernels = kernels_for(gate_up, gate_up.shape[-1] // 2, 16)
     if kernels is not None:
         return kernels.silu_and_mul(gate_up)
     if not _COMPILED or gate_up.device.type == "cpu":

@@ -33,13 +33,13 @@ from vllm.model_executor.models.utils import maybe_prefix
 from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.attention.module import BidirectionalAttention
 from vllm_sparse_dllm.attention.plan import ForwardPlan
-from vllm_sparse_dllm.kernels.cpu import cpu_kernels
+from vllm_sparse_dllm.kernels.cpu import kernels_for
 from vllm_sparse_dllm.models.fused import FusedRMSNorm, silu_and_mul
 
-#: Rows that go through the feed-forward layer at a time on CPU where SwiGLU is not one pass over
-#: memory: its intermediate results are the widest, and cost more than their products once they
-#: leave the caches.
-_CACHED_ROWS = 512
+#: Rows that go through the feed-forward layer at a time on CPU: its intermediate results are the
+#: widest. Where SwiGLU takes several passes over memory they cost more than their products once
+#: they leave the caches; where it is one pass they only take memory.
+_CACHED_ROWS, _MOST_ROWS = 512, 4096
 
 
 @dataclass(frozen=True)
@@ -133,14 +133,13 @@ class Rotary(nn.Module):
             Queries and keys.
         """
         sizes = [q_size, qk.shape[-1] - q_size]
-        if qk.device.type == "cpu" and self.head_size % 32 == 0:
-            kernels = cpu_kernels(qk.dtype)
-            if kernels is not None:
-                if self._table is None:
-                    self._table = self.rope.cos_sin_cache.float()
-                kernels.rotate(qk, self.head_size, positions, self._table)
-                q, k = qk.split(sizes, dim=-1)
-                return q, k
+        kernels = kernels_for(qk, self.head_size, 32)
+        if kernels is not None:
+            if self._table is None:
+                self._table = self.rope.cos_sin_cache.float()
+            kernels.rotate(qk, self.head_size, positions, self._table)
+            q, k = qk.split(sizes, dim=-1)
+            return q, k
         if self.full_precision and qk.dtype != torch.float32:
             # Copied as one, there and back.
             wide = qk.float()
@@ -241,11 +240,12 @@ class FeedForward(nn.Module):
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         rows = hidden.shape[0]
-        whole = hidden.device.type != "cpu" or cpu_kernels(hidden.dtype) is not None
-        if whole or rows <= _CACHED_ROWS:
+        one_pass = kernels_for(hidden, self.down_proj.input_size_per_partition, 16) is not None
+        most = _MOST_ROWS if one_pass else _CACHED_ROWS
+        if hidden.device.type != "cpu" or rows <= most:
             return self._run(hidden)
         output = torch.empty_like(hidden)
-        num_parts = -(-rows // _CACHED_ROWS)
+        num_parts = -(-rows // most)
         for part, target in zip(hidden.chunk(num_parts), output.chunk(num_parts), strict=True):
             target.copy_(self._run(part))
         return output
