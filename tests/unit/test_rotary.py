@@ -50,7 +50,7 @@ def test_queries_and_keys_are_rotated(
     PyTorch code, `custom_ops` none): the same."""
     custom_ops = "all" if way == "own" else way
     if way != "own":
-        monkeypatch.setattr("vllm_sparse_dllm.models.layers.cpu_kernels", lambda dtype: None)
+        monkeypatch.setattr("vllm_sparse_dllm.models.layers.kernels_for", lambda *arguments: None)
     # vLLM keeps what it has made, whatever the configuration.
     monkeypatch.setattr("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {})
     config = VllmConfig(compilation_config=CompilationConfig(custom_ops=[custom_ops]))
