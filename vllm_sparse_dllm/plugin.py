@@ -24,6 +24,16 @@ def platform() -> str | None:
     return "vllm_sparse_dllm.engine.ray_platform.RayCPUPlatform"
 
 
+def announce(variable: str) -> None:
+    """Have vLLM know an environment variable of ours.
+
+    It then neither warns of the name nor leaves it behind when it starts workers.
+    """
+    from vllm import envs
+
+    envs.environment_variables.setdefault(variable, lambda: os.getenv(variable))
+
+
 def register() -> None:
     """Register models, configurations, cache and admission with vLLM.
 
@@ -31,7 +41,7 @@ def register() -> None:
     more than once.
     """
     from transformers import AutoConfig, AutoTokenizer
-    from vllm import ModelRegistry, envs
+    from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vllm_sparse_dllm.cache.block_manager import register_block_manager
@@ -46,8 +56,7 @@ def register() -> None:
     )
     from vllm_sparse_dllm.models.tokenizer import DreamTokenizer
 
-    # vLLM then knows the name: it neither warns of it nor leaves it behind when it starts workers.
-    envs.environment_variables.setdefault(VARIABLE, lambda: os.getenv(VARIABLE))
+    announce(VARIABLE)
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
     AutoConfig.register(DreamConfig.model_type, DreamConfig, exist_ok=True)
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)

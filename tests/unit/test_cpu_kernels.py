@@ -27,11 +27,16 @@ from vllm_sparse_dllm.kernels.cpu import CPUKernels, PagePool, cpu_kernels, why_
 BF16 = torch.bfloat16
 
 
-def available(tiles: bool = False) -> CPUKernels:
-    """Return the kernels; skip the test where the machine has none."""
+def need_the_library() -> None:
+    """Skip the test where the library cannot be compiled."""
     reason = native.why_not()
     if reason is not None:
         pytest.skip(reason)
+
+
+def available(tiles: bool = False) -> CPUKernels:
+    """Return the kernels; skip the test where the machine has none."""
+    need_the_library()
     kernels = cpu_kernels(BF16)
     assert kernels is not None  # what should compile does
     if tiles and not kernels.has_tiles:
@@ -335,8 +340,7 @@ def test_what_cannot_be_linked_leaves_no_library(
     anew: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As where a compiler's code for OpenMP calls functions of another library than PyTorch's."""
-    if native.why_not() is not None:
-        pytest.skip(str(native.why_not()))
+    need_the_library()
     (anew / "kernel.cpp").write_text(
         'extern "C" { void __kmpc_fork_call(); int has_tiles() { __kmpc_fork_call(); return 0; } }'
     )
@@ -347,8 +351,7 @@ def test_what_cannot_be_linked_leaves_no_library(
 def test_a_directory_that_cannot_be_written_means_none(
     anew: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if native.why_not() is not None:
-        pytest.skip(str(native.why_not()))
+    need_the_library()
     (anew / "file").write_text("")
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(anew / "file"))
     assert "Not a directory" in missing(anew)
@@ -371,8 +374,7 @@ def test_without_a_home_a_directory_is_found(
 
 
 def test_workers_that_compile_at_once_get_one_library(anew: Path) -> None:
-    if native.why_not() is not None:
-        pytest.skip(str(native.why_not()))
+    need_the_library()
     with ThreadPoolExecutor(3) as pool:
         libraries = {future.result() for future in [pool.submit(native.build) for _ in range(3)]}
     assert list(anew.rglob("*")) == [anew / "vllm_sparse_dllm", *libraries]
@@ -395,8 +397,7 @@ def test_the_openmp_library_is_pytorchs_whatever_else_is_loaded(tmp_path: Path) 
 @pytest.mark.parametrize("flags", [[], ["-mno-amx-bf16"]])
 def test_the_sources_have_no_warnings(source: str, flags: list[str], tmp_path: Path) -> None:
     """With and without tiles. GCC 12 warns of its own headers, of nothing else."""
-    if native.why_not() is not None:
-        pytest.skip(str(native.why_not()))
+    need_the_library()
     compiler = native.find_compiler()
     assert compiler is not None
     run = subprocess.run(

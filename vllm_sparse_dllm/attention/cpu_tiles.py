@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
+from vllm_sparse_dllm.attention.packing import starts_of
 from vllm_sparse_dllm.kernels.cpu import PagePool, cpu_kernels
 from vllm_sparse_dllm.transfer import HostArrays
 
@@ -32,9 +33,7 @@ class _FullPlan:
 
 
 def _starts(lengths: np.ndarray) -> torch.Tensor:
-    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-    np.cumsum(lengths, out=starts[1:])
-    return torch.from_numpy(starts)
+    return torch.from_numpy(starts_of(lengths).astype(np.int64, copy=False))
 
 
 class TileBackend(AttentionBackend):

@@ -6,17 +6,14 @@ Nothing here is imported unless the user asks for it (`plugin.platform`).
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
-from vllm import envs
 from vllm.platforms import cpu_platform_plugin
 from vllm.utils.import_utils import resolve_obj_by_qualname
 
-from vllm_sparse_dllm.plugin import RAY_ON_CPU
+from vllm_sparse_dllm.plugin import RAY_ON_CPU, announce
 
-# vLLM then knows the name: it neither warns of it nor leaves it behind when it starts actors.
-envs.environment_variables.setdefault(RAY_ON_CPU, lambda: os.getenv(RAY_ON_CPU))
+announce(RAY_ON_CPU)
 
 # CpuPlatform, or its variant for AMD's Zen.
 _Base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cpu.CpuPlatform")

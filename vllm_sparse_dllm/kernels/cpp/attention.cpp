@@ -233,9 +233,22 @@ class Attention {
   float maximum_[kQueries], sum_[kQueries];
 };
 
+// Queries of a sequence, in the heads that share a key/value head.
 struct Task {
   int64_t sequence, kv_head, first, end;
 };
+
+// Attend to what was taken with the queries of a task, in each of `group` heads.
+void attend_heads(Attention& attention, const Task& task, int64_t group, int64_t size,
+                  Strided queries, Strided output) {
+  for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; ++head) {
+    for (int64_t first = task.first; first < task.end; first += kQueries) {
+      attention.attend({queries.row(first) + head * size, queries.stride},
+                       {output.row(first) + head * size, output.stride},
+                       std::min<int64_t>(kQueries, task.end - first));
+    }
+  }
+}
 
 }  // namespace
 
@@ -286,13 +299,7 @@ void attend(bf16* queries, int64_t query_stride, bf16* keys, int64_t key_stride,
       const Strided k{keys + first_key * key_stride + task.kv_head * size, key_stride};
       const Strided v{values + first_key * value_stride + task.kv_head * size, value_stride};
       attention.take(k, v, key_starts[task.sequence + 1] - first_key);
-      for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; ++head) {
-        for (int64_t start = task.first; start < task.end; start += kQueries) {
-          attention.attend({queries + start * query_stride + head * size, query_stride},
-                           {output + start * output_stride + head * size, output_stride},
-                           std::min<int64_t>(kQueries, task.end - start));
-        }
-      }
+      attend_heads(attention, task, group, size, {queries, query_stride}, {output, output_stride});
     }
   }
 }
@@ -323,11 +330,7 @@ void attend_pages(bf16* pool, int64_t page_size, const int32_t* table, int64_t w
       const Task& task = tasks[index];
       attention.take(pages, table + task.sequence * width, task.kv_head,
                      key_lengths[task.sequence]);
-      for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; ++head) {
-        attention.attend({queries + task.first * query_stride + head * size, query_stride},
-                         {output + task.first * output_stride + head * size, output_stride},
-                         task.end - task.first);
-      }
+      attend_heads(attention, task, group, size, {queries, query_stride}, {output, output_stride});
     }
   }
 }
