@@ -47,6 +47,7 @@ class Scale:
     kernel_sizes: tuple[int, ...] = (1, 3, 5, 7, 9)
     eviction_delays: tuple[int, ...] = (1, 4, 8, 16, 24)
     refresh_intervals: tuple[int, ...] = (1, 2, 4)
+    suffix_windows: tuple[int, ...] = (16, 8, 0)
     small_blocks: int = RESPONSE // 4
     thresholds: tuple[float, ...] = (0.5, 0.7, 0.9, 0.99)
     factors: tuple[float, ...] = (0.25, 0.5, 1.0)
@@ -66,6 +67,7 @@ QUICK = Scale(
     kernel_sizes=(1, 3),
     eviction_delays=(4,),
     refresh_intervals=(1, 2),
+    suffix_windows=(0,),
     small_blocks=RESPONSE // 2,
     thresholds=(0.9,),
     factors=(1.0,),
@@ -226,6 +228,21 @@ def _interval(scale: Scale) -> Sweep:
     return sweep
 
 
+def _suffix(scale: Scale) -> Sweep:
+    """Blocks shorter than the response, of which the last sees all and the others a part."""
+    title = f"Blocks of {scale.small_blocks} that see a part of what follows"
+    sweep = Sweep("suffix", title, *_side(scale))
+    methods: dict[str, Settings] = {name: {"cache_policy": name} for name in WHOLE}
+    for ratio in scale.side_keep_ratios:
+        methods[f"sparse {_kept(ratio)}"] = {"cache_policy": "sparse", "keep_ratio": ratio}
+    for method, settings in methods.items():
+        for window in (None, *scale.suffix_windows):
+            label = "all" if window is None else f"window {window}"
+            settings = {**settings, "suffix_window": window, "block_length": scale.small_blocks}
+            sweep.add(method, label, scale.num_side_items, **settings)
+    return sweep
+
+
 def _parallel(scale: Scale) -> Sweep:
     """Several tokens a step."""
     sweep = Sweep("parallel", "Several tokens a step", *_side(scale))
@@ -244,7 +261,7 @@ def _parallel(scale: Scale) -> Sweep:
     return sweep
 
 
-SWEEPS = ("keep", "delay", "kernel", "granularity", "late", "interval", "parallel")
+SWEEPS = ("keep", "delay", "kernel", "granularity", "late", "interval", "suffix", "parallel")
 
 
 def make_sweeps(
@@ -265,6 +282,7 @@ def make_sweeps(
         _granularity(scale),
         _late(scale, saliencies),
         _interval(scale),
+        _suffix(scale),
         _parallel(scale),
     ]
     return {sweep.name: sweep for sweep in made}
