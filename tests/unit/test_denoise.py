@@ -19,7 +19,7 @@ from vllm_sparse_dllm.denoise.rules import RULES, factor_counts, threshold_count
 from vllm_sparse_dllm.denoise.sampling import restrict
 from vllm_sparse_dllm.denoise.step import Commits, LogitsOf, denoise
 from vllm_sparse_dllm.denoise.timetable import commit_fractions
-from vllm_sparse_dllm.transfer import HostArrays
+from vllm_sparse_dllm.transfer import HostArrays, read_back
 
 VOCAB, MASK = 37, 3
 KINDS = pytest.mark.parametrize("kind", ["llada", "dream"])
@@ -329,6 +329,26 @@ def test_logprobs(kind: str, num_logprobs: int, temperature: float) -> None:
         )
         best = np.sort(expected[row])[::-1][:width]
         np.testing.assert_allclose(own.values[line, 1:], best, rtol=1e-5, atol=1e-6)
+
+
+def test_logprobs_that_wait_to_be_read_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what logits may take, as long as one request alone does not take more."""
+    read: list[int] = []
+
+    def recorded(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
+        read.append(sum(tensor.numel() for tensor in tensors))
+        return read_back(tensors)
+
+    monkeypatch.setattr("vllm_sparse_dllm.denoise.step.read_back", recorded)
+    jobs = [
+        Job(randn(number, 4), Options(), step=0, num_logprobs=-1, steps=4, size=4)
+        for number in range(5)
+    ]
+    commits = run("llada", jobs, max_rows=3)
+    assert all(own is not None and own.values.shape == (1, 1 + VOCAB) for own in commits.logprobs)
+    _, *of_logprobs = read
+    # One committed row each: the ids, the values and the rank of it.
+    assert of_logprobs == [2 * (1 + VOCAB) + 1] * len(jobs)
 
 
 @KINDS

@@ -260,10 +260,15 @@ def _logprobs(
     read: list[np.ndarray] = []
     for number, index, own_tokens in parts:
         logits = logits_of(*plan.spans[number], index)
-        results += _ranked_logprobs(logits, own_tokens, plan.requests[number].num_logprobs)
-        if sum(result.numel() for result in results) > plan.max_rows * logits.shape[-1]:
+        rows, vocab = logits.shape
+        k = plan.requests[number].num_logprobs
+        k = vocab if k is None or k < 0 else k
+        pending = sum(result.numel() for result in results)
+        if pending and pending + rows * 2 * k > plan.max_rows * vocab:
+            # Before there are more: what one part takes is what profiling has run.
             read += read_back(results)
             results = []
+        results += _ranked_logprobs(logits, own_tokens, k)
     if results:
         read += read_back(results)
     logprobs: list[Logprobs | None] = [None] * len(plan.requests)
@@ -277,14 +282,11 @@ def _logprobs(
     return logprobs
 
 
-def _ranked_logprobs(
-    logits: torch.Tensor, tokens: torch.Tensor, num_logprobs: int | None
-) -> list[torch.Tensor]:
+def _ranked_logprobs(logits: torch.Tensor, tokens: torch.Tensor, k: int) -> list[torch.Tensor]:
     """Return token ids, values and ranks as in `Logprobs`."""
     logprobs = torch.log_softmax(logits.float(), dim=-1)
     tokens = tokens.unsqueeze(-1)
     own = logprobs.gather(-1, tokens)
-    k = logprobs.shape[-1] if num_logprobs is None or num_logprobs < 0 else num_logprobs
     top = torch.topk(logprobs, k, dim=-1)
     return [
         torch.cat([tokens, top.indices], dim=-1),
