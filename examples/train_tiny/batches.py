@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -18,25 +18,39 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 from tasks import END, RESPONSE, Vocabulary, make_item
 
-#: How often each task is asked.
+#: How often each task is asked, mostly.
 MIX = {"retrieval": 0.45, "copy": 0.3, "reverse": 0.15, "addition": 0.1}
 #: Of the padding after an answer, which is soon learnt, in the loss.
 PADDING_WEIGHT = 0.1
 #: The part of sequences that show some of the answer and the end of the padding, as decoding
 #: does half-way; in all others each position is shown or masked by its own draw.
 HALF_WAY = 0.4
-#: The part of those that show the start of the answer; the others show any words of it.
-IN_ORDER = 0.4
 #: Padding behind the answer that may then still be masked.
 LATE_PADDING = 8
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps whose sequences have these numbers of tokens, so often."""
+    """Steps that are alike.
+
+    Attributes:
+        steps: Their number.
+        lengths: Tokens of a sequence, so often.
+        mix: How often each task is asked.
+        in_order: The part of half-way responses that show the start of the answer; the others
+            show any words of it.
+        unbegun: The part of half-way responses that surely show nothing of the answer, only
+            where padding ends.
+        unseen: The largest part of a prompt's keys that a response does not see, others in each
+            layer; each sequence draws its part, from 0 on.
+    """
 
     steps: int
     lengths: Mapping[int, float]
+    mix: Mapping[str, float] = field(default_factory=lambda: MIX)
+    in_order: float = 0.4
+    unbegun: float = 0.0
+    unseen: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -44,12 +58,14 @@ class Batch:
     """One process's part of a step.
 
     ids: what the network sees, [B, T]; targets: what belongs at the last `RESPONSE` positions;
-    weights: of the loss there, 0 where nothing is masked; both [B, RESPONSE].
+    weights: of the loss there, 0 where nothing is masked; both [B, RESPONSE]; seen: the keys that
+    these positions see, [layers, B, T], None if all.
     """
 
     ids: Tensor
     targets: Tensor
     weights: Tensor
+    seen: Tensor | None
 
 
 class Batches(Dataset[Batch]):
@@ -60,12 +76,14 @@ class Batches(Dataset[Batch]):
         vocabulary: Vocabulary,
         stages: tuple[Stage, ...],
         tokens: int,
+        layers: int,
         seed: int,
         process: int = 0,
         num_processes: int = 1,
     ) -> None:
         """``tokens`` is what all processes together see in a step, about."""
         self.vocabulary, self.stages, self.tokens, self.seed = vocabulary, stages, tokens, seed
+        self.layers = layers
         self.process, self.num_processes = process, num_processes
         self._ends = list(accumulate(stage.steps for stage in stages))
 
@@ -74,14 +92,17 @@ class Batches(Dataset[Batch]):
 
     def length_of(self, number: int) -> int:
         """Return the tokens of a sequence in a batch; the same in all processes."""
-        stage = next(s for s, end in zip(self.stages, self._ends, strict=True) if number < end)
+        lengths = self._stage_of(number).lengths
         rng = random.Random(f"length {self.seed} {number}")
-        return rng.choices(list(stage.lengths), list(stage.lengths.values()))[0]
+        return rng.choices(list(lengths), list(lengths.values()))[0]
+
+    def _stage_of(self, number: int) -> Stage:
+        return next(s for s, end in zip(self.stages, self._ends, strict=True) if number < end)
 
     def __getitem__(self, number: int) -> Batch:
         if not 0 <= number < len(self):
             raise IndexError(number)
-        length = self.length_of(number)
+        length, stage = self.length_of(number), self._stage_of(number)
         rows = max(1, self.tokens // length // self.num_processes)
         rng = random.Random(f"batch {self.seed} {number} {self.process}")
         draws = np.random.default_rng([self.seed, number, self.process])
@@ -90,33 +111,44 @@ class Batches(Dataset[Batch]):
         # Stratified, so that every batch has responses from nearly empty to nearly full.
         times = (draws.permutation(rows) + draws.random(rows)) / rows
         for row in range(rows):
-            start, end = self._write(rng, ids[row])
+            start, end = self._write(rng, ids[row], stage.mix)
             masked = draws.random(length) < 1.0 - 0.95 * times[row] ** 2
             masked[:start] = False
             if rng.random() < HALF_WAY:
                 masked[:] = False
                 first = rng.randrange(start, end)
+                if stage.unbegun and rng.random() < stage.unbegun:
+                    first = start
                 masked[first : end + rng.randint(0, LATE_PADDING)] = True
-                if rng.random() >= IN_ORDER:
+                if rng.random() >= stage.in_order:
                     masked[start:end] = False
                     masked[rng.sample(range(start, end), end - first)] = True
             weights[row] = masked[-RESPONSE:]
             weights[row, end - length :] *= PADDING_WEIGHT
             ids[row, masked] *= -1
+        keys = None
+        if stage.unseen:
+            rates = draws.random((1, rows, 1)) * stage.unseen
+            drawn = draws.random((self.layers, rows, length)) >= rates
+            drawn[:, :, -RESPONSE:] = True
+            keys = torch.from_numpy(drawn)
         targets = np.abs(ids)
         seen = np.where(ids < 0, self.vocabulary["<|mask|>"], ids)
         return Batch(
             torch.from_numpy(seen),
             torch.from_numpy(targets[:, -RESPONSE:]),
             torch.from_numpy(weights),
+            keys,
         )
 
-    def _write(self, rng: random.Random, ids: np.ndarray) -> tuple[int, int]:
+    def _write(
+        self, rng: random.Random, ids: np.ndarray, mix: Mapping[str, float]
+    ) -> tuple[int, int]:
         """Fill a row with an item; return where its answer starts and where padding does."""
         # Most responses have the length that is asked for; a few are shorter.
         response = RESPONSE if rng.random() < 0.85 else rng.randint(20, RESPONSE)
         start = len(ids) - response
-        item = make_item(rng, rng.choices(list(MIX), list(MIX.values()))[0], start)
+        item = make_item(rng, rng.choices(list(mix), list(mix.values()))[0], start)
         ids[:start] = self.vocabulary.encode(item.prompt)
         answer = self.vocabulary.encode((*item.answer, END))
         ids[start : start + len(answer)] = answer

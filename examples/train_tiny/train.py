@@ -85,23 +85,33 @@ class Plan:
         return 0.0
 
 
-PLANS = {
-    "full": Plan(
+_LATE_LENGTHS = {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}
+
+
+def _full(first: dict[str, Any], second: dict[str, Any]) -> Plan:
+    """Return the plan of the embedded models; the rest of its stages' fields, by cycle."""
+    growing = (
+        Stage(300, {64: 0.5, 160: 0.5}, **first),
+        Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}, **first),
+        Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}, **first),
+        Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}, **first),
+    )
+    late = Stage(1000, _LATE_LENGTHS, **second)
+    return Plan(
         width=256,
         mlp=512,
         layers=4,
-        cycles=(
-            Cycle(
-                (
-                    Stage(300, {64: 0.5, 160: 0.5}),
-                    Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}),
-                    Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}),
-                    Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}),
-                )
-            ),
-            Cycle((Stage(1000, {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}),), peak=0.7),
-        ),
+        cycles=(Cycle(growing), Cycle((late,), peak=0.7)),
         tokens=8448,
+    )
+
+
+_DREAM_MIX = {"retrieval": 0.45, "copy": 0.35, "reverse": 0.1, "addition": 0.1}
+PLANS = {
+    "llada": _full({}, {}),
+    "dream": _full(
+        {"mix": _DREAM_MIX, "in_order": 0.7, "unbegun": 0.2},
+        {"mix": _DREAM_MIX, "unbegun": 0.2},
     ),
     # For tests: seconds.
     "toy": Plan(
@@ -143,7 +153,7 @@ class Training:
     def update(self, forward: nn.Module | Any, batch: Batch) -> tuple[float, float]:
         """Take one step; return this process's loss and the share of answers' tokens right."""
         with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(batch.ids, batch.targets.shape[1])
+            logits = forward(batch.ids, batch.targets.shape[1], batch.seen)
         masked = batch.weights > 0
         weights, targets = batch.weights[masked], batch.targets[masked]
         chosen = logits[masked].float()
@@ -214,7 +224,7 @@ def work(process: int, arguments: argparse.Namespace, port: int) -> None:
             rank=process,
             world_size=arguments.processes,
         )
-    plan = PLANS[arguments.plan]
+    plan = PLANS[arguments.plan or arguments.model]
     vocabulary = Vocabulary(TOKENIZER)
     training = Training(plan, arguments.model, arguments.start, vocabulary, arguments.seed)
     state = arguments.output / "state.pt"
@@ -223,7 +233,13 @@ def work(process: int, arguments: argparse.Namespace, port: int) -> None:
     if arguments.resume:
         training.load(state, run)
     data = Batches(
-        vocabulary, plan.stages, plan.tokens, arguments.seed, process, arguments.processes
+        vocabulary,
+        plan.stages,
+        plan.tokens,
+        plan.layers,
+        arguments.seed,
+        process,
+        arguments.processes,
     )
     end = min(plan.steps, arguments.stop_after or plan.steps)
     loader = DataLoader(data, batch_size=None, sampler=range(training.step, end))
@@ -296,7 +312,9 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("output", type=Path, help="directory of checkpoint, state and log")
     parser.add_argument("--model", choices=FAMILIES, default="llada", help="default: %(default)s")
-    parser.add_argument("--plan", choices=sorted(PLANS), default="full", help="toy: for tests")
+    parser.add_argument(
+        "--plan", choices=sorted(PLANS), help="default: the model's; toy: for tests"
+    )
     parser.add_argument("--start", choices=STARTS, default="wired", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")

@@ -217,6 +217,16 @@ class TritonBackend(SlotBackend):
         )
         return num_tiles, config, num_splits, sizes
 
+    def _work_space(self, sizes: tuple[int, int]) -> list[torch.Tensor]:
+        """Return the two work spaces that all plans share: they follow each other on one stream.
+
+        A plan keeps those it was given when others have asked for larger ones since.
+        """
+        for number, size in enumerate(sizes):
+            if self._space[number].shape[0] < size:
+                self._space[number] = self._floats(size)
+        return list(self._space)
+
     def plan_paged(
         self,
         query_lengths: np.ndarray,
@@ -230,18 +240,15 @@ class TritonBackend(SlotBackend):
             lambda rows: int((-(-query_lengths * self._group // rows)).sum()),
             int(key_lengths.max(initial=0)),
         )
-        for number, size in enumerate(sizes):
-            # Plans of a step share theirs: they follow each other on one stream.
-            if self._space[number].shape[0] < size:
-                self._space[number] = self._floats(size)
+        partial, statistics = self._work_space(sizes)
         tiles = row_tiles(query_lengths * self._group, config.block_m)
         numbers = [tiles, starts_of(query_lengths), key_lengths, page_table]
         return TritonPagedPlan(
             views=pack(numbers, self.device, arrays),
             config=config,
             num_splits=num_splits,
-            partial=self._space[0],
-            statistics=self._space[1],
+            partial=partial,
+            statistics=statistics,
             num_queries=num_queries,
         )
 
@@ -255,12 +262,13 @@ class TritonBackend(SlotBackend):
         )
         shapes = [(num_tiles, 2), (num_sequences + 1,), (num_sequences,), (num_sequences, width)]
         packed = PackedArrays(shapes, self.device, arrays)
+        partial, statistics = self._work_space(sizes)
         plan = TritonPagedPlan(
             views=packed.views,
             config=config,
             num_splits=num_splits,
-            partial=self._floats(sizes[0]),
-            statistics=self._floats(sizes[1]),
+            partial=partial,
+            statistics=statistics,
             num_queries=num_queries,
             arrays=packed,
         )
