@@ -309,10 +309,17 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
         "--no-compile", dest="compile", action="store_false", help="without torch.compile"
     )
     arguments = parser.parse_args(command)
-    if arguments.processes < 1:
-        parser.error(f"--processes must be at least 1, got {arguments.processes}")
-    if arguments.resume and not (arguments.output / "state.pt").exists():
-        parser.error(f"--resume: there is no {arguments.output / 'state.pt'}")
+    for option in ("processes", "stop_after", "save_every"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        parser.error(f"output must be a directory, {arguments.output} is none")
+    state = arguments.output / "state.pt"
+    if arguments.resume and not state.exists():
+        parser.error(f"--resume: there is no {state}")
+    if state.exists() and not arguments.resume:
+        parser.error(f"{arguments.output} has a run: go on with it by --resume, or remove it")
     return arguments
 
 

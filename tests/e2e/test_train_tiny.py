@@ -69,3 +69,17 @@ def test_engine_equals_reference(folder: Path, family: str) -> None:
         outputs = generate(llm, [c.prompt for c in cases], [c.sampling() for c in cases])
     reference = load(path)
     assert outputs == [case.expected(reference) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--stop-after", "0"], "--stop-after must be at least 1, got 0"),
+        (["--save-every", "0"], "--save-every must be at least 1, got 0"),
+        ([], "has a run: go on with it by --resume, or remove it"),
+    ],
+)
+def test_bad_arguments(folder: Path, options: list[str], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        train([str(folder / "llada"), "--plan", "toy", *options])
