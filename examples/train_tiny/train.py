@@ -193,10 +193,10 @@ class Training:
         """
         state = torch.load(path, weights_only=True)
         for name, value in run.items():
-            if state["run"][name] != value:
-                raise ValueError(
-                    f"{path} is of a run with {name}={state['run'][name]!r}, not {value!r}"
-                )
+            # States of before say nothing of what was added to a run since.
+            saved = state["run"].get(name, value)
+            if saved != value:
+                raise ValueError(f"{path} is of a run with {name}={saved!r}, not {value!r}")
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         self.network.load_state_dict(state["network"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
@@ -218,7 +218,7 @@ def work(process: int, arguments: argparse.Namespace, port: int) -> None:
     vocabulary = Vocabulary(TOKENIZER)
     training = Training(plan, arguments.model, arguments.start, vocabulary, arguments.seed)
     state = arguments.output / "state.pt"
-    names = ("model", "start", "seed", "processes")
+    names = ("model", "start", "seed", "processes", "compile")
     run = {name: getattr(arguments, name) for name in names} | {"plan": repr(plan)}
     if arguments.resume:
         training.load(state, run)

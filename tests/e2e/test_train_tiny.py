@@ -54,9 +54,13 @@ def test_two_processes_share_a_batch(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_another_run_is_not_resumed(folder: Path) -> None:
-    state = ["--plan", "toy", "--no-compile", "--processes", "1", "--resume", "--seed", "5"]
-    with pytest.raises(AssertionError, match="seed=0, not 5"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--no-compile", "--seed", "5"], "seed=0, not 5"), ([], "compile=False, not True")],
+)
+def test_another_run_is_not_resumed(folder: Path, options: list[str], message: str) -> None:
+    state = ["--plan", "toy", "--processes", "1", "--resume", *options]
+    with pytest.raises(AssertionError, match=message):
         train([str(folder / "llada"), *state])
 
 
