@@ -69,8 +69,14 @@ def _difference(row: Json, none: Json, task: str) -> str:
 
 
 def _none(sweeps: Json, name: str) -> Json | None:
-    """Return the row without a cache, a token a step, that a sweep is compared with."""
+    """Return the row without a cache, a token a step, that a sweep is compared with.
+
+    It must have answered the same items.
+    """
+    seeds = {where: sweep.get("about", {}).get("seed") for where, sweep in sweeps.items()}
     for where in (name, "keep"):
+        if seeds.get(where) != seeds[name]:
+            continue
         for row in sweeps.get(where, {"rows": []})["rows"]:
             if row["settings"]["cache_policy"] == "none":
                 return row
@@ -122,7 +128,8 @@ def section(result: Json, name: str) -> str:
     parts = []
     for model, measured in result["models"].items():
         if name in measured["sweeps"]:
-            about = _about(measured["about"], measured["sweeps"][name])
+            sweep = measured["sweeps"][name]
+            about = _about(sweep.get("about", measured["about"]), sweep)
             parts += [f"**{model}** ({about})\n", sweep_table(measured["sweeps"], name)]
     return "\n".join(parts)
 
@@ -141,7 +148,11 @@ def markdown(result: Json) -> str:
         "# Quality\n",
         "Exact match ± standard error (items); differences are paired, on the same items.\n",
     ]
-    if any(measured["about"]["quick"] for measured in result["models"].values()):
+    if any(
+        sweep.get("about", measured["about"])["quick"]
+        for measured in result["models"].values()
+        for sweep in measured["sweeps"].values()
+    ):
         parts.append("Quick mode: it shows that all works, its figures mean little.\n")
     for name, title in _sweep_titles(result).items():
         parts += [f"## {title}\n", section(result, name)]
@@ -177,13 +188,17 @@ def update_page(page: str, result: Json, plots: Iterable[Path]) -> str:
 
 
 def merge(results: Iterable[Json]) -> Json:
-    """Return several results as one; of the same sweep of a model the last counts."""
+    """Return several results as one; of the same sweep of a model the last counts.
+
+    Each sweep then says itself what it was measured with.
+    """
     merged: Json = {"models": {}}
     for result in results:
         for model, measured in result["models"].items():
             own = merged["models"].setdefault(model, {"about": measured["about"], "sweeps": {}})
             own["about"] = measured["about"]
-            own["sweeps"] |= measured["sweeps"]
+            for name, sweep in measured["sweeps"].items():
+                own["sweeps"][name] = {"about": measured["about"], **sweep}
     return merged
 
 

@@ -220,7 +220,11 @@ def main(argv: list[str] | None = None) -> None:
         result = report.merge(results)
     else:
         result = measure(arguments, scale)
-    files = write(arguments.output, result) + report.write_plots(arguments.output, result)
+    files = write(arguments.output, result)
+    plots = report.write_plots(arguments.output, result)
+    if not plots and report.PLOTS.keys() & set(arguments.sweeps):
+        print("No plots: they need matplotlib, which `make quality` installs")
+    files += plots
     if arguments.page:
         page = arguments.page.read_text(encoding="utf-8")
         plots = report.write_plots(arguments.page.parent, result)

@@ -131,6 +131,26 @@ def test_paired_differences() -> None:
     assert report.paired_difference("11", "11") == (0.0, 0.0, 2)
 
 
+def test_runs_put_together(measured: Json) -> None:
+    """Each table says what it was measured with, and only the same items are compared."""
+
+    def run(seed: int, *sweeps: str) -> Json:
+        about = {"dtype": "float32", "seed": seed, "cores": 2, "processor": "", "quick": False}
+        own = {"about": about, "sweeps": {name: measured[name] for name in sweeps}}
+        return {"models": {"one": own}}
+
+    result = report.merge([run(3, "keep", "delay"), run(4, "kernel", "parallel")])
+    for name, seed, compared in (
+        ("keep", 3, True),
+        ("delay", 3, True),
+        ("kernel", 4, False),
+        ("parallel", 4, True),
+    ):
+        text = report.section(result, name)
+        assert f"items of seed {seed}," in text
+        assert ("copy − none" in text) == compared
+
+
 def test_page_is_refreshed(folder: Path, measured: Json) -> None:
     """The documentation has a place for each sweep, and nothing else of it changes."""
     before, after = (path.read_text(encoding="utf-8") for path in (PAGE, folder / "page.md"))
