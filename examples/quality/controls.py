@@ -2,7 +2,8 @@
 """Ways to choose what a cache keeps that no server could use: they know the item.
 
 A method that does no better than `Random` and `Framed` has chosen nothing; one that equals
-`Oracle` has found all there is to find. All draw at random, in each layer anew, as the methods
+`Oracle` has found where the answer stands. A model may look elsewhere too, so a method can do
+better still. All draw at random, in each layer anew, as the methods
 choose in each layer anew; the draw is the same for the same prompt, whatever it is batched with.
 """
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 # Only errors, unless asked for more. Must be set before vLLM is imported.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
-from tasks import END, PADDING, RESPONSE, TASKS, Item, Vocabulary, held_out
+from tasks import END, MIN_LENGTH, PADDING, RESPONSE, TASKS, Item, Vocabulary, held_out
 
 from vllm_sparse_dllm.assets import embedded_model, embedded_models
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput
 
 LENGTHS = (64, 128, 256, 512, 1024)
+#: What a model may be given as.
+MODELS = f"one of {', '.join(embedded_models())}, or a checkpoint's directory"
 
 
 @dataclass(frozen=True)
@@ -145,11 +147,14 @@ def model_path(name: str) -> str:
     return embedded_model(name) if name in embedded_models() else name
 
 
-def parse_arguments() -> argparse.Namespace:
+def is_model(name: str) -> bool:
+    """Return whether `model_path` leads to a checkpoint."""
+    return name in embedded_models() or Path(name, "config.json").is_file()
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument(
-        "model", help=f"one of {', '.join(embedded_models())}, or a checkpoint's directory"
-    )
+    parser.add_argument("model", help=MODELS)
     parser.add_argument("--items", type=int, default=100, help="of a cell; default: %(default)s")
     parser.add_argument("--tasks", nargs="+", choices=sorted(TASKS), default=list(TASKS))
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
@@ -162,11 +167,18 @@ def parse_arguments() -> argparse.Namespace:
         help="request parameters as JSON, without the prefix diffusion_; default: %(default)s",
     )
     parser.add_argument("--json", type=Path, help="also write the scores to this file")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
+    if not is_model(arguments.model):
+        parser.error(f"model must be {MODELS}, got {arguments.model!r}")
     if arguments.items < 1:
         parser.error(f"--items must be at least 1, got {arguments.items}")
-    if not set(arguments.lengths) <= set(range(1, max(LENGTHS) + 1)):
-        parser.error(f"--lengths must be at most {max(LENGTHS)}, got {arguments.lengths}")
+    lengths = list(arguments.lengths)
+    if not all(MIN_LENGTH <= length <= max(LENGTHS) for length in lengths):
+        parser.error(f"--lengths must be from {MIN_LENGTH} to {max(LENGTHS)}, got {lengths}")
+    if not isinstance(arguments.settings, dict):
+        parser.error(f"--settings must be a JSON object, got {arguments.settings}")
+    if arguments.json and not arguments.json.parent.is_dir():
+        parser.error(f"--json: there is no directory {arguments.json.parent}")
     return arguments
 
 

@@ -54,14 +54,20 @@ def _cells(row: Json, **where: Any) -> list[Json]:
     return [c for c in row["cells"] if all(c[key] == value for key, value in where.items())]
 
 
-def _difference(row: Json, none: Json, task: str) -> str:
-    """Return the paired difference of a task, over all lengths that both rows have."""
+def _paired(row: Json, none: Json, task: str) -> tuple[str, str]:
+    """Return what was right of a task's items, over all lengths that both rows have."""
     one = other = ""
     for cell in _cells(row, task=task):
         for base in _cells(none, task=task, length=cell["length"]):
             num = min(cell["num_items"], base["num_items"])
             one += cell["right"][:num]
             other += base["right"][:num]
+    return one, other
+
+
+def _difference(row: Json, none: Json, task: str) -> str:
+    """Return the paired difference of a task."""
+    one, other = _paired(row, none, task)
     if not one or row is none:
         return ""
     mean, error, num = paired_difference(one, other)
@@ -69,8 +75,14 @@ def _difference(row: Json, none: Json, task: str) -> str:
 
 
 def _none(sweeps: Json, name: str) -> Json | None:
-    """Return the row without a cache, a token a step, that a sweep is compared with."""
+    """Return the row without a cache, a token a step, that a sweep is compared with.
+
+    It must have answered the same items.
+    """
+    seeds = {where: sweep.get("about", {}).get("seed") for where, sweep in sweeps.items()}
     for where in (name, "keep"):
+        if seeds.get(where) != seeds[name]:
+            continue
         for row in sweeps.get(where, {"rows": []})["rows"]:
             if row["settings"]["cache_policy"] == "none":
                 return row
@@ -122,7 +134,8 @@ def section(result: Json, name: str) -> str:
     parts = []
     for model, measured in result["models"].items():
         if name in measured["sweeps"]:
-            about = _about(measured["about"], measured["sweeps"][name])
+            sweep = measured["sweeps"][name]
+            about = _about(sweep.get("about", measured["about"]), sweep)
             parts += [f"**{model}** ({about})\n", sweep_table(measured["sweeps"], name)]
     return "\n".join(parts)
 
@@ -141,7 +154,11 @@ def markdown(result: Json) -> str:
         "# Quality\n",
         "Exact match ± standard error (items); differences are paired, on the same items.\n",
     ]
-    if any(measured["about"]["quick"] for measured in result["models"].values()):
+    if any(
+        sweep.get("about", measured["about"])["quick"]
+        for measured in result["models"].values()
+        for sweep in measured["sweeps"].values()
+    ):
         parts.append("Quick mode: it shows that all works, its figures mean little.\n")
     for name, title in _sweep_titles(result).items():
         parts += [f"## {title}\n", section(result, name)]
@@ -177,13 +194,17 @@ def update_page(page: str, result: Json, plots: Iterable[Path]) -> str:
 
 
 def merge(results: Iterable[Json]) -> Json:
-    """Return several results as one; of the same sweep of a model the last counts."""
+    """Return several results as one; of the same sweep of a model the last counts.
+
+    Each sweep then says itself what it was measured with.
+    """
     merged: Json = {"models": {}}
     for result in results:
         for model, measured in result["models"].items():
             own = merged["models"].setdefault(model, {"about": measured["about"], "sweeps": {}})
             own["about"] = measured["about"]
-            own["sweeps"] |= measured["sweeps"]
+            for name, sweep in measured["sweeps"].items():
+                own["sweeps"][name] = {"about": measured["about"], **sweep}
     return merged
 
 
@@ -231,18 +252,27 @@ def _series(rows: list[Json]) -> dict[str, list[Json]]:
 
 
 def _draw_keep(axis: Any, rows: list[Json], task: str) -> None:
+    """Rows answered more or fewer of the same items, some of them harder than others.
+
+    So that series can be compared, each is drawn by its difference to `none` on the items that
+    both answered.
+    """
+    none = next(row for row in rows if row["settings"]["cache_policy"] == "none")
+    base = _exact_match(_cells(none, task=task))[0]
     for number, (series, own) in enumerate(_series(rows).items()):
         colour = f"C{number}"
-        points = [(row["settings"].get("keep_ratio"), _cells(row, task=task)) for row in own]
+        points = [
+            (row["settings"].get("keep_ratio"), *paired_difference(*_paired(row, none, task))[:2])
+            for row in own
+        ]
         if points[0][0] is None:
-            axis.axhline(_exact_match(points[0][1])[0], linestyle=":", color=colour, label=series)
+            axis.axhline(base + points[0][1], linestyle=":", color=colour, label=series)
             continue
-        values = [_exact_match(cells) for _, cells in points]
         style = "--" if own[0]["control"] else "-"
         axis.errorbar(
-            [ratio for ratio, _ in points],
-            [value for value, _, _ in values],
-            [error for _, error, _ in values],
+            [ratio for ratio, _, _ in points],
+            [base + difference for _, difference, _ in points],
+            [error for _, _, error in points],
             linestyle=style,
             marker="o",
             markersize=3,

@@ -26,8 +26,8 @@ from vllm_sparse_dllm.engine.waiting import wait_shortly
 wait_shortly()
 
 import report  # noqa: E402
-from controls import Control, registered  # noqa: E402
-from evaluate import Evaluator, model_path, start_engine  # noqa: E402
+from controls import CONTROLS, Control, registered  # noqa: E402
+from evaluate import MODELS, Evaluator, is_model, model_path, start_engine  # noqa: E402
 from sweeps import QUICK, SWEEPS, Row, Scale, Sweep, make_sweeps  # noqa: E402
 from tasks import MIN_LENGTH, held_out  # noqa: E402
 
@@ -104,26 +104,29 @@ class Measurement:
 def measure(arguments: argparse.Namespace, scale: Scale) -> Json:
     """Measure all models; what is done is written after each sweep."""
     result: Json = {"models": {}}
-    saliencies = list(SALIENCIES)
-    with registered(arguments.seed) as controls:
-        sweeps = make_sweeps(scale, saliencies, controls)
-        for name in arguments.model:
-            print(name, flush=True)
-            about = {
-                "dtype": arguments.dtype,
-                "seed": arguments.seed,
-                "cores": len(os.sched_getaffinity(0)),
-                "processor": _processor(),
-                "quick": arguments.quick,
-            }
-            result["models"][Path(name).name] = measured = {"about": about, "sweeps": {}}
-            longest = max(scale.lengths)
-            with running_evaluator(model_path(name), arguments.dtype, longest) as evaluator:
-                measurement = Measurement(evaluator, controls, scale, arguments.seed)
-                measurement.warm_up()
-                for sweep in arguments.sweeps:
-                    measured["sweeps"][sweep] = measurement.run(sweeps[sweep])
-                    write(arguments.output, result)
+    sweeps = make_sweeps(scale, SALIENCIES, [control.name for control in CONTROLS])
+    for name in arguments.model:
+        print(name, flush=True)
+        about = {
+            "dtype": arguments.dtype,
+            "seed": arguments.seed,
+            "cores": len(os.sched_getaffinity(0)),
+            "processor": _processor(),
+            "quick": arguments.quick,
+        }
+        result["models"][Path(name).name] = measured = {"about": about, "sweeps": {}}
+        longest = max(scale.lengths)
+        with (
+            running_evaluator(model_path(name), arguments.dtype, longest) as evaluator,
+            # Not before: an engine on a GPU tries all saliencies as it starts, on prompts that
+            # controls know nothing of.
+            registered(arguments.seed) as controls,
+        ):
+            measurement = Measurement(evaluator, controls, scale, arguments.seed)
+            measurement.warm_up()
+            for sweep in arguments.sweeps:
+                measured["sweeps"][sweep] = measurement.run(sweeps[sweep])
+                write(arguments.output, result)
     return result
 
 
@@ -149,8 +152,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--model",
         action="append",
-        help=f"one of {', '.join(embedded_models())}, or a checkpoint's directory; may be "
-        "repeated (default: all of those; quick: the first)",
+        help=f"{MODELS}; may be repeated (default: all of those named; quick: the first)",
     )
     add("--quick", action="store_true", help="few items and settings: does it work?")
     add(
@@ -177,12 +179,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     arguments = parser.parse_args(argv)
     if arguments.items is not None and arguments.items < 2:
         parser.error(f"--items must be at least 2, got {arguments.items}")
-    if any(length < MIN_LENGTH for length in arguments.lengths or ()):
-        parser.error(f"--lengths must be at least {MIN_LENGTH}, got {arguments.lengths}")
+    if arguments.seed < 0:
+        parser.error(f"--seed must be at least 0, got {arguments.seed}")
+    lengths = arguments.lengths or []
+    if any(length < MIN_LENGTH for length in lengths):
+        parser.error(f"--lengths must be at least {MIN_LENGTH}, got {lengths}")
+    for option, values in (("--lengths", lengths), ("--sweeps", arguments.sweeps)):
+        if len(set(values)) < len(values):
+            parser.error(f"{option} must name each once, got {' '.join(map(str, values))}")
+    for path in filter(None, (*(arguments.results or ()), arguments.page)):
+        if not path.is_file():
+            parser.error(f"there is no file {path}")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        parser.error(f"--output must be a directory, {arguments.output} is none")
     arguments.dtype = arguments.dtype or ("float32" if arguments.quick else "bfloat16")
     arguments.model = arguments.model or (
         [Path(embedded_model()).name] if arguments.quick else embedded_models()
     )
+    for model in arguments.model:
+        if not is_model(model):
+            parser.error(f"--model must be {MODELS}, got {model!r}")
+    names = [Path(model).name for model in arguments.model]
+    if len(set(names)) < len(names):
+        parser.error(f"--model: the report tells models apart by name, got {' '.join(names)}")
     return arguments
 
 
@@ -201,7 +220,11 @@ def main(argv: list[str] | None = None) -> None:
         result = report.merge(results)
     else:
         result = measure(arguments, scale)
-    files = write(arguments.output, result) + report.write_plots(arguments.output, result)
+    files = write(arguments.output, result)
+    plots = report.write_plots(arguments.output, result)
+    if not plots and report.PLOTS.keys() & set(arguments.sweeps):
+        print("No plots: they need matplotlib, which `make quality` installs")
+    files += plots
     if arguments.page:
         page = arguments.page.read_text(encoding="utf-8")
         plots = report.write_plots(arguments.page.parent, result)

@@ -203,10 +203,10 @@ class Training:
         """
         state = torch.load(path, weights_only=True)
         for name, value in run.items():
-            if state["run"][name] != value:
-                raise ValueError(
-                    f"{path} is of a run with {name}={state['run'][name]!r}, not {value!r}"
-                )
+            # States of before say nothing of what was added to a run since.
+            saved = state["run"].get(name, value)
+            if saved != value:
+                raise ValueError(f"{path} is of a run with {name}={saved!r}, not {value!r}")
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         self.network.load_state_dict(state["network"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
@@ -228,7 +228,7 @@ def work(process: int, arguments: argparse.Namespace, port: int) -> None:
     vocabulary = Vocabulary(TOKENIZER)
     training = Training(plan, arguments.model, arguments.start, vocabulary, arguments.seed)
     state = arguments.output / "state.pt"
-    names = ("model", "start", "seed", "processes")
+    names = ("model", "start", "seed", "processes", "compile")
     run = {name: getattr(arguments, name) for name in names} | {"plan": repr(plan)}
     if arguments.resume:
         training.load(state, run)
@@ -327,10 +327,17 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
         "--no-compile", dest="compile", action="store_false", help="without torch.compile"
     )
     arguments = parser.parse_args(command)
-    if arguments.processes < 1:
-        parser.error(f"--processes must be at least 1, got {arguments.processes}")
-    if arguments.resume and not (arguments.output / "state.pt").exists():
-        parser.error(f"--resume: there is no {arguments.output / 'state.pt'}")
+    for option in ("processes", "stop_after", "save_every"):
+        value = getattr(arguments, option)
+        if value is not None and value < 1:
+            parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
+    if arguments.output.exists() and not arguments.output.is_dir():
+        parser.error(f"output must be a directory, {arguments.output} is none")
+    state = arguments.output / "state.pt"
+    if arguments.resume and not state.exists():
+        parser.error(f"--resume: there is no {state}")
+    if state.exists() and not arguments.resume:
+        parser.error(f"{arguments.output} has a run: go on with it by --resume, or remove it")
     return arguments
 
 

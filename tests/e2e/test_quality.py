@@ -131,6 +131,26 @@ def test_paired_differences() -> None:
     assert report.paired_difference("11", "11") == (0.0, 0.0, 2)
 
 
+def test_runs_put_together(measured: Json) -> None:
+    """Each table says what it was measured with, and only the same items are compared."""
+
+    def run(seed: int, *sweeps: str) -> Json:
+        about = {"dtype": "float32", "seed": seed, "cores": 2, "processor": "", "quick": False}
+        own = {"about": about, "sweeps": {name: measured[name] for name in sweeps}}
+        return {"models": {"one": own}}
+
+    result = report.merge([run(3, "keep", "delay"), run(4, "kernel", "parallel")])
+    for name, seed, compared in (
+        ("keep", 3, True),
+        ("delay", 3, True),
+        ("kernel", 4, False),
+        ("parallel", 4, True),
+    ):
+        text = report.section(result, name)
+        assert f"items of seed {seed}," in text
+        assert ("copy − none" in text) == compared
+
+
 def test_page_is_refreshed(folder: Path, measured: Json) -> None:
     """The documentation has a place for each sweep, and nothing else of it changes."""
     before, after = (path.read_text(encoding="utf-8") for path in (PAGE, folder / "page.md"))
@@ -157,3 +177,57 @@ def test_items_know_their_parts(task: str) -> None:
     assert item.prompt[item.question[0]] in (" get", " copy", " reverse", " add")
     if task != "addition":
         assert {item.prompt[p] for p in item.pivots} >= set(item.answer)
+
+
+def run_code(code: str) -> str:
+    """Run code beside the scripts, in a process of its own."""
+    return run_program([sys.executable, "-c", f"import sys\nsys.path[0] = {str(FOLDER)!r}\n{code}"])
+
+
+def test_bad_arguments() -> None:
+    """Each is named before an engine starts."""
+    cases = {
+        "run": {
+            "--items 1": "--items must be at least 2, got 1",
+            "--seed -1": "--seed must be at least 0, got -1",
+            "--lengths 8": "--lengths must be at least 32, got [8]",
+            "--lengths 64 96 64": "--lengths must name each once, got 64 96 64",
+            "--sweeps keep delay keep": "--sweeps must name each once, got keep delay keep",
+            "--sweeps all": "argument --sweeps: invalid choice: 'all'",
+            "--results nowhere.json": "there is no file nowhere.json",
+            "--page nowhere.md": "there is no file nowhere.md",
+            "--output README.md": "--output must be a directory, README.md is none",
+            "--model tiny": "--model must be one of ",
+            "--model tiny-llada --model tiny-llada": "tells models apart by name",
+        },
+        "evaluate": {
+            "tiny": "model must be one of ",
+            "tiny-llada --items 0": "--items must be at least 1, got 0",
+            "tiny-llada --lengths 31": "--lengths must be from 32 to 1024, got [31]",
+            "tiny-llada --settings [1]": "--settings must be a JSON object, got [1]",
+            "tiny-llada --json nowhere/a.json": "--json: there is no directory nowhere",
+        },
+    }
+    for script, lines in cases.items():
+        output = run_code(
+            f"import {script}\n"
+            f"for line in {list(lines)!r}:\n"
+            f"    try:\n        {script}.parse_arguments(line.split())\n"
+            "    except SystemExit as end:\n        assert end.code == 2, line\n"
+            "    else:\n        raise AssertionError(line)\n"
+        )
+        errors = [line for line in output.splitlines() if " error: " in line]
+        assert len(errors) == len(lines), output
+        for error, message in zip(errors, lines.values(), strict=True):
+            assert message in error
+
+
+def test_engines_start_without_the_controls() -> None:
+    """On a GPU an engine tries all saliencies as it starts; controls know only their items."""
+    output = run_code(
+        "import run\n"
+        "def start(*_):\n    print('saliencies:', *run.SALIENCIES)\n    sys.exit(0)\n"
+        "run.start_engine = start\n"
+        "run.main(['--quick', '--sweeps', 'keep'])\n"
+    )
+    assert f"saliencies: {' '.join(SALIENCIES)}\n" in output

@@ -54,9 +54,13 @@ def test_two_processes_share_a_batch(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").exists()
 
 
-def test_another_run_is_not_resumed(folder: Path) -> None:
-    state = ["--plan", "toy", "--no-compile", "--processes", "1", "--resume", "--seed", "5"]
-    with pytest.raises(AssertionError, match="seed=0, not 5"):
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(["--no-compile", "--seed", "5"], "seed=0, not 5"), ([], "compile=False, not True")],
+)
+def test_another_run_is_not_resumed(folder: Path, options: list[str], message: str) -> None:
+    state = ["--plan", "toy", "--processes", "1", "--resume", *options]
+    with pytest.raises(AssertionError, match=message):
         train([str(folder / "llada"), *state])
 
 
@@ -69,3 +73,17 @@ def test_engine_equals_reference(folder: Path, family: str) -> None:
         outputs = generate(llm, [c.prompt for c in cases], [c.sampling() for c in cases])
     reference = load(path)
     assert outputs == [case.expected(reference) for case in cases]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--processes", "0"], "--processes must be at least 1, got 0"),
+        (["--stop-after", "0"], "--stop-after must be at least 1, got 0"),
+        (["--save-every", "0"], "--save-every must be at least 1, got 0"),
+        ([], "has a run: go on with it by --resume, or remove it"),
+    ],
+)
+def test_bad_arguments(folder: Path, options: list[str], message: str) -> None:
+    with pytest.raises(AssertionError, match=message):
+        train([str(folder / "llada"), "--plan", "toy", *options])
