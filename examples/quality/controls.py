@@ -2,9 +2,8 @@
 """Ways to choose what a cache keeps that no server could use: they know the item.
 
 A method that does no better than `Random` and `Framed` has chosen nothing; one that equals
-`Oracle` has found where the answer stands. A model may look elsewhere too, so a method can do
-better still. All draw at random, in each layer anew, as the methods
-choose in each layer anew; the draw is the same for the same prompt, whatever it is batched with.
+`Oracle` has found all there is to find. All choose in each layer anew, as the methods do; a draw
+is the same for the same prompt, whatever it is batched with.
 """
 
 from __future__ import annotations
@@ -20,13 +19,14 @@ from tasks import Item, Vocabulary
 from vllm_sparse_dllm.cache.saliency import (
     Saliency,
     SaliencyInputs,
+    Window,
     register_saliency,
     unregister_saliency,
 )
 
 
 class Control(Saliency):
-    """Keeps some positions of the items it knows for certain, and of the rest any.
+    """Keeps some positions of the items it knows for certain, and of the rest any or its choice.
 
     Meant for ``kernel_size`` 1: a wider pool would keep the neighbours of what is certain too.
 
@@ -54,11 +54,25 @@ class Control(Saliency):
     def score(self, inputs: SaliencyInputs) -> torch.Tensor:
         canvas = inputs.canvas
         prompt = canvas.token_ids[: canvas.prompt_length].astype(np.int64).tobytes()
-        rng = np.random.default_rng([self.seed, zlib.crc32(prompt), inputs.layer, canvas.block[0]])
-        scores = rng.random(len(canvas.token_ids), dtype=np.float32)
-        scores[self._certain[prompt]] += 1.0
-        chosen = np.concatenate([scores[start:end] for start, end in inputs.candidates])
-        return torch.from_numpy(chosen).to(inputs.keys.device)
+        positions = np.concatenate([np.arange(start, end) for start, end in inputs.candidates])
+        scores = self.rest(inputs, positions, zlib.crc32(prompt))
+        scores[np.isin(positions, self._certain[prompt])] += 1.0
+        return torch.from_numpy(scores).to(inputs.keys.device)
+
+    def rest(self, inputs: SaliencyInputs, positions: np.ndarray, prompt: int) -> np.ndarray:
+        """Score what is kept after what is certain: here, at random.
+
+        Args:
+            inputs: Of `score`.
+            positions: ``[n]`` of the candidates.
+            prompt: A number that stands for the prompt.
+
+        Returns:
+            ``[n]`` float32 numbers from 0 to below 1.
+        """
+        canvas = inputs.canvas
+        rng = np.random.default_rng([self.seed, prompt, inputs.layer, canvas.block[0]])
+        return rng.random(len(canvas.token_ids), dtype=np.float32)[positions]
 
 
 class Random(Control):
@@ -80,12 +94,19 @@ class Framed(Control):
 
 
 class Oracle(Control):
-    """Keeps what `Framed` does and what the question asks about, and of the rest any."""
+    """Keeps what `Framed` does and what the question asks about, then what `Window` chooses.
+
+    So it knows where the answer is, and asks the model for what else it looks at.
+    """
 
     name = "oracle"
 
     def certain(self, item: Item) -> Sequence[int]:
         return item.question + item.template + item.pivots
+
+    def rest(self, inputs: SaliencyInputs, positions: np.ndarray, prompt: int) -> np.ndarray:
+        scores = Window().score(inputs)
+        return (scores.argsort(stable=True).argsort() / len(scores)).float().cpu().numpy()
 
 
 CONTROLS: tuple[type[Control], ...] = (Random, Framed, Oracle)

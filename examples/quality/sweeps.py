@@ -37,7 +37,7 @@ class Scale:
     tasks: tuple[str, ...] = ("retrieval", "copy")
     side_tasks: tuple[str, ...] = ("retrieval", "copy")
     lengths: tuple[int, ...] = (256, 512)
-    num_items: int = 100
+    num_items: int = 112
     num_side_items: int = 48
     num_control_items: int = 32
     keep_ratios: tuple[float, ...] = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1)

@@ -124,6 +124,13 @@ def test_report_has_all_tables(folder: Path, measured: Json) -> None:
         assert "copy − none" in table
 
 
+def test_plots_are_drawn(folder: Path) -> None:
+    page = (folder / "page.md").read_text(encoding="utf-8")
+    for name in ("quality-keep.png", "quality-steps.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+        assert f"({name})" in page
+
+
 def test_paired_differences() -> None:
     mean, error, num = report.paired_difference("1100", "101010")
     assert (mean, num) == (0.0, 4)

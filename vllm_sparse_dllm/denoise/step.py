@@ -260,11 +260,11 @@ def _logprobs(
     read: list[np.ndarray] = []
     for number, index, own_tokens in parts:
         logits = logits_of(*plan.spans[number], index)
-        rows, vocab = logits.shape
+        num_rows, vocab = logits.shape
         k = plan.requests[number].num_logprobs
         k = vocab if k is None or k < 0 else k
         pending = sum(result.numel() for result in results)
-        if pending and pending + rows * 2 * k > plan.max_rows * vocab:
+        if pending and pending + num_rows * 2 * k > plan.max_rows * vocab:
             # Before there are more: what one part takes is what profiling has run.
             read += read_back(results)
             results = []
