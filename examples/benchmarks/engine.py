@@ -102,7 +102,7 @@ class Engine:
         peak = self._memory("peak_memory")
         result["peak_memory"] = peak_memory() if peak is None else peak
         if recorder is not None:
-            result["record"] = recorder.stop()
+            result["record"] = recorder.stop() | {"response": job["response"]}
         return result
 
 

@@ -86,7 +86,7 @@ class Program:
             raise self._error("ended")
         reply = json.loads(line)
         if "error" in reply:
-            raise ProgramError(f"{self.name}: {reply['error']}")
+            raise ProgramError(f"{self.name}: {reply['error']}; its log is {self.log}")
         return reply
 
     def _error(self, what: str) -> ProgramError:
@@ -132,16 +132,16 @@ def serve(make_handler: Callable[[], tuple[Job, Callable[[Job], Job]]]) -> None:
             replies.write(json.dumps(content) + "\n")
             replies.flush()
 
-        start = time.perf_counter()
-        about, handle = make_handler()
-        reply({**about, "start_seconds": time.perf_counter() - start})
-        for line in sys.stdin:
-            try:
-                result = handle(json.loads(line))
-            except Exception as error:
-                reply({"error": f"{type(error).__name__}: {error}"})
-                raise
-            reply(result)
+        try:
+            start = time.perf_counter()
+            about, handle = make_handler()
+            reply({**about, "start_seconds": time.perf_counter() - start})
+            for line in sys.stdin:
+                reply(handle(json.loads(line)))
+        except Exception as error:
+            # The driver reads this before the traceback is in the log.
+            reply({"error": f"{type(error).__name__}: {error}"})
+            raise
 
 
 def serve_model(

@@ -369,7 +369,7 @@ def measure_breakdown(
     session.run("engine-in-process", short)
     record = session.run("engine-in-process", job)["record"]
     detailed = session.run("engine-in-process", short | {"detailed": True})
-    return break_down(record, settings["block_length"], detailed["record"]), record
+    return break_down(record, detailed["record"]), record
 
 
 def measure_transport(session: Session, policy: str, prompt: int, requests: int) -> Job:
