@@ -21,6 +21,8 @@ from typing import Any
 from vllm_sparse_dllm.engine.waiting import WAITING
 
 FOLDER = Path(__file__).parent
+#: What the engine tells glibc's malloc in its worker: to keep what is freed for the next pass.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 #: How long OpenMP's threads spin before they sleep: what the engine sets where it is unset.
 SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT", WAITING["GOMP_SPINCOUNT"])
 Job = dict[str, Any]
@@ -113,6 +115,7 @@ def _environment(reply_pipe: int, own: dict[str, str]) -> dict[str, str]:
     # Threads that wait long must not take a core from whoever is measured; those that wait for
     # less than a millisecond stay awake, in all programs alike.
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": SPIN_COUNT}
+    environment |= KEEP_MEMORY
     environment["BENCHMARK_REPLY_PIPE"] = str(reply_pipe)
     return environment | own
 

@@ -313,7 +313,8 @@ def _policies(text: str) -> list[str]:
     policies = text.split(",")
     for policy in policies:
         if policy not in CACHE_POLICIES:
-            raise argparse.ArgumentTypeError(f"must be of {', '.join(CACHE_POLICIES)}, got {policy}")
+            known = ", ".join(CACHE_POLICIES)
+            raise argparse.ArgumentTypeError(f"must be of {known}, got {policy}")
     return policies
 
 
@@ -376,7 +377,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--block-length", type=_number, help="default: 32")
     add("--keep-ratio", type=_ratio, default=0.5)
     add("--repeats", type=_number, help="runs of each contender (default: 3)")
-    add("--vanilla-steps", type=_number_or_0, default=16, help="runs without cache do so many; 0: all")
+    add("--vanilla-steps", type=_number_or_0, default=16, help="of runs without cache; 0: all")
     add("--baseline-requests", type=_number_or_0, default=2, help="of several at once; 0: all")
     add("--max-num-batched-tokens", type=_number, help="the engine's (default: its own)")
     add("--checkpoints", type=Path, default=ROOT / "build" / "checkpoints")
