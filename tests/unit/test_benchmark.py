@@ -11,7 +11,9 @@ import pytest
 
 from tests.scripts import EXAMPLES, load
 
-breakdown, programs, run = load(EXAMPLES / "benchmarks", "breakdown", "programs", "run")
+breakdown, ceilings, programs, run = load(
+    EXAMPLES / "benchmarks", "breakdown", "ceilings", "programs", "run"
+)
 
 
 @pytest.mark.parametrize(
@@ -83,3 +85,11 @@ def test_a_program_that_cannot_load_says_why(tmp_path: Path) -> None:
             program.wait_until_ready()
     finally:
         program.stop()
+
+
+def test_a_ceiling_is_the_best_that_was_reached() -> None:
+    def measured(bandwidth: float, **rates: float) -> dict[str, Any]:
+        return {"bandwidth": bandwidth, "gemm": {rows: {"rate": r} for rows, r in rates.items()}}
+
+    best = ceilings.best_of(measured(3.0, a=5.0, b=2.0), measured(4.0, a=1.0, b=7.0))
+    assert best == measured(4.0, a=5.0, b=7.0)
