@@ -94,3 +94,5 @@ def test_report(folder: Path, result: dict[str, Any]) -> None:
     text = (folder / "benchmark.md").read_text(encoding="utf-8")
     for title in ("Context", "Concurrency", "Engine steps, ms", "KV memory", "Floors, ms"):
         assert f"## {title}" in text
+    # In float32 there are none; in bfloat16 readers have to know whether there were.
+    assert "Without the plugin's own CPU kernels: they are of bfloat16, not float32." in text
