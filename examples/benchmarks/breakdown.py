@@ -16,8 +16,8 @@ class Breakdown:
     """Steps of one kind.
 
     Attributes:
-        kind: ``block``: all requests run a block step; ``full``: all run all positions;
-            ``mixed``.
+        kind: ``block``: all requests run a step on their caches; ``full``: all run all
+            positions; ``mixed``.
         num_steps: Steps of this kind.
         num_requests: Requests in each.
         num_tokens: Tokens in each, the median.
@@ -45,20 +45,21 @@ class Breakdown:
         return 1 - self.forward / sum(self.parts.values())
 
 
-def break_down(record: Job, block_length: int, detailed: Job | None = None) -> dict[str, Breakdown]:
+def break_down(record: Job, detailed: Job | None = None) -> dict[str, Breakdown]:
     """Return the kinds of steps that occurred, each with as many requests as ever ran at once."""
-    steps = _by_kind(record, block_length)
-    details = _by_kind(detailed, block_length) if detailed else {}
+    steps = _by_kind(record)
+    details = _by_kind(detailed) if detailed else {}
     return {kind: _summary(kind, chosen, details.get(kind, [])) for kind, chosen in steps.items()}
 
 
-def _by_kind(record: Job, block_length: int) -> dict[str, list[Job]]:
+def _by_kind(record: Job) -> dict[str, list[Job]]:
     steps: dict[str, list[Job]] = {}
     for step in record["steps"]:
         if not step["tokens"] or not step["num_forwards"]:
             continue
-        in_block = [tokens <= block_length for tokens in step["tokens"]]
-        kind = "block" if all(in_block) else "mixed" if any(in_block) else "full"
+        # Under `prefix` a step on the cache runs the block and all behind it.
+        cached = [tokens <= record["response"] for tokens in step["tokens"]]
+        kind = "block" if all(cached) else "mixed" if any(cached) else "full"
         steps.setdefault(kind, []).append(step)
     result: dict[str, list[Job]] = {}
     for kind, chosen in steps.items():

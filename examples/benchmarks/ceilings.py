@@ -150,6 +150,15 @@ def floor_of(cost: StepCost, rows: int, ceilings: Job) -> Floor:
     )
 
 
+def best_of(one: Job, other: Job) -> Job:
+    """Return the higher rates of two measurements of the same rows: both were reached."""
+    gemm = {
+        count: max(entry, other["gemm"][count], key=lambda measured: measured["rate"])
+        for count, entry in one["gemm"].items()
+    }
+    return one | {"bandwidth": max(one["bandwidth"], other["bandwidth"]), "gemm": gemm}
+
+
 def _onednn() -> Any:
     """Return vLLM's operators if its build has the handler, else None."""
     try:

@@ -55,6 +55,11 @@ class Engine:
             self.recorder = StepRecorder(self.llm)
         self._device_memory = arguments.device_memory
         config = self.llm.llm_engine.vllm_config
+        without_kernels = None
+        if config.device_config.device_type == "cpu":
+            from vllm_sparse_dllm.kernels.cpu import why_no_cpu_kernels
+
+            without_kernels = why_no_cpu_kernels(config.model_config.dtype)
         self.about: Job = {
             "vllm": vllm.__version__,
             "torch": torch.__version__,
@@ -62,6 +67,7 @@ class Engine:
             "max_num_batched_tokens": config.scheduler_config.max_num_batched_tokens,
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "page_size": config.cache_config.block_size,
+            "without_cpu_kernels": without_kernels,
             "options": arguments.options,
             "memory": self._memory("memory_held"),
         }
@@ -102,7 +108,7 @@ class Engine:
         peak = self._memory("peak_memory")
         result["peak_memory"] = peak_memory() if peak is None else peak
         if recorder is not None:
-            result["record"] = recorder.stop()
+            result["record"] = recorder.stop() | {"response": job["response"]}
         return result
 
 

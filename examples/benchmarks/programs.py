@@ -21,6 +21,8 @@ from typing import Any
 from vllm_sparse_dllm.engine.waiting import WAITING
 
 FOLDER = Path(__file__).parent
+#: What the engine tells glibc's malloc in its worker: to keep what is freed for the next pass.
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 #: How long OpenMP's threads spin before they sleep: what the engine sets where it is unset.
 SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT", WAITING["GOMP_SPINCOUNT"])
 Job = dict[str, Any]
@@ -86,7 +88,7 @@ class Program:
             raise self._error("ended")
         reply = json.loads(line)
         if "error" in reply:
-            raise ProgramError(f"{self.name}: {reply['error']}")
+            raise ProgramError(f"{self.name}: {reply['error']}; its log is {self.log}")
         return reply
 
     def _error(self, what: str) -> ProgramError:
@@ -113,6 +115,7 @@ def _environment(reply_pipe: int, own: dict[str, str]) -> dict[str, str]:
     # Threads that wait long must not take a core from whoever is measured; those that wait for
     # less than a millisecond stay awake, in all programs alike.
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": SPIN_COUNT}
+    environment |= KEEP_MEMORY
     environment["BENCHMARK_REPLY_PIPE"] = str(reply_pipe)
     return environment | own
 
@@ -132,16 +135,16 @@ def serve(make_handler: Callable[[], tuple[Job, Callable[[Job], Job]]]) -> None:
             replies.write(json.dumps(content) + "\n")
             replies.flush()
 
-        start = time.perf_counter()
-        about, handle = make_handler()
-        reply({**about, "start_seconds": time.perf_counter() - start})
-        for line in sys.stdin:
-            try:
-                result = handle(json.loads(line))
-            except Exception as error:
-                reply({"error": f"{type(error).__name__}: {error}"})
-                raise
-            reply(result)
+        try:
+            start = time.perf_counter()
+            about, handle = make_handler()
+            reply({**about, "start_seconds": time.perf_counter() - start})
+            for line in sys.stdin:
+                reply(handle(json.loads(line)))
+        except Exception as error:
+            # The driver reads this before the traceback is in the log.
+            reply({"error": f"{type(error).__name__}: {error}"})
+            raise
 
 
 def serve_model(

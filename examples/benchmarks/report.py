@@ -175,6 +175,9 @@ def markdown(result: Job, measurements: list[Measurement], targets: list[Target]
         f"responses of {about['response']} positions, {about['repeats']} runs each in turn, "
         "medians. A rate with (× n) was measured over fewer steps of the same cost.\n",
     ]
+    without = (program.get("without_cpu_kernels") for program in about["programs"].values())
+    if reason := next(filter(None, without), None):
+        parts.append(f"Without the plugin's own CPU kernels: {reason}.\n")
     if about["quick"]:
         parts.append("Quick mode: it shows that the benchmark works, its figures mean nothing.\n")
     if targets:

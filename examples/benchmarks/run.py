@@ -14,6 +14,7 @@ from pathlib import Path
 
 import report
 import schedules
+from baseline_network import POLICIES as BASELINE_POLICIES
 from bounds import block_step_cost, full_pass_cost
 from breakdown import as_json
 from ceilings import floor_of
@@ -40,6 +41,8 @@ from targets import (
     threshold_contenders,
 )
 
+from vllm_sparse_dllm.settings import CACHE_POLICIES, FIELDS
+
 ROOT = Path(__file__).parents[2]
 SWEEPS = (
     "context",
@@ -54,7 +57,17 @@ SWEEPS = (
 )
 #: Sweeps that run the embedded model.
 EMBEDDED_SWEEPS = ("threshold", "beyond")
-BASELINE_POLICIES = ("none", "dual", "sparse")
+#: The prompts of each sweep: those of one request of several lengths, of several requests, or of
+#: one request under several settings. `threshold` has tasks.
+PROMPTS = {
+    "context": "prompts",
+    "concurrency": "batch_prompt",
+    "keep": "sweep_prompt",
+    "block": "sweep_prompt",
+    "beyond": "prompts",
+    "breakdown": "batch_prompt",
+    "memory": "prompts",
+}
 
 
 class Benchmark:
@@ -265,17 +278,71 @@ class Benchmark:
         return report.write(arguments.output, result, measurements, self.targets)
 
 
+def _number(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
+    return number
+
+
+def _number_or_0(text: str) -> int:
+    return 0 if int(text) == 0 else _number(text)
+
+
 def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
+    return [_number(part) for part in text.split(",")]
+
+
+def _windows(text: str) -> list[int]:
+    return [_number_or_0(part) for part in text.split(",")]
+
+
+def _ratio(text: str) -> float:
+    """Return a part of the keys, or a threshold."""
+    ratio = float(text)
+    if not 0 < ratio <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
+    return ratio
 
 
 def _ratios(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+    return [_ratio(part) for part in text.split(",")]
+
+
+def _policies(text: str) -> list[str]:
+    policies = text.split(",")
+    for policy in policies:
+        if policy not in CACHE_POLICIES:
+            known = ", ".join(CACHE_POLICIES)
+            raise argparse.ArgumentTypeError(f"must be of {known}, got {policy}")
+    return policies
 
 
 def _variant(text: str) -> tuple[str, Settings]:
-    name, _, settings = text.partition("=")
-    return name, json.loads(settings)
+    name, _, content = text.partition("=")
+    try:
+        settings = dict(json.loads(content))
+        for setting, value in settings.items():
+            if setting not in FIELDS or FIELDS[setting].scope == "engine":
+                raise ValueError(f"a request has no setting {setting}")
+            FIELDS[setting].parse(setting, value)
+    except (TypeError, ValueError) as error:
+        raise argparse.ArgumentTypeError(f"needs NAME=JSON, got {text}: {error}") from None
+    return name, settings
+
+
+def _checkpoint(text: str) -> Path:
+    path = Path(text)
+    if not (path / "config.json").is_file():
+        raise argparse.ArgumentTypeError(f"needs the folder of a checkpoint, got {text}")
+    return path
+
+
+def _longest_prompt(arguments: argparse.Namespace) -> int:
+    """Return the longest prompt of the sweeps that are to run."""
+    prompts = {name for sweep, name in PROMPTS.items() if sweep in arguments.sweeps}
+    given = (getattr(arguments, name) for name in prompts)
+    return max((max(one) if isinstance(one, list) else one for one in given), default=1)
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -288,31 +355,31 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         help=f"of {','.join(SWEEPS)} (default: all; quick: those without the embedded model)",
     )
     add("--quick", action="store_true", help="a tiny model and short runs: does it work?")
-    add("--model", type=Path, help="a checkpoint; default: a random one")
+    add("--model", type=_checkpoint, help="a checkpoint; default: a random one")
     add("--family", choices=FAMILIES, default="llada", help="of the random one")
     add("--size", choices=sorted(SIZES), help="of the random one (default: 200m)")
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16, quick: float32")
-    add("--policies", type=lambda t: t.split(","), default=["none", "dual", "sparse"])
+    add("--policies", type=_policies, default=list(CACHE_POLICIES))
     add("--variant", type=_variant, action="append", default=[], metavar="NAME=JSON")
     add("--no-baseline", action="store_true", help="the engine alone")
     add("--prompts", type=_numbers, help="sweep context (default: 128,512,1024,2048,4096)")
     add("--concurrency", type=_numbers, help="sweep concurrency (default: 1,4,8,16)")
-    add("--batch-prompt", type=int, help="prompt of several requests (default: 512)")
+    add("--batch-prompt", type=_number, help="prompt of several requests (default: 512)")
     add("--breakdown-requests", type=_numbers, help="default: 1 and the most at once")
-    add("--sweep-prompt", type=int, help="sweeps keep and block (default: 1024)")
+    add("--sweep-prompt", type=_number, help="sweeps keep and block (default: 1024)")
     add("--keep-ratios", type=_ratios, help="sweeps keep and threshold (0.1,0.3,0.5,0.7,1.0)")
     add("--block-lengths", type=_numbers, help="sweep block (default: 8,16,32,64)")
-    add("--windows", type=_numbers, help="suffix windows of sweep beyond (default: 64,256)")
+    add("--windows", type=_windows, help="suffix windows of sweep beyond (default: 64,256)")
     add("--thresholds", type=_ratios, default=[0.5, 0.7, 0.9])
-    add("--tasks", type=int, help="tasks of a kind (default: 100)")
-    add("--task-prompt", type=int, default=512)
-    add("--response", type=int, help="positions of a response (default: 128)")
-    add("--block-length", type=int, help="default: 32")
-    add("--keep-ratio", type=float, default=0.5)
-    add("--repeats", type=int, help="runs of each contender (default: 3)")
-    add("--vanilla-steps", type=int, default=16, help="runs without cache do so many; 0: all")
-    add("--baseline-requests", type=int, default=2, help="of several at once; 0: all")
-    add("--max-num-batched-tokens", type=int, help="the engine's (default: its own)")
+    add("--tasks", type=_number, help="tasks of a kind (default: 100)")
+    add("--task-prompt", type=_number, default=512)
+    add("--response", type=_number, help="positions of a response (default: 128)")
+    add("--block-length", type=_number, help="default: 32")
+    add("--keep-ratio", type=_ratio, default=0.5)
+    add("--repeats", type=_number, help="runs of each contender (default: 3)")
+    add("--vanilla-steps", type=_number_or_0, default=16, help="of runs without cache; 0: all")
+    add("--baseline-requests", type=_number_or_0, default=2, help="of several at once; 0: all")
+    add("--max-num-batched-tokens", type=_number, help="the engine's (default: its own)")
     add("--checkpoints", type=Path, default=ROOT / "build" / "checkpoints")
     add("--output", type=Path, default=ROOT / "build" / "benchmark")
     arguments = parser.parse_args(argv)
@@ -338,6 +405,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if arguments.breakdown_requests is None:
         arguments.breakdown_requests = sorted({1, max(arguments.concurrency)})
     arguments.variants = dict(arguments.variant)
+    if arguments.only and not arguments.targets:
+        parser.error("--only chooses of the figures of --targets, which is not given")
     arguments.only = arguments.only.split(",") if arguments.only else list(GROUPS)
     for name in arguments.only:
         if name not in GROUPS:
@@ -347,7 +416,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in arguments.sweeps:
         if name not in SWEEPS:
             parser.error(f"--sweeps must be of {', '.join(SWEEPS)}, got {name}")
-    for length in {arguments.block_length, *arguments.block_lengths}:
+    swept = arguments.block_lengths if "block" in arguments.sweeps else []
+    for length in {arguments.block_length, *swept}:
         if arguments.response % length:
             parser.error(f"--response must be a multiple of the block length {length}")
     return arguments
@@ -356,7 +426,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     arguments = parse_arguments()
     scale = QUICK if arguments.quick else Scale()
-    longest = max([*arguments.prompts, arguments.batch_prompt, arguments.sweep_prompt])
+    longest = _longest_prompt(arguments)
     most = max([*arguments.concurrency, *arguments.breakdown_requests])
     if arguments.targets:
         longest, most = scale.longest, scale.requests

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The benchmark's options, its kinds of steps, and what it says of programs that fail."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.scripts import EXAMPLES, load
+
+breakdown, ceilings, programs, run = load(
+    EXAMPLES / "benchmarks", "breakdown", "ceilings", "programs", "run"
+)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--policies sparse,lru", "--policies: must be of none, prefix, dual, sparse, got lru"),
+        ("--repeats 0", "--repeats: must be at least 1, got 0"),
+        ("--prompts 512,0", "--prompts: must be at least 1, got 0"),
+        ("--vanilla-steps -1", "--vanilla-steps: must be at least 1, got -1"),
+        ("--keep-ratio nan", "--keep-ratio: must be above 0 and at most 1, got nan"),
+        ("--thresholds 0.9,2", "--thresholds: must be above 0 and at most 1, got 2"),
+        ("--block-length 0", "--block-length: must be at least 1, got 0"),
+        ("--variant late", "--variant: needs NAME=JSON, got late"),
+        ("--variant late=1", "--variant: needs NAME=JSON, got late=1"),
+        ('--variant late={"delay":1}', "a request has no setting delay"),
+        ('--variant late={"delay_steps":-1}', "delay_steps must be an integer from 0 to 65536"),
+        ("--model /nowhere", "--model: needs the folder of a checkpoint, got /nowhere"),
+        ("--only step", "--only chooses of the figures of --targets"),
+        ("--sweeps context,all", "--sweeps must be of context, .* got all"),
+        ("--response 48", "--response must be a multiple of the block length 32"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_is_loaded(
+    options: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run.parse_arguments(options.split())
+    assert ended.value.code == 2
+    (last,) = capsys.readouterr().err.splitlines()[-1:]
+    assert re.search(message, last), last
+
+
+def test_only_the_sweeps_that_run_need_positions() -> None:
+    """So that a model with fewer positions than the longest default can be measured."""
+    for options, longest in (
+        ("--sweeps context", 4096),
+        ("--sweeps concurrency", 512),
+        ("--sweeps concurrency,keep", 1024),
+        ("--sweeps context --prompts 64,128", 128),
+        ("--sweeps threshold", 1),
+    ):
+        arguments = run.parse_arguments(options.split())
+        assert run._longest_prompt(arguments) == longest, options
+    # Lengths of blocks matter where they are swept.
+    assert run.parse_arguments("--sweeps context --response 32".split()).response == 32
+
+
+def test_steps_on_a_cache_are_not_full_passes() -> None:
+    """Under `prefix` they run more than a block."""
+
+    def step(*tokens: int) -> dict[str, Any]:
+        parts = {"forward": 0.5, "other": 0.5}
+        return {"tokens": list(tokens), "num_forwards": 1, "total": 1.0, "seconds": parts}
+
+    steps = [step(24), step(16), step(24, 24), step(16, 16), step(8, 24), step(8, 8), step()]
+    kinds = breakdown.break_down({"response": 16, "steps": steps})
+    assert {kind: one.num_steps for kind, one in kinds.items()} == {
+        "full": 1,
+        "block": 2,
+        "mixed": 1,
+    }
+
+
+def test_a_program_that_cannot_load_says_why(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "llada", "architectures": ["Other"]}')
+    program = programs.Program("baseline.py", [str(tmp_path)], tmp_path / "baseline.log")
+    try:
+        with pytest.raises(programs.ProgramError, match=r"not \['Other'\]; its log is .*baseline"):
+            program.wait_until_ready()
+    finally:
+        program.stop()
+
+
+def test_a_ceiling_is_the_best_that_was_reached() -> None:
+    def measured(bandwidth: float, **rates: float) -> dict[str, Any]:
+        return {"bandwidth": bandwidth, "gemm": {rows: {"rate": r} for rows, r in rates.items()}}
+
+    best = ceilings.best_of(measured(3.0, a=5.0, b=2.0), measured(4.0, a=1.0, b=7.0))
+    assert best == measured(4.0, a=5.0, b=7.0)
