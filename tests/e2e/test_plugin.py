@@ -24,6 +24,7 @@ from tests.e2e.server import ROOT, clean_environment, tiny_llada
 from tests.engines import generate, running_engine, sampling, scheduler_of
 from tests.reference import generate as reference
 from tests.reference import load, write_checkpoint
+from vllm_sparse_dllm.kernels import native
 
 SMALL: dict[str, Any] = {"d_model": 64, "layers": 2, "heads": 2, "mlp": 96, "vocab": 128}
 PROMPT = [7, 3, 20, 21, 9, 50, 11]
@@ -206,6 +207,12 @@ def test_settings_that_exclude_each_other(llada: Path) -> None:
 def test_settings_must_be_a_mapping(llada: Path) -> None:
     with pytest.raises(ValueError, match="sparse_dllm"):
         config_of(llada, additional_config={"sparse_dllm": ["steps"]})
+
+
+def test_an_odd_switch_of_kernels_is_refused(llada: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(native.VARIABLE, "false")
+    with pytest.raises(ValueError, match=f"{native.VARIABLE} must be 0 or 1, got 'false'"):
+        config_of(llada)
 
 
 # (d) What a config.json may say.

@@ -16,6 +16,7 @@ from vllm.platforms import current_platform
 from vllm_sparse_dllm.engine import cpu_cores
 from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
 from vllm_sparse_dllm.engine.waiting import WAITING, wait_shortly
+from vllm_sparse_dllm.kernels import native
 from vllm_sparse_dllm.models.configs import check_config
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
 from vllm_sparse_dllm.settings import ATTENTION_BACKENDS, CONFIG_KEY, EngineSettings
@@ -109,6 +110,7 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         _raise_default_token_budget(vllm_config)
         cache = vllm_config.cache_config
         if current_platform.is_cpu():
+            native.switched_off()  # An odd value ends here, not in a worker.
             if not cache.user_specified_block_size:
                 cache.block_size = _CPU_PAGE_SIZE
                 # Keeps the platform from putting its own default in its place.

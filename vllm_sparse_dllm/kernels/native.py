@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-#: ``0`` in this variable of the environment: do without the library.
+#: This variable of the environment may be ``0``: do without the library; the default is ``1``.
 VARIABLE = "VLLM_SPARSE_DLLM_CPU_KERNELS"
 SOURCES = Path(__file__).with_name("cpp")
 #: What clang++ makes of -fopenmp calls LLVM's OpenMP library; PyTorch has GNU's.
@@ -40,7 +40,7 @@ def load() -> ctypes.CDLL | str:
 
 def why_not() -> str | None:
     """Return what keeps the library from being compiled here, None if nothing is known to."""
-    if os.environ.get(VARIABLE, "1") == "0":
+    if switched_off():
         return f"{VARIABLE} is 0"
     if not torch.cpu._is_avx512_bf16_supported():
         return "the processor has no AVX-512 with bfloat16"
@@ -49,6 +49,18 @@ def why_not() -> str | None:
     if _openmp() is None:
         return "PyTorch uses no OpenMP library"
     return None
+
+
+def switched_off() -> bool:
+    """Return whether the user wants to do without the library.
+
+    Raises:
+        ValueError: If the variable says neither.
+    """
+    value = os.environ.get(VARIABLE, "1")
+    if value not in ("0", "1"):
+        raise ValueError(f"the environment variable {VARIABLE} must be 0 or 1, got {value!r}")
+    return value == "0"
 
 
 def find_compiler() -> str | None:
