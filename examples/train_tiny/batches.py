@@ -25,6 +25,8 @@ PADDING_WEIGHT = 0.1
 #: The part of sequences that show some of the answer and the end of the padding, as decoding
 #: does half-way; in all others each position is shown or masked by its own draw.
 HALF_WAY = 0.4
+#: The part of those that show the start of the answer; the others show any words of it.
+IN_ORDER = 0.4
 #: Padding behind the answer that may then still be masked.
 LATE_PADDING = 8
 
@@ -37,20 +39,14 @@ class Stage:
         steps: Their number.
         lengths: Tokens of a sequence, so often.
         mix: How often each task is asked.
-        in_order: The part of half-way responses that show the start of the answer; the others
-            show any words of it.
         unbegun: The part of half-way responses that surely show nothing of the answer, only
             where padding ends.
-        unseen: The largest part of a prompt's keys that a response does not see, others in each
-            layer; each sequence draws its part, from 0 on.
     """
 
     steps: int
     lengths: Mapping[int, float]
     mix: Mapping[str, float] = field(default_factory=lambda: MIX)
-    in_order: float = 0.4
     unbegun: float = 0.0
-    unseen: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -58,14 +54,12 @@ class Batch:
     """One process's part of a step.
 
     ids: what the network sees, [B, T]; targets: what belongs at the last `RESPONSE` positions;
-    weights: of the loss there, 0 where nothing is masked; both [B, RESPONSE]; seen: the keys that
-    these positions see, [layers, B, T], None if all.
+    weights: of the loss there, 0 where nothing is masked; both [B, RESPONSE].
     """
 
     ids: Tensor
     targets: Tensor
     weights: Tensor
-    seen: Tensor | None
 
 
 class Batches(Dataset[Batch]):
@@ -76,14 +70,12 @@ class Batches(Dataset[Batch]):
         vocabulary: Vocabulary,
         stages: tuple[Stage, ...],
         tokens: int,
-        layers: int,
         seed: int,
         process: int = 0,
         num_processes: int = 1,
     ) -> None:
         """``tokens`` is what all processes together see in a step, about."""
         self.vocabulary, self.stages, self.tokens, self.seed = vocabulary, stages, tokens, seed
-        self.layers = layers
         self.process, self.num_processes = process, num_processes
         self._ends = list(accumulate(stage.steps for stage in stages))
 
@@ -120,25 +112,18 @@ class Batches(Dataset[Batch]):
                 if stage.unbegun and rng.random() < stage.unbegun:
                     first = start
                 masked[first : end + rng.randint(0, LATE_PADDING)] = True
-                if rng.random() >= stage.in_order:
+                if rng.random() >= IN_ORDER:
                     masked[start:end] = False
                     masked[rng.sample(range(start, end), end - first)] = True
             weights[row] = masked[-RESPONSE:]
             weights[row, end - length :] *= PADDING_WEIGHT
             ids[row, masked] *= -1
-        keys = None
-        if stage.unseen:
-            rates = draws.random((1, rows, 1)) * stage.unseen
-            drawn = draws.random((self.layers, rows, length)) >= rates
-            drawn[:, :, -RESPONSE:] = True
-            keys = torch.from_numpy(drawn)
         targets = np.abs(ids)
         seen = np.where(ids < 0, self.vocabulary["<|mask|>"], ids)
         return Batch(
             torch.from_numpy(seen),
             torch.from_numpy(targets[:, -RESPONSE:]),
             torch.from_numpy(weights),
-            keys,
         )
 
     def _write(

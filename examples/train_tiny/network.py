@@ -13,9 +13,6 @@ from torch import Tensor, nn
 FAMILIES = ("llada", "dream")
 EMBEDDING_STD = 0.5
 
-#: Keys that the last rows see, [B, T], and the number of these rows.
-Seen = tuple[Tensor, int]
-
 
 @dataclass(frozen=True)
 class Shape:
@@ -73,25 +70,13 @@ class Attention(nn.Module):
         self.v = nn.Linear(shape.width, kv_width, bias=shape.qkv_bias)
         self.o = nn.Linear(shape.width, shape.width, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], first: int, seen: Seen | None
-    ) -> Tensor:
-        """Return what positions from ``first`` on gather: [B, T - first, width]."""
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], first: int) -> Tensor:
+        """Return what positions from ``first`` on gather from all: [B, T - first, width]."""
         groups = self.shape.heads // self.shape.kv_heads
         q = _rotate(self._heads(self.q(x[:, first:])), *(table[first:] for table in rotary))
         k = _rotate(self._heads(self.k(x)), *rotary).repeat_interleave(groups, 1)
         v = self._heads(self.v(x)).repeat_interleave(groups, 1)
-        attend = F.scaled_dot_product_attention
-        if seen is None:
-            gathered = attend(q, k, v)
-        else:
-            keys, tail = seen
-            before = q.shape[2] - tail
-            parts = [attend(q[:, :, before:], k, v, attn_mask=keys[:, None, None])]
-            if before:
-                parts.insert(0, attend(q[:, :, :before], k, v))
-            gathered = torch.cat(parts, 2)
-        return self.o(gathered.transpose(1, 2).flatten(2))
+        return self.o(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
 
     def _heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (-1, self.shape.head_size)).transpose(1, 2)
@@ -112,10 +97,8 @@ class Block(nn.Module):
         self.up = nn.Linear(shape.width, shape.mlp, bias=False)
         self.down = nn.Linear(shape.mlp, shape.width, bias=False)
 
-    def forward(
-        self, x: Tensor, rotary: tuple[Tensor, Tensor], first: int, seen: Seen | None
-    ) -> Tensor:
-        x = x[:, first:] + self.attention(self.attention_norm(x), rotary, first, seen)
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], first: int) -> Tensor:
+        x = x[:, first:] + self.attention(self.attention_norm(x), rotary, first)
         n = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(n)) * self.up(n))
 
@@ -163,16 +146,11 @@ class Network(nn.Module):
         hidden = {id(p) for p in self.hidden_matrices()}
         return [p for p in self.parameters() if id(p) not in hidden]
 
-    def forward(self, ids: Tensor, tail: int, seen: Tensor | None = None) -> Tensor:
+    def forward(self, ids: Tensor, tail: int) -> Tensor:
         """Return logits for the last ``tail`` positions, [B, tail, vocab].
 
         They are the rows that *predict* these positions: of a family that shifts, each is the
         row of the position before.
-
-        Args:
-            ids: [B, T].
-            tail: Positions of the response.
-            seen: [layers, B, T] which keys these rows see, in each layer; all others see all.
         """
         length, shift = ids.shape[1], self.shape.shift
         first = length - tail - shift
@@ -180,6 +158,5 @@ class Network(nn.Module):
         rotary = self.cos[:length], self.sin[:length]
         for number, block in enumerate(self.blocks):
             # The last layer runs only where logits are wanted.
-            own = None if seen is None else (seen[number], tail + shift)
-            x = block(x, rotary, first if number == len(self.blocks) - 1 else 0, own)
+            x = block(x, rotary, first if number == len(self.blocks) - 1 else 0)
         return self.head(self.norm(x[:, : x.shape[1] - shift]))

@@ -85,34 +85,39 @@ class Plan:
         return 0.0
 
 
-_LATE_LENGTHS = {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}
-
-
-def _full(first: dict[str, Any], second: dict[str, Any]) -> Plan:
-    """Return the plan of the embedded models; the rest of its stages' fields, by cycle."""
-    growing = (
-        Stage(300, {64: 0.5, 160: 0.5}, **first),
-        Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}, **first),
-        Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}, **first),
-        Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}, **first),
+_GROWING = Cycle(
+    (
+        Stage(300, {64: 0.5, 160: 0.5}),
+        Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}),
+        Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}),
+        Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}),
     )
-    late = Stage(1000, _LATE_LENGTHS, **second)
-    return Plan(
-        width=256,
-        mlp=512,
-        layers=4,
-        cycles=(Cycle(growing), Cycle((late,), peak=0.7)),
-        tokens=8448,
-    )
-
-
-_DREAM_MIX = {"retrieval": 0.45, "copy": 0.35, "reverse": 0.1, "addition": 0.1}
-PLANS = {
-    "llada": _full({}, {}),
-    "dream": _full(
-        {"mix": _DREAM_MIX, "in_order": 0.7, "unbegun": 0.2},
-        {"mix": _DREAM_MIX, "unbegun": 0.2},
+)
+_LATE = Cycle((Stage(1000, {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}),), peak=0.7)
+#: Dream has to be taught where a list ends that it has not begun to copy.
+_COPYING = (
+    Stage(
+        800,
+        {64: 0.3, 160: 0.3, 288: 0.25, 544: 0.15},
+        mix={"retrieval": 0.35, "copy": 0.45, "reverse": 0.1, "addition": 0.1},
+        unbegun=0.5,
     ),
+    Stage(
+        1000,
+        {64: 0.2, 160: 0.3, 288: 0.3, 544: 0.2},
+        mix={"retrieval": 0.4, "copy": 0.45, "reverse": 0.1, "addition": 0.05},
+        unbegun=0.3,
+    ),
+)
+
+
+def _full(*cycles: Cycle) -> Plan:
+    return Plan(width=256, mlp=512, layers=4, cycles=cycles, tokens=8448)
+
+
+PLANS = {
+    "llada": _full(_GROWING, _LATE),
+    "dream": _full(_GROWING, _LATE, *(Cycle((stage,), peak=0.7) for stage in _COPYING)),
     # For tests: seconds.
     "toy": Plan(
         width=128,
@@ -153,7 +158,7 @@ class Training:
     def update(self, forward: nn.Module | Any, batch: Batch) -> tuple[float, float]:
         """Take one step; return this process's loss and the share of answers' tokens right."""
         with torch.autocast("cpu", torch.bfloat16):
-            logits = forward(batch.ids, batch.targets.shape[1], batch.seen)
+            logits = forward(batch.ids, batch.targets.shape[1])
         masked = batch.weights > 0
         weights, targets = batch.weights[masked], batch.targets[masked]
         chosen = logits[masked].float()
@@ -236,7 +241,6 @@ def work(process: int, arguments: argparse.Namespace, port: int) -> None:
         vocabulary,
         plan.stages,
         plan.tokens,
-        plan.layers,
         arguments.seed,
         process,
         arguments.processes,

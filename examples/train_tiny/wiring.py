@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A start for training: two layers as an induction circuit, all else random.
+"""A start for training: the first two layers as an induction circuit, all else random.
 
 From random weights alone, looking a word up by the word before it does not form within the
 minutes that a small machine can spend. So layer 0 starts with heads that attend to a neighbour by
-its position and write what it is into a part of the residual stream of their own; a later one with
+its position and write what it is into a part of the residual stream of their own; layer 1 with
 heads that attend to where such a part equals one of the query, and copy the token there; and the
 LM head reads what they copy. Training changes all of it. The embedding's first dimension starts
 as a constant, from which positions can be told without regard to the token.
@@ -12,17 +12,14 @@ as a constant, from which positions can be told without regard to the token.
 from __future__ import annotations
 
 import torch
-from network import Attention, Network, Shape
+from network import Network, Shape
 from torch import Tensor
 
 #: Of a mask position LLaDA's logits are that position's, Dream's those of the one before. So
 #: LLaDA's query knows its neighbours, Dream's itself and the next but one.
 #: Heads of layer 0: the neighbour that each attends to.
 _OFFSETS = {"llada": (-1, 1, -2), "dream": (-1, 1, 2)}
-#: The layer that matches. Dream's has a layer before it in which keys can learn where they are:
-#: in the first try, which had not, cache eviction by average scores lost keys there.
-_MATCHING = {"llada": 1, "dream": 2}
-#: Its heads: part of the query, part of the key; a part is a head of layer 0 or the
+#: Heads of layer 1: part of the query, part of the key; a part is a head of layer 0 or the
 #: position's own token. Heads of one key/value head have the same key.
 _OWN = -1
 _MATCHES = {
@@ -41,23 +38,21 @@ _MASK_QUERY, _MASK_KEY = 5.0, -11.0
 
 @torch.no_grad()
 def wire(network: Network, mask_id: int) -> None:
-    """Overwrite embedding, LM head and the attention of two layers.
+    """Overwrite embedding, LM head and the attention of layers 0 and 1.
 
     Raises:
         ValueError: If the network is too narrow for the parts.
     """
     shape = network.shape
     size, heads = shape.head_size, len(_OFFSETS[shape.family])
-    matching = _MATCHING[shape.family]
-    if shape.width < (heads + 1) * size or shape.layers <= matching:
+    if shape.width < (heads + 1) * size or shape.layers < 2:
         raise ValueError(
-            f"a wired start needs {matching + 1} layers and width >= {(heads + 1) * size}, "
+            f"a wired start needs two layers and width >= {(heads + 1) * size}, "
             f"got {shape.layers} and {shape.width}"
         )
     network.embedding.weight[:, 0] = CONSTANT
     _wire_neighbours(network, _OFFSETS[shape.family])
-    mask = network.embedding.weight[mask_id]
-    _wire_matches(network.blocks[matching].attention, _MATCHES[shape.family], mask)
+    _wire_matches(network, _MATCHES[shape.family], mask_id)
     network.head.weight.zero_()
     network.head.weight[:, 1:size] = _READ * network.embedding.weight[:, 1:size]
     network.head.weight[mask_id] = 0.0
@@ -99,16 +94,14 @@ def _wire_neighbours(network: Network, offsets: tuple[int, ...]) -> None:
         )
 
 
-def _wire_matches(
-    attention: Attention, matches: dict[int, tuple[int, int]], mask_embedding: Tensor
-) -> None:
-    shape = attention.shape
+def _wire_matches(network: Network, matches: dict[int, tuple[int, int]], mask_id: int) -> None:
+    shape, attention = network.shape, network.blocks[1].attention
     size, half = shape.head_size, shape.head_size // 2
     # Only the slow rotary pairs, whose angle says little of the distance.
     slow = torch.zeros(size)
     slow[half // 2 : half] = slow[half + half // 2 :] = 1.0
     mask = torch.zeros(shape.width)
-    mask[1:size] = mask_embedding[1:size]
+    mask[1:size] = network.embedding.weight[mask_id, 1:size]
     for weight in (attention.q.weight, attention.k.weight):
         weight.mul_(0.1)
         weight[:, 0] = 0.0
