@@ -10,6 +10,8 @@ BIN := $(VENV)/bin
 # The Python the environment is made with; any from 3.11 on. `make PYTHON=...` chooses one.
 PYTHON ?=
 PYTEST_ARGS ?=
+# Files of tests that run at a time: while one's engine starts, the other's computes.
+TEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 QUALITY_ARGS ?=
@@ -33,7 +35,7 @@ demo: $(STAMP) ## Answer a batch of prompts, without and with the sparse cache (
 
 # The viewer's tests also need Debian's package `chromium`, and are skipped without it.
 test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 bench: $(STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
 	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)

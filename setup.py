@@ -27,7 +27,7 @@ setup(
         "ray": [RAY],
         "bench": ["matplotlib"],
         "dev": [
-            *("pytest", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil", "schemathesis"),
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil", "schemathesis"),
             *("websockets", "pyyaml", "lm-eval[api]", "triton", "matplotlib", RAY),
         ],
     },
