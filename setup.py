@@ -27,8 +27,8 @@ setup(
         "ray": [RAY],
         "bench": ["matplotlib"],
         "dev": [
-            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil", "schemathesis"),
-            *("websockets", "pyyaml", "lm-eval[api]", "triton", "matplotlib", RAY),
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "httpx", "tqdm", "psutil"),
+            *("schemathesis", "websockets", "pyyaml", "lm-eval[api]", "triton", "matplotlib", RAY),
         ],
     },
     entry_points={
