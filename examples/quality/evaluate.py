@@ -85,13 +85,19 @@ class Score:
         return f"{self.exact_match:.3f} ± {self.standard_error:.3f}"
 
 
+def is_right(item: Item, response: Sequence[int], vocabulary: Vocabulary) -> bool:
+    """Return whether a response is the answer, up to where it says that it ends."""
+    ends = {vocabulary[END], vocabulary[PADDING]}
+    answer = itertools.takewhile(lambda token: token not in ends, response)
+    return list(answer) == vocabulary.encode(item.answer)
+
+
 class Evaluator:
     """Asks an engine and counts right answers; one engine serves many settings."""
 
     def __init__(self, llm: LLM, model: Path) -> None:
         self.llm = llm
         self.vocabulary = Vocabulary(model)
-        self._ends = {self.vocabulary[END], self.vocabulary[PADDING]}
 
     def ask(self, items: Sequence[Item], **settings: Any) -> list[CompletionOutput]:
         """Return the responses; ``settings`` are parameters without ``diffusion_``.
@@ -112,18 +118,15 @@ class Evaluator:
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
         return [output.outputs[0] for output in outputs]
 
-    def is_right(self, item: Item, response: Sequence[int]) -> bool:
-        """Return whether a response is the answer, up to where it says that it ends."""
-        answer = itertools.takewhile(lambda token: token not in self._ends, response)
-        return list(answer) == self.vocabulary.encode(item.answer)
-
     def score(self, task: str, length: int, num: int, seed: int, **settings: Any) -> Score:
         items = held_out(task, length, num, seed)
         start = time.perf_counter()
         responses = self.ask(items, **settings)
         seconds = time.perf_counter() - start
         pairs = zip(items, responses, strict=True)
-        right = tuple(self.is_right(item, response.token_ids) for item, response in pairs)
+        right = tuple(
+            is_right(item, response.token_ids, self.vocabulary) for item, response in pairs
+        )
         passes = tuple(response.diffusion_trace["nfe"] for response in responses)
         return Score(task, length, right, passes, seconds)
 

@@ -51,6 +51,9 @@ from tests.reference import generate as reference
 from tests.reference.grammars import Grammar
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
 
+#: Ranks divide the machine, as they would without other tests beside them.
+pytestmark = pytest.mark.usefixtures("all_cores")
+
 NAMES = list(LAYOUTS)
 
 

@@ -31,6 +31,9 @@ from tests.e2e.server import (
 )
 from tests.engines import running_engine, sampling
 
+#: The examples start a cluster of two cores.
+pytestmark = pytest.mark.usefixtures("all_cores")
+
 BATCH = ROOT / "examples" / "ray_batch.py"
 SERVE = ROOT / "examples" / "ray_serve.py"
 WORDS = (ROOT / "examples" / "words.txt").read_text(encoding="utf-8").split()

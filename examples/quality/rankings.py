@@ -1,0 +1,294 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Explore what to keep, beyond what the engine has: plain PyTorch, an item at a time.
+
+Rankings of keys, other steps at which the cache is chosen, and shares of it that differ by layer,
+on the items of the quality harness: a response of one block, a token a step, the rest as
+published. Prints a table of exact match ± standard error and, after it, the mean difference to
+``none`` on the same items with its standard error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from evaluate import MODELS, is_model, is_right, model_path
+from tasks import MIN_LENGTH, RESPONSE, TASKS, Item, Vocabulary, held_out
+from torch import Tensor
+from tqdm import tqdm
+
+from vllm_sparse_dllm.assets import embedded_models
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+from baseline import DreamRule, LLaDARule
+from baseline_network import Block, Decoding, LayerCache, Network, Pass, Shape
+
+#: Positions at the end of a prompt that count as its question.
+WINDOW = 16
+
+
+@dataclass(frozen=True)
+class View:
+    """What a ranking looks at: one layer in one full pass.
+
+    Attributes:
+        queries: ``[heads, L, head_size]``, rotated.
+        keys: ``[heads, L, head_size]``, rotated, those of a group repeated.
+        prompt: Positions of the prompt, whose keys are ranked; the block is the rest.
+        masked: ``[block]`` which positions of the block were masks in the pass.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    prompt: int
+    masked: Tensor
+
+    def attention(self, start: int, end: int) -> Tensor:
+        """Return the shares that positions pay the prompt: ``[heads, end - start, prompt]``."""
+        scale = self.keys.shape[-1] ** -0.5
+        scores = self.queries[:, start:end] @ self.keys.transpose(1, 2) * scale
+        return scores.softmax(-1)[..., : self.prompt]
+
+
+#: Scores of the prompt's keys, the highest kept.
+Ranking = Callable[[View], Tensor]
+
+
+def paper(view: View) -> Tensor:
+    """The published score: raw products with the block's mean query."""
+    return _products(view, view.queries[:, view.prompt :].mean(1, keepdim=True))
+
+
+def paper_of_masks(view: View) -> Tensor:
+    """The same with the mean query of positions that are still masks."""
+    return _products(view, view.queries[:, view.prompt :][:, view.masked].mean(1, keepdim=True))
+
+
+def _products(view: View, query: Tensor) -> Tensor:
+    return (query @ view.keys[:, : view.prompt].transpose(1, 2)).mean((0, 1))
+
+
+def attention(view: View) -> Tensor:
+    """Shares of attention that the block pays, the mean over heads."""
+    return view.attention(view.prompt, view.queries.shape[1]).mean((0, 1))
+
+
+def attention_by_heads(view: View) -> Tensor:
+    """The same, the largest of the heads'."""
+    return view.attention(view.prompt, view.queries.shape[1]).mean(1).amax(0)
+
+
+def window(view: View) -> Tensor:
+    """The engine's ``window``: shares that the prompt's end and the block pay, and the end."""
+    return _window(view, view.attention(view.prompt, view.queries.shape[1]))
+
+
+def window_of_masks(view: View) -> Tensor:
+    """The same, of the block only positions that are still masks."""
+    return _window(view, view.attention(view.prompt, view.queries.shape[1])[:, view.masked])
+
+
+def _window(view: View, shares: Tensor) -> Tensor:
+    end = view.attention(max(0, view.prompt - WINDOW), view.prompt)
+    return with_the_end((shares.mean(1) + end.mean(1)).amax(0))
+
+
+def with_the_end(scores: Tensor) -> Tensor:
+    """Raise the scores of the prompt's end above all others."""
+    scores = scores.clone()
+    last = min(WINDOW, len(scores))
+    scores[-last:] = scores.max() + torch.arange(1, 1 + last)
+    return scores
+
+
+def paper_and_end(view: View) -> Tensor:
+    return with_the_end(paper(view))
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to choose what is kept.
+
+    Attributes:
+        rank: The ranking; None for no cache.
+        choices: Steps at which a full pass fills the cache anew; those before the first are full
+            passes too.
+        shares: How a layer's part of what is kept compares with the mean over layers, from the
+            first to the last layer, and evenly between.
+    """
+
+    rank: Ranking | None
+    choices: tuple[int, ...] = (1,)
+    shares: tuple[float, float] = (1.0, 1.0)
+
+    def share(self, layer: int, layers: int) -> float:
+        first, last = self.shares
+        return first + (last - first) * layer / max(1, layers - 1)
+
+
+METHODS = {
+    "none": Method(None),
+    "published (`paper`)": Method(paper),
+    "published, queries of masks only": Method(paper_of_masks),
+    f"published, the prompt's last {WINDOW} kept": Method(paper_and_end),
+    "attention of the block, mean over heads": Method(attention),
+    "attention of the block, maximum over heads": Method(attention_by_heads),
+    "`window`": Method(window),
+    "`window`, of the block queries of masks only": Method(window_of_masks),
+    "published, chosen again at step 16": Method(paper, choices=(1, 16)),
+    "published, chosen again at step 24": Method(paper, choices=(1, 24)),
+    "published, again at step 24, queries of masks only": Method(paper_of_masks, choices=(1, 24)),
+    "`window`, chosen again at step 24": Method(window, choices=(1, 24)),
+    "published, 1.6 of the mean in the first layer to 0.4": Method(paper, shares=(1.6, 0.4)),
+    "published, 0.4 of the mean in the first layer to 1.6": Method(paper, shares=(0.4, 1.6)),
+    "`window`, 1.6 of the mean in the first layer to 0.4": Method(window, shares=(1.6, 0.4)),
+    "`window`, 0.4 of the mean in the first layer to 1.6": Method(window, shares=(0.4, 1.6)),
+}
+
+
+@dataclass
+class _Choice:
+    """What layers ask as they fill their caches; one for all of a network."""
+
+    method: Method = METHODS["none"]
+    masked: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+class RankedBlock(Block):
+    """A decoder layer that keeps what a method ranks highest."""
+
+    def __init__(self, shape: Shape, number: int, choice: _Choice) -> None:
+        """``number`` counts layers from 0."""
+        super().__init__(shape)
+        self.number, self.layers, self.choice = number, shape.layers, choice
+
+    def _select(self, q: Tensor, k: Tensor, block: tuple[int, int], decoding: Decoding) -> Tensor:
+        method, prompt = self.choice.method, block[0]
+        assert method.rank is not None
+        keys = k[0].repeat_interleave(self.heads // self.kv_heads, dim=0)
+        scores = method.rank(View(q[0], keys, prompt, self.choice.masked))[None]
+        kernel = decoding.kernel_size
+        scores = F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
+        share = method.share(self.number, self.layers)
+        keep = min(prompt, int(prompt * decoding.keep_ratio * share))
+        return torch.topk(scores, keep).indices[0]
+
+
+class Explorer:
+    """Answers items of one checkpoint by any method, in float32."""
+
+    def __init__(self, path: Path) -> None:
+        self.vocabulary = Vocabulary(path)
+        self.network = Network.load(path, torch.float32)
+        self.choice = _Choice()
+        for number, block in enumerate(self.network.blocks):
+            ranked = RankedBlock(self.network.shape, number, self.choice).requires_grad_(False)
+            ranked.load_state_dict(block.state_dict(), assign=True)
+            self.network.blocks[number] = ranked
+
+    @torch.inference_mode()
+    def respond(self, prompt: list[int], method: Method, keep_ratio: float) -> list[int]:
+        """Return the response's tokens."""
+        network, policy = self.network, "none" if method.rank is None else "sparse"
+        decoding = Decoding(RESPONSE, policy, RESPONSE, keep_ratio=keep_ratio)
+        rule = (LLaDARule if network.shape.family == "llada" else DreamRule)(decoding)
+        start, mask = len(prompt), network.shape.mask_token_id
+        ids = torch.tensor([prompt + [mask] * RESPONSE])
+        block = (start, start + RESPONSE)
+        caches = [LayerCache() for _ in network.blocks]
+        self.choice.method = method
+        step = 0
+        while (masked := ids[0, start:] == mask).any():
+            self.choice.masked = masked
+            fill = policy == "sparse" and step in method.choices
+            if policy == "sparse" and step > method.choices[0] and not fill:
+                this, first = Pass(start, block, cached=True), start
+            else:
+                this, first = Pass(0, block, fill=fill), 0
+            logits = network(ids[:, first:], this, caches, decoding)[0]
+            candidates = masked.nonzero().flatten() + start
+            tokens, confidence = rule.rank(logits, candidates, first)
+            chosen = rule.choose(confidence, min(step, RESPONSE - 1))
+            ids[0, candidates[chosen]] = tokens[chosen]
+            step += 1
+        return ids[0, start:].tolist()
+
+    def right(self, item: Item, method: Method, keep_ratio: float) -> bool:
+        response = self.respond(self.vocabulary.encode(item.prompt), method, keep_ratio)
+        return is_right(item, response, self.vocabulary)
+
+
+def cell(right: list[bool], none: list[bool] | None) -> str:
+    """Return a cell of the table."""
+    mean, number = sum(right) / len(right), len(right)
+    text = f"{mean:.3f} ± {math.sqrt(mean * (1 - mean) / number):.3f}"
+    if none is None:
+        return text
+    differences = torch.tensor(right).double() - torch.tensor(none).double()
+    error = differences.std(correction=0).item() / math.sqrt(number)
+    return f"{text} ({differences.mean().item():+.3f} ± {error:.3f})"
+
+
+def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--model", action="append", help=f"{MODELS}; may be repeated (default: all of those named)")
+    add("--items", type=int, default=64, help="of a cell; default: %(default)s")
+    add("--length", type=int, default=256, help="of prompts; default: %(default)s")
+    add("--tasks", nargs="+", choices=sorted(TASKS), default=["retrieval", "copy"])
+    add("--keep", nargs="+", type=float, default=[0.5, 0.3], help="ratios; default: 0.5 0.3")
+    add("--only", metavar="TEXT", help="methods whose names have this in them, and none")
+    add("--seed", type=int, default=3, help="of the items; default: %(default)s")
+    arguments = parser.parse_args(argv)
+    if arguments.items < 1:
+        parser.error(f"--items must be at least 1, got {arguments.items}")
+    if arguments.length < MIN_LENGTH:
+        parser.error(f"--length must be at least {MIN_LENGTH}, got {arguments.length}")
+    if not all(0 < ratio <= 1 for ratio in arguments.keep):
+        parser.error(f"--keep must be above 0 and at most 1, got {arguments.keep}")
+    if not any((arguments.only or "") in name for name in METHODS):
+        parser.error(f"--only must be in the name of a method, got {arguments.only!r}")
+    arguments.model = arguments.model or embedded_models()
+    for model in arguments.model:
+        if not is_model(model):
+            parser.error(f"--model must be {MODELS}, got {model!r}")
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    arguments = parse_arguments(argv)
+    # Of matrices so small, threads only wait for each other.
+    torch.set_num_threads(1)
+    cells = [(task, ratio) for task in arguments.tasks for ratio in arguments.keep]
+    methods = {
+        name: method
+        for name, method in METHODS.items()
+        if name == "none" or (arguments.only or "") in name
+    }
+    for model in arguments.model:
+        explorer = Explorer(Path(model_path(model)))
+        print(f"\n**{Path(model).name}**, prompts of {arguments.length}, n = {arguments.items}\n")
+        print("|  |", " | ".join(f"{task}, keep {ratio:g}" for task, ratio in cells), "|")
+        print("|---" * (len(cells) + 1) + "|")
+        bare: dict[str, list[bool]] = {}
+        for name, method in methods.items():
+            row = []
+            for task, ratio in tqdm(cells, desc=name, leave=False):
+                if method.rank is None and task in bare:
+                    row.append(row[-1])
+                    continue
+                items = held_out(task, arguments.length, arguments.items, arguments.seed)
+                right = [explorer.right(item, method, ratio) for item in items]
+                row.append(cell(right, bare.get(task)))
+                bare.setdefault(task, right)
+            print(f"| {name} |", " | ".join(row), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
