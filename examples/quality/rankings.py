@@ -3,8 +3,9 @@
 
 Rankings of keys, other steps at which the cache is chosen, and shares of it that differ by layer,
 on the items of the quality harness: a response of one block, a token a step, the rest as
-published. Prints a table of exact match ± standard error and, after it, the mean difference to
-``none`` on the same items with its standard error.
+published. Prints two tables a model: exact match ± standard error and, behind it, the mean
+difference to ``none`` on the same items with its standard error; and what part of the question,
+and of what it asks about, each layer kept.
 """
 
 from __future__ import annotations
@@ -154,10 +155,12 @@ METHODS = {
 
 @dataclass
 class _Choice:
-    """What layers ask as they fill their caches; one for all of a network."""
+    """What layers ask as they fill their caches, and tell; one for all of a network."""
 
     method: Method = METHODS["none"]
     masked: Tensor = field(default_factory=lambda: torch.empty(0))
+    #: By layer, the positions kept last.
+    kept: dict[int, Tensor] = field(default_factory=dict)
 
 
 class RankedBlock(Block):
@@ -177,7 +180,38 @@ class RankedBlock(Block):
         scores = F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
         share = method.share(self.number, self.layers)
         keep = min(prompt, int(prompt * decoding.keep_ratio * share))
-        return torch.topk(scores, keep).indices[0]
+        self.choice.kept[self.number] = kept = torch.topk(scores, keep).indices[0]
+        return kept
+
+
+@dataclass
+class Cell:
+    """Items of one task, by one method.
+
+    Attributes:
+        right: For each item, whether its answer was right.
+        question: For each item the part of the question that each layer kept, if any chose.
+        pivots: The same of what the question asks about.
+    """
+
+    right: list[bool] = field(default_factory=list)
+    question: list[list[float]] = field(default_factory=list)
+    pivots: list[list[float]] = field(default_factory=list)
+
+    def accuracy(self, none: Cell | None) -> str:
+        number = len(self.right)
+        mean = sum(self.right) / number
+        text = f"{mean:.3f} ± {math.sqrt(mean * (1 - mean) / number):.3f}"
+        if none is None:
+            return text
+        differences = torch.tensor(self.right).double() - torch.tensor(none.right).double()
+        error = differences.std(correction=0).item() / math.sqrt(number)
+        return f"{text} ({differences.mean().item():+.3f} ± {error:.3f})"
+
+    def kept(self) -> str:
+        """Return the means over items, layer by layer."""
+        parts = (torch.tensor(part).mean(0).tolist() for part in (self.question, self.pivots))
+        return " | ".join(" ".join(f"{share:.2f}" for share in part) for part in parts)
 
 
 class Explorer:
@@ -203,6 +237,7 @@ class Explorer:
         block = (start, start + RESPONSE)
         caches = [LayerCache() for _ in network.blocks]
         self.choice.method = method
+        self.choice.kept.clear()
         step = 0
         while (masked := ids[0, start:] == mask).any():
             self.choice.masked = masked
@@ -219,20 +254,16 @@ class Explorer:
             step += 1
         return ids[0, start:].tolist()
 
-    def right(self, item: Item, method: Method, keep_ratio: float) -> bool:
-        response = self.respond(self.vocabulary.encode(item.prompt), method, keep_ratio)
-        return is_right(item, response, self.vocabulary)
-
-
-def cell(right: list[bool], none: list[bool] | None) -> str:
-    """Return a cell of the table."""
-    mean, number = sum(right) / len(right), len(right)
-    text = f"{mean:.3f} ± {math.sqrt(mean * (1 - mean) / number):.3f}"
-    if none is None:
-        return text
-    differences = torch.tensor(right).double() - torch.tensor(none).double()
-    error = differences.std(correction=0).item() / math.sqrt(number)
-    return f"{text} ({differences.mean().item():+.3f} ± {error:.3f})"
+    def answer(self, items: list[Item], method: Method, keep_ratio: float) -> Cell:
+        cell = Cell()
+        for item in tqdm(items, leave=False):
+            response = self.respond(self.vocabulary.encode(item.prompt), method, keep_ratio)
+            cell.right.append(is_right(item, response, self.vocabulary))
+            for parts, positions in ((cell.question, item.question), (cell.pivots, item.pivots)):
+                wanted = torch.tensor(positions)
+                kept = (self.choice.kept[layer] for layer in sorted(self.choice.kept))
+                parts.append([torch.isin(wanted, one).float().mean().item() for one in kept])
+        return cell
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -261,33 +292,48 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
+def explore(explorer: Explorer, methods: dict[str, Method], arguments: argparse.Namespace) -> None:
+    """Print a model's tables; the second one is of the first ratio."""
+    ratios: list[float] = arguments.keep
+    titles = [f"{task}, keep {ratio:g}" for task in arguments.tasks for ratio in ratios]
+    print(_row("", *titles), _row(*("---" for _ in range(len(titles) + 1))), sep="\n")
+    bare: dict[str, Cell] = {}
+    kept = []
+    for name, method in methods.items():
+        cells: list[Cell] = []
+        for task in arguments.tasks:
+            items = held_out(task, arguments.length, arguments.items, arguments.seed)
+            if method.rank is None:
+                bare[task] = explorer.answer(items, method, 1.0)
+                cells += [bare[task]] * len(ratios)
+            else:
+                cells += [explorer.answer(items, method, ratio) for ratio in ratios]
+        tasks = [task for task in arguments.tasks for _ in ratios]
+        none = [None if method.rank is None else bare[task] for task in tasks]
+        print(_row(name, *map(Cell.accuracy, cells, none)), flush=True)
+        if method.rank is not None:
+            kept.append(_row(name, *(cell.kept() for cell in cells[:: len(ratios)])))
+    titles = [f"{task}: {part}" for task in arguments.tasks for part in ("question", "asked about")]
+    print(f"\nKept at {ratios[0]:g}, by layer:\n")
+    print(_row("", *titles), _row(*("---" for _ in range(len(titles) + 1))), *kept, sep="\n")
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
     # Of matrices so small, threads only wait for each other.
     torch.set_num_threads(1)
-    cells = [(task, ratio) for task in arguments.tasks for ratio in arguments.keep]
     methods = {
         name: method
         for name, method in METHODS.items()
         if name == "none" or (arguments.only or "") in name
     }
     for model in arguments.model:
-        explorer = Explorer(Path(model_path(model)))
         print(f"\n**{Path(model).name}**, prompts of {arguments.length}, n = {arguments.items}\n")
-        print("|  |", " | ".join(f"{task}, keep {ratio:g}" for task, ratio in cells), "|")
-        print("|---" * (len(cells) + 1) + "|")
-        bare: dict[str, list[bool]] = {}
-        for name, method in methods.items():
-            row = []
-            for task, ratio in tqdm(cells, desc=name, leave=False):
-                if method.rank is None and task in bare:
-                    row.append(row[-1])
-                    continue
-                items = held_out(task, arguments.length, arguments.items, arguments.seed)
-                right = [explorer.right(item, method, ratio) for item in items]
-                row.append(cell(right, bare.get(task)))
-                bare.setdefault(task, right)
-            print(f"| {name} |", " | ".join(row), "|", flush=True)
+        explore(Explorer(Path(model_path(model))), methods, arguments)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -77,16 +78,16 @@ def test_queries_of_masks_only() -> None:
     torch.testing.assert_close(rankings.paper_of_masks(view), expected)
 
 
-def test_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = "--model tiny-llada --items 2 --length 48 --tasks copy --keep 1 --only attention"
     rankings.main(arguments.split())
-    rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" | ")[0] for row in rows[1:]] == [
-        "| none",
-        "| attention of the block, mean over heads",
-        "| attention of the block, maximum over heads",
-    ]
-    assert all("(+0.000 ± 0.000)" in row for row in rows[2:])
+    accuracy, kept = capsys.readouterr().out.split("Kept at 1")
+    methods = [name for name in rankings.METHODS if "attention" in name]
+    found = re.findall(r"^\| ([^|]+) \| [01][^|]* ± [^|]* \|$", accuracy, flags=re.MULTILINE)
+    assert found == ["none", *methods]
+    assert accuracy.count("(+0.000 ± 0.000)") == len(methods)
+    for name in methods:
+        assert f"| {name} | {'1.00 ' * 4}| {'1.00 ' * 4}|" in kept
 
 
 @pytest.mark.parametrize(
