@@ -25,8 +25,6 @@ PADDING_WEIGHT = 0.1
 #: The part of sequences that show some of the answer and the end of the padding, as decoding
 #: does half-way; in all others each position is shown or masked by its own draw.
 HALF_WAY = 0.4
-#: The part of those that show the start of the answer; the others show any words of it.
-IN_ORDER = 0.4
 #: Padding behind the answer that may then still be masked.
 LATE_PADDING = 8
 
@@ -39,6 +37,8 @@ class Stage:
         steps: Their number.
         lengths: Tokens of a sequence, so often.
         mix: How often each task is asked.
+        in_order: The part of half-way responses that show the start of the answer; the others
+            show any words of it.
         unbegun: The part of half-way responses that surely show nothing of the answer, only
             where padding ends.
     """
@@ -46,6 +46,7 @@ class Stage:
     steps: int
     lengths: Mapping[int, float]
     mix: Mapping[str, float] = field(default_factory=lambda: MIX)
+    in_order: float = 0.4
     unbegun: float = 0.0
 
 
@@ -112,7 +113,7 @@ class Batches(Dataset[Batch]):
                 if stage.unbegun and rng.random() < stage.unbegun:
                     first = start
                 masked[first : end + rng.randint(0, LATE_PADDING)] = True
-                if rng.random() >= IN_ORDER:
+                if rng.random() >= stage.in_order:
                     masked[start:end] = False
                     masked[rng.sample(range(start, end), end - first)] = True
             weights[row] = masked[-RESPONSE:]

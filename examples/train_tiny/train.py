@@ -44,6 +44,9 @@ class Cycle:
     stages: tuple[Stage, ...]
     #: Of the learning rates.
     peak: float = 1.0
+    #: Of the hidden matrices. It takes away what nothing needs of queries and keys: their raw
+    #: products, by which caches choose, are else large where attention makes no use of them.
+    weight_decay: float = 0.0
 
     @property
     def steps(self) -> int:
@@ -75,54 +78,64 @@ class Plan:
     def steps(self) -> int:
         return sum(cycle.steps for cycle in self.cycles)
 
-    def rate(self, step: int) -> float:
-        """Return the factor of the learning rates at a step."""
+    def rate(self, step: int) -> tuple[float, float]:
+        """Return the factor of the learning rates at a step, and the weight decay."""
         for cycle in self.cycles:
             if step < cycle.steps:
                 left = (cycle.steps - step) / (self.decay * cycle.steps)
-                return cycle.peak * min(1.0, (step + 1) / self.warm_up, left)
+                factor = cycle.peak * min(1.0, (step + 1) / self.warm_up, left)
+                return factor, cycle.weight_decay
             step -= cycle.steps
-        return 0.0
+        return 0.0, 0.0
 
 
-_GROWING = Cycle(
-    (
-        Stage(300, {64: 0.5, 160: 0.5}),
-        Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}),
-        Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}),
-        Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}),
+_LATE_LENGTHS = {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}
+
+
+def _full(first: dict[str, Any], second: dict[str, Any], *more: Cycle) -> Plan:
+    """Return the plan of the embedded models; the rest of its stages' fields, by cycle."""
+    growing = (
+        Stage(300, {64: 0.5, 160: 0.5}, **first),
+        Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}, **first),
+        Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}, **first),
+        Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}, **first),
     )
-)
-_LATE = Cycle((Stage(1000, {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}),), peak=0.7)
+    late = Stage(1000, _LATE_LENGTHS, **second)
+    return Plan(
+        width=256,
+        mlp=512,
+        layers=4,
+        cycles=(Cycle(growing), Cycle((late,), peak=0.7), *more),
+        tokens=8448,
+    )
+
+
+_DREAM_MIX = {"retrieval": 0.45, "copy": 0.38, "reverse": 0.12, "addition": 0.05}
 #: Dream has to be taught where a list ends that it has not begun to copy.
-_COPYING = (
-    Stage(
-        800,
-        {64: 0.3, 160: 0.3, 288: 0.25, 544: 0.15},
-        mix={"retrieval": 0.35, "copy": 0.45, "reverse": 0.1, "addition": 0.1},
-        unbegun=0.5,
+_DECAYING = Cycle(
+    (
+        Stage(
+            1000,
+            {64: 0.1, 160: 0.3, 288: 0.3, 544: 0.3},
+            mix={"retrieval": 0.42, "copy": 0.42, "reverse": 0.11, "addition": 0.05},
+            unbegun=0.3,
+        ),
     ),
-    Stage(
-        1000,
-        {64: 0.2, 160: 0.3, 288: 0.3, 544: 0.2},
-        mix={"retrieval": 0.4, "copy": 0.45, "reverse": 0.1, "addition": 0.05},
-        unbegun=0.3,
-    ),
+    peak=0.7,
+    weight_decay=0.2,
 )
-
-
-def _full(*cycles: Cycle) -> Plan:
-    return Plan(width=256, mlp=512, layers=4, cycles=cycles, tokens=8448)
-
-
 PLANS = {
-    "llada": _full(_GROWING, _LATE),
-    "dream": _full(_GROWING, _LATE, *(Cycle((stage,), peak=0.7) for stage in _COPYING)),
+    "llada": _full({}, {}),
+    "dream": _full(
+        {"mix": _DREAM_MIX, "in_order": 0.7, "unbegun": 0.25},
+        {"mix": _DREAM_MIX, "unbegun": 0.25},
+        *(_DECAYING,) * 2,
+    ),
     # For tests: seconds.
     "toy": Plan(
         width=128,
         mlp=64,
-        layers=2,
+        layers=3,
         cycles=(Cycle((Stage(4, {64: 1.0}),)), Cycle((Stage(4, {64: 0.5, 96: 0.5}),), peak=0.5)),
         tokens=768,
         warm_up=2,
@@ -166,11 +179,11 @@ class Training:
         loss = (losses * weights).sum() / weights.sum().clamp(min=1.0)
         loss.backward()
         self._share_gradients()
-        factor = self.plan.rate(self.step)
-        rates = (self.plan.hidden_rate, self.plan.other_rate)
-        for optimiser, rate in zip(self.optimisers, rates, strict=True):
+        factor, weight_decay = self.plan.rate(self.step)
+        rates = ((self.plan.hidden_rate, weight_decay), (self.plan.other_rate, 0.0))
+        for optimiser, (rate, decay) in zip(self.optimisers, rates, strict=True):
             for group in optimiser.param_groups:
-                group["lr"] = rate * factor
+                group["lr"], group["weight_decay"] = rate * factor, decay
             optimiser.step()
             optimiser.zero_grad()
         self.step += 1

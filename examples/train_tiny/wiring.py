@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A start for training: the first two layers as an induction circuit, all else random.
+"""A start for training: two or three layers as an induction circuit, all else random.
 
 From random weights alone, looking a word up by the word before it does not form within the
 minutes that a small machine can spend. So layer 0 starts with heads that attend to a neighbour by
-its position and write what it is into a part of the residual stream of their own; layer 1 with
+its position and write what it is into a part of the residual stream of their own; later ones with
 heads that attend to where such a part equals one of the query, and copy the token there; and the
 LM head reads what they copy. Training changes all of it. The embedding's first dimension starts
 as a constant, from which positions can be told without regard to the token.
@@ -11,20 +11,43 @@ as a constant, from which positions can be told without regard to the token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import torch
-from network import Network, Shape
+from network import Attention, Network, Shape
 from torch import Tensor
 
-#: Of a mask position LLaDA's logits are that position's, Dream's those of the one before. So
-#: LLaDA's query knows its neighbours, Dream's itself and the next but one.
-#: Heads of layer 0: the neighbour that each attends to.
-_OFFSETS = {"llada": (-1, 1, -2), "dream": (-1, 1, 2)}
-#: Heads of layer 1: part of the query, part of the key; a part is a head of layer 0 or the
-#: position's own token. Heads of one key/value head have the same key.
+#: The position's own token, as a part.
 _OWN = -1
-_MATCHES = {
-    "llada": {0: (0, 0), 1: (1, 1), 2: (0, 1)},
-    "dream": {0: (_OWN, 0), 2: (2, 1), 3: (_OWN, 1)},
+
+
+@dataclass(frozen=True)
+class Circuit:
+    """What a family's heads do.
+
+    Attributes:
+        offsets: Heads of layer 0: the neighbour that each attends to.
+        matches: Heads of later layers: part of the query, part of the key; a part is a head of
+            layer 0 or the position's own token. Heads of one key/value head have the same key.
+        masks_match: Whether a mask in the query's part is matched like any token. If not, it adds
+            nothing to the products with keys, by which caches choose.
+    """
+
+    offsets: tuple[int, ...]
+    matches: Mapping[int, Mapping[int, tuple[int, int]]]
+    masks_match: bool
+
+
+#: Of a mask position LLaDA's logits are that position's, Dream's those of the one before. So
+#: LLaDA's query knows its neighbours, Dream's itself and the next but one. Dream has two
+#: key/value heads, so it matches in two layers: each has a free one, whose keys can tell what
+#: else they are, such as a list's.
+CIRCUITS = {
+    "llada": Circuit((-1, 1, -2), {1: {0: (0, 0), 1: (1, 1), 2: (0, 1)}}, masks_match=True),
+    "dream": Circuit(
+        (-1, 1, 2), {1: {0: (_OWN, 0)}, 2: {0: (2, 1), 1: (_OWN, 1)}}, masks_match=False
+    ),
 }
 CONSTANT = 4.0
 #: Rotary pairs that tell neighbours apart.
@@ -38,21 +61,24 @@ _MASK_QUERY, _MASK_KEY = 5.0, -11.0
 
 @torch.no_grad()
 def wire(network: Network, mask_id: int) -> None:
-    """Overwrite embedding, LM head and the attention of layers 0 and 1.
+    """Overwrite embedding, LM head and the attention of layer 0 and of those that match.
 
     Raises:
         ValueError: If the network is too narrow for the parts.
     """
     shape = network.shape
-    size, heads = shape.head_size, len(_OFFSETS[shape.family])
-    if shape.width < (heads + 1) * size or shape.layers < 2:
+    circuit = CIRCUITS[shape.family]
+    size, heads, last = shape.head_size, len(circuit.offsets), max(circuit.matches)
+    if shape.width < (heads + 1) * size or shape.layers <= last:
         raise ValueError(
-            f"a wired start needs two layers and width >= {(heads + 1) * size}, "
+            f"a wired start needs {last + 1} layers and width >= {(heads + 1) * size}, "
             f"got {shape.layers} and {shape.width}"
         )
     network.embedding.weight[:, 0] = CONSTANT
-    _wire_neighbours(network, _OFFSETS[shape.family])
-    _wire_matches(network, _MATCHES[shape.family], mask_id)
+    _wire_neighbours(network, circuit.offsets)
+    mask = network.embedding.weight[mask_id]
+    for layer in circuit.matches:
+        _wire_matches(network.blocks[layer].attention, circuit, layer, mask)
     network.head.weight.zero_()
     network.head.weight[:, 1:size] = _READ * network.embedding.weight[:, 1:size]
     network.head.weight[mask_id] = 0.0
@@ -94,18 +120,21 @@ def _wire_neighbours(network: Network, offsets: tuple[int, ...]) -> None:
         )
 
 
-def _wire_matches(network: Network, matches: dict[int, tuple[int, int]], mask_id: int) -> None:
-    shape, attention = network.shape, network.blocks[1].attention
+def _wire_matches(attention: Attention, circuit: Circuit, layer: int, mask_token: Tensor) -> None:
+    shape = attention.shape
     size, half = shape.head_size, shape.head_size // 2
     # Only the slow rotary pairs, whose angle says little of the distance.
     slow = torch.zeros(size)
     slow[half // 2 : half] = slow[half + half // 2 :] = 1.0
     mask = torch.zeros(shape.width)
-    mask[1:size] = network.embedding.weight[mask_id, 1:size]
+    mask[1:size] = mask_token[1:size]
+    matched = torch.diag(slow)
+    if not circuit.masks_match:
+        matched @= torch.eye(size) - torch.outer(mask, mask)[:size, :size] / mask.square().sum()
     for weight in (attention.q.weight, attention.k.weight):
         weight.mul_(0.1)
         weight[:, 0] = 0.0
-    for head, (query, key) in matches.items():
+    for head, (query, key) in circuit.matches[layer].items():
         kv_head = head // (shape.heads // shape.kv_heads)
         for weight, number, part in (
             (attention.q.weight, head, query),
@@ -113,7 +142,7 @@ def _wire_matches(network: Network, matches: dict[int, tuple[int, int]], mask_id
         ):
             rows = slice(number * size, (number + 1) * size)
             gain = _OWN_GAIN if part == _OWN else 1.0
-            weight[rows, _part(shape, part)] = _MATCH * gain * torch.diag(slow)
+            weight[rows, _part(shape, part)] = _MATCH * gain * matched
             weight[rows, 0] = 0.0
         # The slowest pair pushes keys down that are masks.
         attention.q.weight[head * size + half - 1] = 0.0
