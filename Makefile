@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 # The Python the environment is made with; any from 3.11 on. `make PYTHON=...` chooses one.
 PYTHON ?=
 PYTEST_ARGS ?=
-# Files of tests that run at a time: while one's engine starts, the other's computes.
+# Files of tests that run at a time; they divide the cores (tests/conftest.py).
 TEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=

@@ -18,21 +18,20 @@ ALL_CORES = os.sched_getaffinity(0)
 def _own_cores(worker: int, num_workers: int) -> set[int]:
     """Return a test process's share, or a core that it shares where there are too few."""
     cores = sorted(ALL_CORES)
+    # What replaces a process that crashed is counted on.
+    worker %= num_workers
     if num_workers >= len(cores):
         return {cores[worker % len(cores)]}
-    share = len(cores) // num_workers
-    return set(cores[worker * share : (worker + 1) * share])
+    bounds = [one * len(cores) // num_workers for one in (worker, worker + 1)]
+    return set(cores[slice(*bounds)])
 
 
-# Before any test imports PyTorch, which counts cores as it is loaded. pytest-xdist sets these.
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.sched_setaffinity(
-        0,
-        _own_cores(
-            int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw")),
-            int(os.environ["PYTEST_XDIST_WORKER_COUNT"]),
-        ),
-    )
+# Before any test imports PyTorch, which counts cores as it is loaded. pytest-xdist sets these;
+# a test may run pytest itself, which is not to divide once more.
+_worker = os.environ.pop("PYTEST_XDIST_WORKER", None)
+_num_workers = int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT", 1))
+if _worker is not None:
+    os.sched_setaffinity(0, _own_cores(int(_worker.removeprefix("gw")), _num_workers))
 
 
 @pytest.fixture(scope="module")

@@ -13,11 +13,13 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 def load(folder: Path, *names: str) -> list[ModuleType]:
     """Import scripts as they import each other, by names that nothing else can find later."""
-    siblings = {path.stem for path in folder.glob("*.py")}
+    path, modules = list(sys.path), set(sys.modules)
     sys.path.insert(0, str(folder))
     try:
         return [importlib.import_module(name) for name in names]
     finally:
-        sys.path.remove(str(folder))
-        for name in siblings:
-            sys.modules.pop(name, None)
+        sys.path[:] = path
+        for name in set(sys.modules) - modules:
+            file = getattr(sys.modules[name], "__file__", None)
+            if file and EXAMPLES in Path(file).parents:
+                del sys.modules[name]

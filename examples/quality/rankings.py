@@ -2,10 +2,10 @@
 """Explore what to keep, beyond what the engine has: plain PyTorch, an item at a time.
 
 Rankings of keys, other steps at which the cache is chosen, and shares of it that differ by layer,
-on the items of the quality harness: a response of one block, a token a step, the rest as
-published. Prints two tables a model: exact match ± standard error and, behind it, the mean
-difference to ``none`` on the same items with its standard error; and what part of the question,
-and of what it asks about, each layer kept.
+on items of the quality harness, by default of another seed than those of docs/quality.md: a
+response of one block, a token a step, the rest as published. Prints two tables a model: exact
+match ± standard error and, behind it, the mean difference to ``none`` on the same items with its
+standard error; and what part of the question, and of what it asks about, each layer kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from vllm_sparse_dllm.assets import embedded_models
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).parents[1] / "benchmarks"))
 from baseline import DreamRule, LLaDARule
 from baseline_network import Block, Decoding, LayerCache, Network, Pass, Shape
 
@@ -42,19 +42,29 @@ class View:
         queries: ``[heads, L, head_size]``, rotated.
         keys: ``[heads, L, head_size]``, rotated, those of a group repeated.
         prompt: Positions of the prompt, whose keys are ranked; the block is the rest.
-        masked: ``[block]`` which positions of the block were masks in the pass.
+        asking: Positions whose logits are of masks: Dream's are those before the masks.
     """
 
     queries: Tensor
     keys: Tensor
     prompt: int
-    masked: Tensor
+    asking: Tensor
 
-    def attention(self, start: int, end: int) -> Tensor:
-        """Return the shares that positions pay the prompt: ``[heads, end - start, prompt]``."""
+    @property
+    def block(self) -> Tensor:
+        """All positions of the block."""
+        return torch.arange(self.prompt, self.queries.shape[1])
+
+    def products(self, positions: Tensor) -> Tensor:
+        """Return the published score for a block of these positions: ``[prompt]``."""
+        query = self.queries[:, positions].mean(1, keepdim=True)
+        return (query @ self.keys[:, : self.prompt].transpose(1, 2)).mean((0, 1))
+
+    def attention(self, positions: Tensor) -> Tensor:
+        """Return the mean share that positions pay each key: ``[heads, prompt]``."""
         scale = self.keys.shape[-1] ** -0.5
-        scores = self.queries[:, start:end] @ self.keys.transpose(1, 2) * scale
-        return scores.softmax(-1)[..., : self.prompt]
+        scores = self.queries[:, positions] @ self.keys.transpose(1, 2) * scale
+        return scores.softmax(-1)[..., : self.prompt].mean(1)
 
 
 #: Scores of the prompt's keys, the highest kept.
@@ -63,41 +73,37 @@ Ranking = Callable[[View], Tensor]
 
 def paper(view: View) -> Tensor:
     """The published score: raw products with the block's mean query."""
-    return _products(view, view.queries[:, view.prompt :].mean(1, keepdim=True))
+    return view.products(view.block)
 
 
 def paper_of_masks(view: View) -> Tensor:
-    """The same with the mean query of positions that are still masks."""
-    return _products(view, view.queries[:, view.prompt :][:, view.masked].mean(1, keepdim=True))
-
-
-def _products(view: View, query: Tensor) -> Tensor:
-    return (query @ view.keys[:, : view.prompt].transpose(1, 2)).mean((0, 1))
+    """The same with the queries that have masks to fill in."""
+    return view.products(view.asking)
 
 
 def attention(view: View) -> Tensor:
     """Shares of attention that the block pays, the mean over heads."""
-    return view.attention(view.prompt, view.queries.shape[1]).mean((0, 1))
+    return view.attention(view.block).mean(0)
 
 
 def attention_by_heads(view: View) -> Tensor:
     """The same, the largest of the heads'."""
-    return view.attention(view.prompt, view.queries.shape[1]).mean(1).amax(0)
+    return view.attention(view.block).amax(0)
 
 
 def window(view: View) -> Tensor:
     """The engine's ``window``: shares that the prompt's end and the block pay, and the end."""
-    return _window(view, view.attention(view.prompt, view.queries.shape[1]))
+    return _window(view, view.block)
 
 
 def window_of_masks(view: View) -> Tensor:
-    """The same, of the block only positions that are still masks."""
-    return _window(view, view.attention(view.prompt, view.queries.shape[1])[:, view.masked])
+    """The same, in place of the block the queries that have masks to fill in."""
+    return _window(view, view.asking)
 
 
-def _window(view: View, shares: Tensor) -> Tensor:
-    end = view.attention(max(0, view.prompt - WINDOW), view.prompt)
-    return with_the_end((shares.mean(1) + end.mean(1)).amax(0))
+def _window(view: View, positions: Tensor) -> Tensor:
+    end = torch.arange(max(0, view.prompt - WINDOW), view.prompt)
+    return with_the_end((view.attention(positions) + view.attention(end)).amax(0))
 
 
 def with_the_end(scores: Tensor) -> Tensor:
@@ -136,15 +142,17 @@ class Method:
 METHODS = {
     "none": Method(None),
     "published (`paper`)": Method(paper),
-    "published, queries of masks only": Method(paper_of_masks),
+    "published, queries with masks to fill in": Method(paper_of_masks),
     f"published, the prompt's last {WINDOW} kept": Method(paper_and_end),
     "attention of the block, mean over heads": Method(attention),
     "attention of the block, maximum over heads": Method(attention_by_heads),
     "`window`": Method(window),
-    "`window`, of the block queries of masks only": Method(window_of_masks),
+    "`window`, queries with masks to fill in": Method(window_of_masks),
     "published, chosen again at step 16": Method(paper, choices=(1, 16)),
     "published, chosen again at step 24": Method(paper, choices=(1, 24)),
-    "published, again at step 24, queries of masks only": Method(paper_of_masks, choices=(1, 24)),
+    "published, again at step 24, queries with masks to fill in": Method(
+        paper_of_masks, choices=(1, 24)
+    ),
     "`window`, chosen again at step 24": Method(window, choices=(1, 24)),
     "published, 1.6 of the mean in the first layer to 0.4": Method(paper, shares=(1.6, 0.4)),
     "published, 0.4 of the mean in the first layer to 1.6": Method(paper, shares=(0.4, 1.6)),
@@ -158,7 +166,7 @@ class _Choice:
     """What layers ask as they fill their caches, and tell; one for all of a network."""
 
     method: Method = METHODS["none"]
-    masked: Tensor = field(default_factory=lambda: torch.empty(0))
+    asking: Tensor = field(default_factory=lambda: torch.empty(0))
     #: By layer, the positions kept last.
     kept: dict[int, Tensor] = field(default_factory=dict)
 
@@ -175,11 +183,11 @@ class RankedBlock(Block):
         method, prompt = self.choice.method, block[0]
         assert method.rank is not None
         keys = k[0].repeat_interleave(self.heads // self.kv_heads, dim=0)
-        scores = method.rank(View(q[0], keys, prompt, self.choice.masked))[None]
+        scores = method.rank(View(q[0], keys, prompt, self.choice.asking))[None]
         kernel = decoding.kernel_size
         scores = F.max_pool1d(scores, kernel, stride=1, padding=kernel // 2)
         share = method.share(self.number, self.layers)
-        keep = min(prompt, int(prompt * decoding.keep_ratio * share))
+        keep = int(prompt * decoding.keep_ratio * share)
         self.choice.kept[self.number] = kept = torch.topk(scores, keep).indices[0]
         return kept
 
@@ -231,7 +239,8 @@ class Explorer:
         """Return the response's tokens."""
         network, policy = self.network, "none" if method.rank is None else "sparse"
         decoding = Decoding(RESPONSE, policy, RESPONSE, keep_ratio=keep_ratio)
-        rule = (LLaDARule if network.shape.family == "llada" else DreamRule)(decoding)
+        shift = int(network.shape.family == "dream")
+        rule = (DreamRule if shift else LLaDARule)(decoding)
         start, mask = len(prompt), network.shape.mask_token_id
         ids = torch.tensor([prompt + [mask] * RESPONSE])
         block = (start, start + RESPONSE)
@@ -240,14 +249,14 @@ class Explorer:
         self.choice.kept.clear()
         step = 0
         while (masked := ids[0, start:] == mask).any():
-            self.choice.masked = masked
+            candidates = masked.nonzero().flatten() + start
+            self.choice.asking = candidates - shift
             fill = policy == "sparse" and step in method.choices
             if policy == "sparse" and step > method.choices[0] and not fill:
                 this, first = Pass(start, block, cached=True), start
             else:
                 this, first = Pass(0, block, fill=fill), 0
             logits = network(ids[:, first:], this, caches, decoding)[0]
-            candidates = masked.nonzero().flatten() + start
             tokens, confidence = rule.rank(logits, candidates, first)
             chosen = rule.choose(confidence, min(step, RESPONSE - 1))
             ids[0, candidates[chosen]] = tokens[chosen]
@@ -274,32 +283,46 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--length", type=int, default=256, help="of prompts; default: %(default)s")
     add("--tasks", nargs="+", choices=sorted(TASKS), default=["retrieval", "copy"])
     add("--keep", nargs="+", type=float, default=[0.5, 0.3], help="ratios; default: 0.5 0.3")
-    add("--only", metavar="TEXT", help="methods whose names have this in them, and none")
-    add("--seed", type=int, default=3, help="of the items; default: %(default)s")
+    add("--only", metavar="TEXT", help="beside none, only methods whose names have this in them")
+    add("--seed", type=int, default=4, help="of the items; default: %(default)s")
     arguments = parser.parse_args(argv)
     if arguments.items < 1:
         parser.error(f"--items must be at least 1, got {arguments.items}")
     if arguments.length < MIN_LENGTH:
         parser.error(f"--length must be at least {MIN_LENGTH}, got {arguments.length}")
-    if not all(0 < ratio <= 1 for ratio in arguments.keep):
-        parser.error(f"--keep must be above 0 and at most 1, got {arguments.keep}")
-    if not any((arguments.only or "") in name for name in METHODS):
+    arguments.methods = {
+        name: method
+        for name, method in METHODS.items()
+        if method.rank is None or (arguments.only or "") in name
+    }
+    if len(arguments.methods) == 1:
         parser.error(f"--only must be in the name of a method, got {arguments.only!r}")
+    shares = [share for method in arguments.methods.values() for share in method.shares]
+    least, most = 1 / (arguments.length * min(shares)), 1 / max(shares)
+    if not all(least <= ratio <= most for ratio in arguments.keep):
+        # A layer keeps at least one key and at most all.
+        parser.error(f"--keep must be from {least:g} to {most:g}, got {arguments.keep}")
     arguments.model = arguments.model or embedded_models()
     for model in arguments.model:
         if not is_model(model):
             parser.error(f"--model must be {MODELS}, got {model!r}")
+        try:
+            longest = Shape.of(Path(model_path(model))).positions - RESPONSE
+        except ValueError as error:
+            parser.error(f"--model {model}: {error}")
+        if arguments.length > longest:
+            parser.error(f"--length must be at most {longest} with {model}, got {arguments.length}")
     return arguments
 
 
-def explore(explorer: Explorer, methods: dict[str, Method], arguments: argparse.Namespace) -> None:
+def explore(explorer: Explorer, arguments: argparse.Namespace) -> None:
     """Print a model's tables; the second one is of the first ratio."""
     ratios: list[float] = arguments.keep
     titles = [f"{task}, keep {ratio:g}" for task in arguments.tasks for ratio in ratios]
     print(_row("", *titles), _row(*("---" for _ in range(len(titles) + 1))), sep="\n")
     bare: dict[str, Cell] = {}
     kept = []
-    for name, method in methods.items():
+    for name, method in arguments.methods.items():
         cells: list[Cell] = []
         for task in arguments.tasks:
             items = held_out(task, arguments.length, arguments.items, arguments.seed)
@@ -324,17 +347,12 @@ def _row(*cells: str) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
-    # Of matrices so small, threads only wait for each other.
-    torch.set_num_threads(1)
-    methods = {
-        name: method
-        for name, method in METHODS.items()
-        if name == "none" or (arguments.only or "") in name
-    }
     for model in arguments.model:
         print(f"\n**{Path(model).name}**, prompts of {arguments.length}, n = {arguments.items}\n")
-        explore(Explorer(Path(model_path(model))), methods, arguments)
+        explore(Explorer(Path(model_path(model))), arguments)
 
 
 if __name__ == "__main__":
+    # Of matrices so small, threads only wait for each other.
+    torch.set_num_threads(1)
     main()

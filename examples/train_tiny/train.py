@@ -13,7 +13,8 @@ import json
 import os
 import resource
 import socket
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,7 @@ class Plan:
     def steps(self) -> int:
         return sum(cycle.steps for cycle in self.cycles)
 
-    def rate(self, step: int) -> tuple[float, float]:
+    def schedule(self, step: int) -> tuple[float, float]:
         """Return the factor of the learning rates at a step, and the weight decay."""
         for cycle in self.cycles:
             if step < cycle.steps:
@@ -89,54 +90,54 @@ class Plan:
         return 0.0, 0.0
 
 
-_LATE_LENGTHS = {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}
-
-
-def _full(first: dict[str, Any], second: dict[str, Any], *more: Cycle) -> Plan:
-    """Return the plan of the embedded models; the rest of its stages' fields, by cycle."""
-    growing = (
-        Stage(300, {64: 0.5, 160: 0.5}, **first),
-        Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}, **first),
-        Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}, **first),
-        Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}, **first),
-    )
-    late = Stage(1000, _LATE_LENGTHS, **second)
-    return Plan(
-        width=256,
-        mlp=512,
-        layers=4,
-        cycles=(Cycle(growing), Cycle((late,), peak=0.7), *more),
-        tokens=8448,
-    )
-
-
-_DREAM_MIX = {"retrieval": 0.45, "copy": 0.38, "reverse": 0.12, "addition": 0.05}
-#: Dream has to be taught where a list ends that it has not begun to copy.
-_DECAYING = Cycle(
-    (
-        Stage(
-            1000,
-            {64: 0.1, 160: 0.3, 288: 0.3, 544: 0.3},
-            mix={"retrieval": 0.42, "copy": 0.42, "reverse": 0.11, "addition": 0.05},
-            unbegun=0.3,
-        ),
-    ),
-    peak=0.7,
-    weight_decay=0.2,
+_GROWING = (
+    Stage(300, {64: 0.5, 160: 0.5}),
+    Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}),
+    Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}),
+    Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}),
 )
+_LATE = Stage(1000, {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1})
+#: Dream has to be taught where a list ends that it has not begun to copy.
+_COUNTING: Mapping[str, Any] = {
+    "mix": {"retrieval": 0.45, "copy": 0.38, "reverse": 0.12, "addition": 0.05},
+    "unbegun": 0.25,
+}
+_DECAYING = Stage(
+    1000,
+    {64: 0.1, 160: 0.3, 288: 0.3, 544: 0.3},
+    mix={"retrieval": 0.42, "copy": 0.42, "reverse": 0.11, "addition": 0.05},
+    unbegun=0.3,
+)
+_LONG = Stage(
+    600,
+    {160: 0.1, 288: 0.2, 544: 0.5, 1056: 0.2},
+    mix={"retrieval": 0.5, "copy": 0.37, "reverse": 0.09, "addition": 0.04},
+    unbegun=0.3,
+)
+
+
+def _full(*cycles: Cycle) -> Plan:
+    return Plan(width=256, mlp=512, layers=4, cycles=cycles, tokens=8448)
+
+
 PLANS = {
-    "llada": _full({}, {}),
+    "llada": _full(Cycle(_GROWING), Cycle((_LATE,), peak=0.7)),
     "dream": _full(
-        {"mix": _DREAM_MIX, "in_order": 0.7, "unbegun": 0.25},
-        {"mix": _DREAM_MIX, "unbegun": 0.25},
-        *(_DECAYING,) * 2,
+        Cycle(tuple(replace(stage, in_order=0.7, **_COUNTING) for stage in _GROWING)),
+        Cycle((replace(_LATE, **_COUNTING),), peak=0.7),
+        Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
+        Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
+        Cycle((_LONG,), peak=0.6, weight_decay=0.2),
     ),
     # For tests: seconds.
     "toy": Plan(
         width=128,
         mlp=64,
         layers=3,
-        cycles=(Cycle((Stage(4, {64: 1.0}),)), Cycle((Stage(4, {64: 0.5, 96: 0.5}),), peak=0.5)),
+        cycles=(
+            Cycle((Stage(4, {64: 1.0}),)),
+            Cycle((Stage(4, {64: 0.5, 96: 0.5}),), peak=0.5, weight_decay=0.1),
+        ),
         tokens=768,
         warm_up=2,
     ),
@@ -179,7 +180,7 @@ class Training:
         loss = (losses * weights).sum() / weights.sum().clamp(min=1.0)
         loss.backward()
         self._share_gradients()
-        factor, weight_decay = self.plan.rate(self.step)
+        factor, weight_decay = self.plan.schedule(self.step)
         rates = ((self.plan.hidden_rate, weight_decay), (self.plan.other_rate, 0.0))
         for optimiser, (rate, decay) in zip(self.optimisers, rates, strict=True):
             for group in optimiser.param_groups:

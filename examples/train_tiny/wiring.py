@@ -42,7 +42,8 @@ class Circuit:
 #: Of a mask position LLaDA's logits are that position's, Dream's those of the one before. So
 #: LLaDA's query knows its neighbours, Dream's itself and the next but one. Dream has two
 #: key/value heads, so it matches in two layers: each has a free one, whose keys can tell what
-#: else they are, such as a list's.
+#: else they are, such as a list's. (In the second of them the own part holds what the first has
+#: copied, too, which costs the untrained circuit some of its answers.)
 CIRCUITS = {
     "llada": Circuit((-1, 1, -2), {1: {0: (0, 0), 1: (1, 1), 2: (0, 1)}}, masks_match=True),
     "dream": Circuit(

@@ -5,11 +5,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from tests.reference import generate
+from tests.reference import generate, generate_with_stats
 from tests.reference import load as load_model
 from tests.scripts import EXAMPLES, load
 from vllm_sparse_dllm.assets import embedded_model
@@ -26,28 +28,40 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [
-        ("none", {"cache_policy": "none"}),
-        ("published (`paper`)", {"cache_policy": "sparse"}),
-        ("`window`", {"cache_policy": "sparse", "saliency": "window"}),
-    ],
+    [("published (`paper`)", {}), ("`window`", {"saliency": "window"})],
 )
 def test_known_methods(path: Path, name: str, options: dict[str, str]) -> None:
-    explorer, model = rankings.Explorer(path), load_model(path)
-    for task in ("copy", "retrieval"):
-        (item,) = tasks.held_out(task, LENGTH, 1, seed=5)
-        prompt = explorer.vocabulary.encode(item.prompt)
-        expected = generate(
-            model,
-            prompt,
-            tasks.RESPONSE,
-            block_length=tasks.RESPONSE,
-            steps=tasks.RESPONSE,
-            keep_ratio=0.4,
-            ignore_eos=True,
-            **options,
-        )
-        assert explorer.respond(prompt, rankings.METHODS[name], 0.4) == expected
+    """The same tokens; and the positions kept are worth the same, as ties may fall otherwise."""
+    explorer, model, method = rankings.Explorer(path), load_model(path), rankings.METHODS[name]
+    scores: list[torch.Tensor] = []
+
+    def recording(view: Any) -> torch.Tensor:
+        scores.append(method.rank(view))
+        return scores[-1]
+
+    (item,) = tasks.held_out("copy", LENGTH, 1, seed=5)
+    prompt = explorer.vocabulary.encode(item.prompt)
+    sizes = dict.fromkeys(("block_length", "steps"), tasks.RESPONSE)
+    expected, stats = generate_with_stats(
+        model, prompt, tasks.RESPONSE, keep_ratio=0.4, ignore_eos=True, **sizes, **options
+    )
+    assert explorer.respond(prompt, rankings.Method(recording), 0.4) == expected
+    (layers,) = stats.kept
+    for number, kept in enumerate(layers):
+        pooled = F.max_pool1d(scores[number][None], 3, stride=1, padding=1)[0]
+        own, others = (pooled[one].sort()[0] for one in (explorer.choice.kept[number], kept))
+        torch.testing.assert_close(own, others)
+
+
+def test_without_a_cache(path: Path) -> None:
+    explorer = rankings.Explorer(path)
+    (item,) = tasks.held_out("copy", LENGTH, 1, seed=5)
+    prompt = explorer.vocabulary.encode(item.prompt)
+    expected = generate(
+        load_model(path), prompt, tasks.RESPONSE, cache_policy="none", ignore_eos=True
+    )
+    assert explorer.respond(prompt, rankings.METHODS["none"], 1.0) == expected
+    assert not explorer.choice.kept
 
 
 def test_shares_of_layers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -67,15 +81,62 @@ def test_shares_of_layers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert kept == [72, 56, 40, 24] * 2
 
 
-def test_queries_of_masks_only() -> None:
+def test_a_second_choice_replaces_the_first(path: Path) -> None:
+    """Who keeps the list late answers as if it had been kept all the time."""
+    explorer = rankings.Explorer(path)
+    (item,) = tasks.held_out("copy", LENGTH, 1, seed=5)
+    prompt = explorer.vocabulary.encode(item.prompt)
+    calls = len(explorer.network.blocks)
+    asked: list[int] = []
+
+    def late(view: Any) -> torch.Tensor:
+        """Score the prompt's start highest, and all else in the second choice."""
+        asked.append(len(view.asking))
+        positions = torch.arange(view.prompt, dtype=torch.float32)
+        return -positions if len(asked) <= calls else positions
+
+    explorer.respond(prompt, rankings.Method(late, choices=(1, 9)), 0.25)
+    # Dream's first steps commit one and none.
+    assert asked == [31] * calls + [23 + (explorer.network.shape.family == "dream")] * calls
+    kept = [explorer.choice.kept[number].tolist() for number in range(calls)]
+    assert all(set(one) == set(range(LENGTH - LENGTH // 4, LENGTH)) for one in kept)
+
+
+def test_rankings_look_at_their_rows() -> None:
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(2, 2, 24, 8, generator=generator)
-    masked = torch.arange(8) % 3 == 0
-    view = rankings.View(queries, keys, 16, masked)
-    expected = torch.stack(
-        [sum(queries[h, 16:][masked].mean(0) @ keys[h, j] for h in range(2)) / 2 for j in range(16)]
-    )
-    torch.testing.assert_close(rankings.paper_of_masks(view), expected)
+    asking = torch.tensor([15, 18, 21])
+    view = rankings.View(queries, keys, 16, asking)
+    products = [
+        sum(queries[h, asking].mean(0) @ keys[h, j] for h in range(2)) / 2 for j in range(16)
+    ]
+    torch.testing.assert_close(rankings.paper_of_masks(view), torch.stack(products))
+    shares = torch.stack([(queries[h, 16:] @ keys[h].T / 8**0.5).softmax(-1) for h in range(2)])
+    by_heads = shares.mean(1)[:, :16]
+    torch.testing.assert_close(rankings.attention(view), by_heads.mean(0))
+    torch.testing.assert_close(rankings.attention_by_heads(view), by_heads.amax(0))
+
+
+def test_cells() -> None:
+    none = rankings.Cell([True, True, True, False])
+    assert none.accuracy(None) == "0.750 ± 0.217"
+    # Differences of -1, -1, 0 and 1: their mean, and the error of it.
+    other = rankings.Cell([False, False, True, True])
+    assert other.accuracy(none) == "0.500 ± 0.250 (-0.250 ± 0.415)"
+
+
+def test_what_was_kept(path: Path) -> None:
+    """The prompt's first half has no question."""
+    explorer = rankings.Explorer(path)
+    items = tasks.held_out("copy", LENGTH, 2, seed=5)
+    first = rankings.Method(lambda view: -torch.arange(view.prompt, dtype=torch.float32))
+    cell = explorer.answer(items, first, 0.5)
+    half = LENGTH // 2 + 1  # The pool keeps one more.
+    listed = [sum(place < half for place in item.pivots) / len(item.pivots) for item in items]
+    layers = len(explorer.network.blocks)
+    assert cell.question == [[0.0] * layers] * 2
+    assert cell.pivots == [pytest.approx([part] * layers, abs=0.2) for part in listed]
+    assert " ".join(["0.00"] * layers) + " | " in cell.kept()
 
 
 def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
@@ -95,12 +156,15 @@ def test_tables(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ("--items 0", "--items must be at least 1, got 0"),
         ("--length 3", "--length must be at least"),
-        ("--keep 0.5 1.5", "--keep must be above 0 and at most 1"),
+        ("--length 2040", "--length must be at most 2016 with tiny-llada, got 2040"),
+        ("--length 96 --keep 0.5 1.5", "--keep must be from 0.0260417 to 0.625, got [0.5, 1.5]"),
+        ("--keep 0", "--keep must be from"),
         ("--model nothing", "--model must be one of"),
         ("--only nothing", "--only must be in the name of a method"),
+        ("--only none", "--only must be in the name of a method"),
     ],
 )
 def test_bad_arguments(options: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        rankings.parse_arguments(options.split())
+        rankings.parse_arguments(["--model", "tiny-llada", *options.split()])
     assert message in capsys.readouterr().err

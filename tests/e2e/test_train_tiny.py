@@ -3,18 +3,22 @@
 
 from __future__ import annotations
 
+import random
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tests.e2e.cases import greedy_cases
 from tests.e2e.server import ROOT, run_program
 from tests.engines import generate, running_engine
 from tests.reference import load
+from tests.scripts import load as load_scripts
 
 FOLDER = ROOT / "examples" / "train_tiny"
+SCRIPTS = dict(zip(("train", "batches"), load_scripts(FOLDER, "train", "batches"), strict=True))
 #: Below the embedding table's rows.
 VOCAB = 1400
 
@@ -87,3 +91,28 @@ def test_engine_equals_reference(folder: Path, family: str) -> None:
 def test_bad_arguments(folder: Path, options: list[str], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         train([str(folder / "llada"), "--plan", "toy", *options])
+
+
+@pytest.mark.parametrize(
+    ("family", "start", "least", "most"),
+    [("llada", "wired", 0.8, 1.0), ("dream", "wired", 0.4, 1.0), ("dream", "random", 0.0, 0.1)],
+)
+def test_wired_start(family: str, start: str, least: float, most: float) -> None:
+    """Untrained, the circuit fills in one masked word of a list that is otherwise copied."""
+    train, batches, length, num = SCRIPTS["train"], SCRIPTS["batches"], 96, 40
+    vocabulary, rng = train.Vocabulary(train.TOKENIZER), random.Random(5)
+    network = train.Training(train.PLANS[family], family, start, vocabulary, 0).network
+    ids = torch.full((num, length + batches.RESPONSE), vocabulary["<|endoftext|>"])
+    places = []
+    for row in ids:
+        item = batches.make_item(rng, "copy", length)
+        words = torch.tensor(vocabulary.encode((*item.prompt, *item.answer, batches.END)))
+        row[: len(words)] = words
+        # Neither the first nor the last: its neighbours are words.
+        places.append(rng.randrange(1, len(item.answer) - 1))
+    masked = [length + place for place in places]
+    right = ids[range(num), masked].clone()
+    ids[range(num), masked] = vocabulary["<|mask|>"]
+    with torch.inference_mode():
+        filled = network(ids, batches.RESPONSE)[range(num), places].argmax(-1)
+    assert least <= (filled == right).float().mean() <= most
