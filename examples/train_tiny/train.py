@@ -108,12 +108,6 @@ _DECAYING = Stage(
     mix={"retrieval": 0.42, "copy": 0.42, "reverse": 0.11, "addition": 0.05},
     unbegun=0.3,
 )
-_LONG = Stage(
-    600,
-    {160: 0.1, 288: 0.2, 544: 0.5, 1056: 0.2},
-    mix={"retrieval": 0.5, "copy": 0.37, "reverse": 0.09, "addition": 0.04},
-    unbegun=0.3,
-)
 
 
 def _full(*cycles: Cycle) -> Plan:
@@ -127,7 +121,6 @@ PLANS = {
         Cycle((replace(_LATE, **_COUNTING),), peak=0.7),
         Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
         Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
-        Cycle((_LONG,), peak=0.6, weight_decay=0.2),
     ),
     # For tests: seconds.
     "toy": Plan(

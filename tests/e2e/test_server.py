@@ -132,7 +132,8 @@ def check_idle(server: Server) -> Iterator[None]:
     poll(lambda: server.gauges() == (0.0, 0.0, 0.0), f"no work, but {server.gauges()}")
 
 
-pytestmark = pytest.mark.usefixtures("check_idle")
+# All cores, so that an engine of several threads is compared somewhere.
+pytestmark = pytest.mark.usefixtures("check_idle", "all_cores")
 
 
 def test_the_engine_is_a_process_of_its_own(server: Server) -> None:

@@ -40,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         [str(folder / "llada"), *toy],
         [str(folder / "parts"), *toy, "--stop-after", "3"],
         [str(folder / "parts"), *toy, "--resume"],
-        [str(folder / "dream"), *toy, "--model", "dream", "--start", "random"],
+        [str(folder / "dream"), *toy, "--model", "dream"],
     )
     return folder
 
@@ -91,6 +91,44 @@ def test_engine_equals_reference(folder: Path, family: str) -> None:
 def test_bad_arguments(folder: Path, options: list[str], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         train([str(folder / "llada"), "--plan", "toy", *options])
+
+
+def test_cycles_decay_weights_or_not() -> None:
+    train, batches = SCRIPTS["train"], SCRIPTS["batches"]
+    plan, vocabulary = train.PLANS["toy"], train.Vocabulary(train.TOKENIZER)
+    assert [plan.schedule(step)[1] for step in (0, 3, 4, 7, 8)] == [0, 0, 0.1, 0.1, 0]
+    training = train.Training(plan, "dream", "wired", vocabulary, 0)
+    data = batches.Batches(vocabulary, plan.stages, 64, 0)
+    decays = []
+    for step in (3, 4):
+        training.step = step
+        training.update(training.network, data[step])
+        decays.append([one.param_groups[0]["weight_decay"] for one in training.optimisers])
+    # Muon's, of the hidden matrices, and never Adam's.
+    assert decays == [[0, 0], [0.1, 0]]
+
+
+def test_half_way_responses() -> None:
+    """With ``in_order`` 1 they show the start of an answer; others may show any words."""
+    batches, vocabulary = (
+        SCRIPTS["batches"],
+        SCRIPTS["train"].Vocabulary(SCRIPTS["train"].TOKENIZER),
+    )
+    mask, ends = vocabulary["<|mask|>"], {vocabulary[batches.END], vocabulary["<|endoftext|>"]}
+    gaps = {}
+    for in_order in (0.0, 1.0):
+        stage = batches.Stage(20, {64: 1.0}, mix={"copy": 1.0}, in_order=in_order)
+        data = batches.Batches(vocabulary, (stage,), 64 * 32, 0)
+        shown = gaps[in_order] = []
+        for batch in (data[number] for number in range(len(data))):
+            for ids, targets in zip(batch.ids[:, -batches.RESPONSE :], batch.targets, strict=True):
+                # Half-way responses, and some nearly full ones, show the end of padding.
+                if int((ids[-12:] == mask).sum()) == 0:
+                    answer = [int(t) not in ends for t in targets]
+                    seen = (ids != mask)[torch.tensor(answer)].int()
+                    shown.append(bool((seen.diff() > 0).any()))
+    assert sum(gaps[0.0]) > 100
+    assert sum(gaps[1.0]) < sum(gaps[0.0]) / 4
 
 
 @pytest.mark.parametrize(
