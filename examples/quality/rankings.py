@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from evaluate import MODELS, is_model, is_right, model_path
+from report import paired_difference, table
 from tasks import MIN_LENGTH, RESPONSE, TASKS, Item, Vocabulary, held_out
 from torch import Tensor
 from tqdm import tqdm
@@ -212,9 +213,8 @@ class Cell:
         text = f"{mean:.3f} ± {math.sqrt(mean * (1 - mean) / number):.3f}"
         if none is None:
             return text
-        differences = torch.tensor(self.right).double() - torch.tensor(none.right).double()
-        error = differences.std(correction=0).item() / math.sqrt(number)
-        return f"{text} ({differences.mean().item():+.3f} ± {error:.3f})"
+        difference, error, _ = paired_difference(self.right, none.right)
+        return f"{text} ({difference:+.3f} ± {error:.3f})"
 
     def kept(self) -> str:
         """Return the means over items, layer by layer."""
@@ -258,7 +258,7 @@ class Explorer:
                 this, first = Pass(0, block, fill=fill), 0
             logits = network(ids[:, first:], this, caches, decoding)[0]
             tokens, confidence = rule.rank(logits, candidates, first)
-            chosen = rule.choose(confidence, min(step, RESPONSE - 1))
+            chosen = rule.choose(confidence, step)
             ids[0, candidates[chosen]] = tokens[chosen]
             step += 1
         return ids[0, start:].tolist()
@@ -319,7 +319,7 @@ def explore(explorer: Explorer, arguments: argparse.Namespace) -> None:
     """Print a model's tables; the second one is of the first ratio."""
     ratios: list[float] = arguments.keep
     titles = [f"{task}, keep {ratio:g}" for task in arguments.tasks for ratio in ratios]
-    print(_row("", *titles), _row(*("---" for _ in range(len(titles) + 1))), sep="\n")
+    print(table(["", *titles], []), end="")
     bare: dict[str, Cell] = {}
     kept = []
     for name, method in arguments.methods.items():
@@ -333,16 +333,13 @@ def explore(explorer: Explorer, arguments: argparse.Namespace) -> None:
                 cells += [explorer.answer(items, method, ratio) for ratio in ratios]
         tasks = [task for task in arguments.tasks for _ in ratios]
         none = [None if method.rank is None else bare[task] for task in tasks]
-        print(_row(name, *map(Cell.accuracy, cells, none)), flush=True)
+        # Row by row, as a table takes minutes.
+        print(f"| {' | '.join((name, *map(Cell.accuracy, cells, none)))} |", flush=True)
         if method.rank is not None:
-            kept.append(_row(name, *(cell.kept() for cell in cells[:: len(ratios)])))
+            kept.append([name, *(cell.kept() for cell in cells[:: len(ratios)])])
     titles = [f"{task}: {part}" for task in arguments.tasks for part in ("question", "asked about")]
     print(f"\nKept at {ratios[0]:g}, by layer:\n")
-    print(_row("", *titles), _row(*("---" for _ in range(len(titles) + 1))), *kept, sep="\n")
-
-
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
+    print(table(["", *titles], kept), end="")
 
 
 def main(argv: list[str] | None = None) -> None:

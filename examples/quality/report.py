@@ -26,11 +26,13 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def paired_difference(one: str, other: str) -> tuple[float, float, int]:
+def paired_difference(
+    one: Iterable[str | bool], other: Iterable[str | bool]
+) -> tuple[float, float, int]:
     """Return by how much one is right more often than another on the same items.
 
     Args:
-        one: For each item ``1`` if it was right, else ``0``.
+        one: For each item ``1`` or True if it was right, else ``0`` or False.
         other: The same of the other; the longer of the two goes on with further items.
 
     Returns:

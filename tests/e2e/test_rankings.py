@@ -82,7 +82,7 @@ def test_shares_of_layers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_second_choice_replaces_the_first(path: Path) -> None:
-    """Who keeps the list late answers as if it had been kept all the time."""
+    """It sees the masks that are left by then, and what it keeps is what stays."""
     explorer = rankings.Explorer(path)
     (item,) = tasks.held_out("copy", LENGTH, 1, seed=5)
     prompt = explorer.vocabulary.encode(item.prompt)
@@ -90,7 +90,7 @@ def test_a_second_choice_replaces_the_first(path: Path) -> None:
     asked: list[int] = []
 
     def late(view: Any) -> torch.Tensor:
-        """Score the prompt's start highest, and all else in the second choice."""
+        """Score the prompt's start highest, in the second choice its end."""
         asked.append(len(view.asking))
         positions = torch.arange(view.prompt, dtype=torch.float32)
         return -positions if len(asked) <= calls else positions
