@@ -34,7 +34,7 @@ REMASKING_RULES = (
 )
 GRANULARITIES = ("token", "page")
 #: Those of the package; `cache.saliency` may be given others.
-SALIENCIES = ("paper", "window")
+SALIENCIES = ("paper", "attention", "window")
 ATTENTION_BACKENDS = ("auto", "triton", "flash_attn", "xformers", "portable")
 
 

@@ -83,7 +83,7 @@ def paper_of_masks(view: View) -> Tensor:
 
 
 def attention(view: View) -> Tensor:
-    """Shares of attention that the block pays, the mean over heads."""
+    """The engine's ``attention``: shares that the block pays, the mean over heads."""
     return view.attention(view.block).mean(0)
 
 
@@ -145,8 +145,8 @@ METHODS = {
     "published (`paper`)": Method(paper),
     "published, queries with masks to fill in": Method(paper_of_masks),
     f"published, the prompt's last {WINDOW} kept": Method(paper_and_end),
-    "attention of the block, mean over heads": Method(attention),
-    "attention of the block, maximum over heads": Method(attention_by_heads),
+    "`attention`": Method(attention),
+    "the same, maximum over heads": Method(attention_by_heads),
     "`window`": Method(window),
     "`window`, queries with masks to fill in": Method(window_of_masks),
     "published, chosen again at step 16": Method(paper, choices=(1, 16)),

@@ -13,6 +13,8 @@ Settings = dict[str, Any]
 
 #: The late eviction that is tried with everything.
 LATE = (4,)
+#: The control that is measured at every ratio of the published choice.
+RANDOM = "random"
 #: Schedules of the cache that do not evict.
 WHOLE = ("none", "prefix", "dual")
 
@@ -28,21 +30,21 @@ class Scale:
         num_items: Of a cell of the main table.
         num_side_items: Of a cell of other saliencies than the paper's, and of side sweeps.
         num_control_items: Of a cell of controls.
-        keep_ratios: Of the main table.
+        keep_ratios: Of the main table's published choice, and of the random one.
         side_keep_ratios: Of the side sweeps; those of one ratio take the first.
-        tried_keep_ratios: Of saliencies that are not the paper's.
+        other_keep_ratios: Of the main table's other saliencies and controls.
         small_blocks: Length of blocks where a response has several.
     """
 
     tasks: tuple[str, ...] = ("retrieval", "copy")
     side_tasks: tuple[str, ...] = ("retrieval", "copy")
     lengths: tuple[int, ...] = (256, 512)
-    num_items: int = 112
-    num_side_items: int = 48
-    num_control_items: int = 32
+    num_items: int = 100
+    num_side_items: int = 32
+    num_control_items: int = 24
     keep_ratios: tuple[float, ...] = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1)
     side_keep_ratios: tuple[float, ...] = (0.5, 0.3)
-    tried_keep_ratios: tuple[float, ...] = (0.9, 0.7, 0.5, 0.3, 0.1)
+    other_keep_ratios: tuple[float, ...] = (0.7, 0.5, 0.3, 0.1)
     delays: tuple[int, ...] = (0, 1, 2, 3)
     kernel_sizes: tuple[int, ...] = (1, 3, 5, 7, 9)
     eviction_delays: tuple[int, ...] = (1, 4, 8, 16, 24)
@@ -62,7 +64,7 @@ QUICK = Scale(
     num_control_items=8,
     keep_ratios=(1.0, 0.5, 0.3),
     side_keep_ratios=(0.5,),
-    tried_keep_ratios=(0.5,),
+    other_keep_ratios=(0.5,),
     delays=(0, 1),
     kernel_sizes=(1, 3),
     eviction_delays=(4,),
@@ -137,7 +139,7 @@ def _keep(scale: Scale, saliencies: Iterable[str], controls: Iterable[str]) -> S
     for saliency in saliencies:
         published = saliency == "paper"
         num_items = scale.num_items if published else scale.num_side_items
-        for ratio in scale.keep_ratios if published else scale.tried_keep_ratios:
+        for ratio in scale.keep_ratios if published else scale.other_keep_ratios:
             sweep.add(
                 _series(saliency),
                 _kept(ratio),
@@ -147,7 +149,7 @@ def _keep(scale: Scale, saliencies: Iterable[str], controls: Iterable[str]) -> S
                 saliency=saliency,
             )
     for control in controls:
-        for ratio in scale.keep_ratios:
+        for ratio in scale.keep_ratios if control == RANDOM else scale.other_keep_ratios:
             sweep.add(
                 control,
                 _kept(ratio),
@@ -232,7 +234,9 @@ def _suffix(scale: Scale) -> Sweep:
     """Blocks shorter than the response, of which the last sees all and the others a part."""
     title = f"Blocks of {scale.small_blocks} that see a part of what follows"
     sweep = Sweep("suffix", title, *_side(scale))
-    methods: dict[str, Settings] = {name: {"cache_policy": name} for name in WHOLE}
+    whole = {"suffix_window": None, "block_length": scale.small_blocks}
+    sweep.add("none", "", scale.num_side_items, cache_policy="none", **whole)
+    methods: dict[str, Settings] = {name: {"cache_policy": name} for name in WHOLE[1:]}
     for ratio in scale.side_keep_ratios:
         methods[f"sparse {_kept(ratio)}"] = {"cache_policy": "sparse", "keep_ratio": ratio}
     for method, settings in methods.items():

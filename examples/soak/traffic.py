@@ -144,6 +144,7 @@ def _decoding(rng: random.Random) -> Body:
         "kernel_size": (1, 3, 5),
         "delay_steps": (0, 1, 3),
         "granularity": ("token", "page"),
+        "saliency": ("paper", "attention", "window"),
         "eviction_delay": (0, 1, 4),
         "refresh_interval": (1, 2, 3),
         "suffix_window": (0, 7, 64, "none"),

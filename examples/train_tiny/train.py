@@ -26,7 +26,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from batches import Batch, Batches, Stage
-from layouts import write_checkpoint
+from layouts import read_weights, write_checkpoint
 from network import FAMILIES, Network, Shape
 from tasks import Vocabulary
 from torch import nn
@@ -108,6 +108,12 @@ _DECAYING = Stage(
     mix={"retrieval": 0.42, "copy": 0.42, "reverse": 0.11, "addition": 0.05},
     unbegun=0.3,
 )
+_LONGER = Stage(
+    900,
+    {160: 0.15, 288: 0.25, 544: 0.5, 1056: 0.1},
+    mix={"retrieval": 0.55, "copy": 0.33, "reverse": 0.09, "addition": 0.03},
+    unbegun=0.3,
+)
 
 
 def _full(*cycles: Cycle) -> Plan:
@@ -121,6 +127,11 @@ PLANS = {
         Cycle((replace(_LATE, **_COUNTING),), peak=0.7),
         Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
         Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
+    ),
+    # Goes on from what "dream" gives, at a lower rate that falls all the time.
+    "dream-longer": replace(
+        _full(Cycle((_LONGER,), peak=0.35, weight_decay=0.2)),
+        decay=0.9,
     ),
     # For tests: seconds.
     "toy": Plan(
@@ -153,6 +164,8 @@ class Training:
         self.network = Network(shape_of(plan, family, vocab), seed)
         if start == "wired":
             wire(self.network, vocabulary["<|mask|>"])
+        elif start != "random":
+            read_weights(Path(start), self.network)
         self.optimisers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(self.network.hidden_matrices(), lr=plan.hidden_rate, weight_decay=0.0),
             torch.optim.Adam(
@@ -326,7 +339,12 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plan", choices=sorted(PLANS), help="default: the model's; toy: for tests"
     )
-    parser.add_argument("--start", choices=STARTS, default="wired", help="default: %(default)s")
+    parser.add_argument(
+        "--start",
+        default="wired",
+        metavar="START",
+        help="wired, random, or the directory of a checkpoint to go on from; default: %(default)s",
+    )
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="go on from the directory's state")
@@ -344,6 +362,9 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"output must be a directory, {arguments.output} is none")
+    if arguments.start not in STARTS and not Path(arguments.start, "model.safetensors").is_file():
+        starts = ", ".join(STARTS)
+        parser.error(f"--start must be {starts} or a checkpoint's directory, got {arguments.start}")
     state = arguments.output / "state.pt"
     if arguments.resume and not state.exists():
         parser.error(f"--resume: there is no {state}")

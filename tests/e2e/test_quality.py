@@ -48,6 +48,7 @@ def cells(sweep: Json, name: str) -> dict[str, Json]:
 
 def test_everything_is_there(measured: Json) -> None:
     names = [control.name for control in controls.CONTROLS]
+    assert sweeps.RANDOM in names
     planned = sweeps.make_sweeps(sweeps.QUICK, SALIENCIES, names)
     assert measured.keys() == planned.keys() == set(sweeps.SWEEPS)
     for name, sweep in planned.items():

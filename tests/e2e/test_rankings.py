@@ -28,7 +28,11 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("published (`paper`)", {}), ("`window`", {"saliency": "window"})],
+    [
+        ("published (`paper`)", {}),
+        ("`attention`", {"saliency": "attention"}),
+        ("`window`", {"saliency": "window"}),
+    ],
 )
 def test_known_methods(path: Path, name: str, options: dict[str, str]) -> None:
     """The same tokens; and the positions kept are worth the same, as ties may fall otherwise."""

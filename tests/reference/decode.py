@@ -64,7 +64,7 @@ class Options:
             raise ValueError(f"cache_policy {self.cache_policy!r}")
         if self.remasking is not None and self.remasking not in RULES:
             raise ValueError(f"remasking {self.remasking!r}")
-        if self.saliency not in ("paper", "window"):
+        if self.saliency not in ("paper", "attention", "window"):
             raise ValueError(f"saliency {self.saliency!r}")
         if self.granularity not in ("token", "page"):
             raise ValueError(f"granularity {self.granularity!r}")
@@ -290,10 +290,8 @@ class Stream:
             elif self.o.cache_policy == "dual" or self.o.eviction_delay > 0:
                 kept.append(others)
             else:
-                scores = importance(q[:, s:e], k[:, others])
-                if self.o.saliency == "window":
-                    last = q[:, max(0, self.prompt - WINDOW) : self.prompt]
-                    scores = window_importance([q[:, s:e], last], k, others, self.prompt)
+                last = q[:, max(0, self.prompt - WINDOW) : self.prompt]
+                scores = self._worth([q[:, s:e], last], k, others)
                 kept.append(others[select(scores, self.o)])
         self._record("refresh", kept)
         return [Kept(j, k[:, j], v[:, j]) for j, k, v in zip(kept, out.k, out.v, strict=True)]
@@ -302,13 +300,19 @@ class Stream:
         """Of all that was kept, what this step's queries find salient stays."""
         cache = []
         for q, own, layer in zip(out.q, out.k, self.cache, strict=True):
-            scores = importance(q, layer.k)
-            if self.o.saliency == "window":
-                seen = torch.cat([layer.k, own], dim=1)
-                scores = window_importance([q], seen, torch.arange(len(scores)), self.prompt)
+            seen = torch.cat([layer.k, own], dim=1)
+            scores = self._worth([q], seen, torch.arange(layer.k.shape[1]))
             cache.append(layer.take(select(scores, self.o)))
         self.cache = cache
         self._record("evict", [layer.positions for layer in self.cache])
+
+    def _worth(self, groups: list[Tensor], k: Tensor, others: Tensor) -> Tensor:
+        """Rank the others among all keys; the first group of queries is the block's."""
+        if self.o.saliency == "attention":
+            return attention_importance(groups[0], k, others)
+        if self.o.saliency == "window":
+            return window_importance(groups, k, others, self.prompt)
+        return importance(groups[0], k[:, others])
 
     def _record(self, kind: str, kept: list[Tensor]) -> None:
         self.stats.changes.append(kind)
@@ -321,20 +325,29 @@ def importance(q: Tensor, k: Tensor) -> Tensor:
     return torch.einsum("hd,hnd->hn", q.mean(dim=1), k).mean(dim=0)
 
 
+def attention_importance(q: Tensor, k: Tensor, others: Tensor) -> Tensor:
+    """The mean share of attention that rows of all heads pay the others.  -> [n]."""
+    paid = [share[:, others] for share in shares(q, k)]
+    return torch.cat(paid).mean(dim=0)
+
+
+def shares(q: Tensor, k: Tensor) -> list[Tensor]:
+    """How each head's rows spread their attention over all keys.  -> heads of [rows, m]."""
+    own = [k[head * len(k) // len(q)] for head in range(len(q))]
+    scale = q.shape[-1] ** 0.5
+    return [torch.softmax(q[head] @ keys.T / scale, dim=-1) for head, keys in enumerate(own)]
+
+
 def window_importance(groups: list[Tensor], k: Tensor, others: Tensor, prompt: int) -> Tensor:
     """Groups of rows ([heads, rows, hd]) spread their attention over ``k``; heads vote apart.
 
     A key is worth the sum of the groups' mean shares, in the head where that is largest; the
     last of the prompt more than all else, and the later the more.  -> [n]
     """
-    votes = []
-    for head in range(len(groups[0])):
-        own = k[head * len(k) // len(groups[0])]
-        vote = torch.zeros(len(own))
-        for q in groups:
-            vote += torch.softmax(q[head] @ own.T / q.shape[-1] ** 0.5, dim=-1).mean(dim=0)
-        votes.append(vote)
-    worth = torch.stack(votes).max(dim=0).values[others]
+    votes = torch.zeros(len(groups[0]), k.shape[1])
+    for q in groups:
+        votes += torch.stack([share.mean(dim=0) for share in shares(q, k)])
+    worth = votes.max(dim=0).values[others]
     for place in range(max(0, prompt - WINDOW), prompt):
         worth[place] = 10.0 + place
     return worth

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.reference.decode import Options
+from tests.reference.decode import attention_importance as naive_attention
 from tests.reference.decode import importance as naive_importance
 from tests.reference.decode import select as naive_select
 from tests.reference.decode import window_importance as naive_window
@@ -128,18 +129,24 @@ def test_importance_of_two_ranks_is_that_of_one(layer) -> None:
 
 
 def inputs_of(
-    q: torch.Tensor, k: torch.Tensor, block: tuple[int, int], prompt: int, late: bool = False
+    q: torch.Tensor,
+    k: torch.Tensor,
+    block: tuple[int, int],
+    prompt: int,
+    late: bool = False,
+    total_heads: int | None = None,
 ) -> SaliencyInputs:
     """What an attention layer shows of a refresh, or of a late eviction of a whole cache."""
     start, end = block
+    total = total_heads or q.shape[1]
     spans = ((0, start), (end, len(q)))
     canvas = CanvasView("", np.zeros(len(q)), prompt, block, np.ones(end - start, dtype=bool))
     if not late:
-        return SaliencyInputs(0, q, 0, k, spans, spans, None, canvas, q.shape[1])
+        return SaliencyInputs(0, q, 0, k, spans, spans, None, canvas, total)
     entries = torch.cat([k[:start], k[end:]])
     rows = ((0, len(entries)),)
     own = q[start:end]
-    return SaliencyInputs(0, own, start, entries, rows, spans, k[start:end], canvas, q.shape[1])
+    return SaliencyInputs(0, own, start, entries, rows, spans, k[start:end], canvas, total)
 
 
 @given(layers(), st.floats(0, 1), st.booleans())
@@ -177,22 +184,58 @@ def test_window_by_hand() -> None:
 
 
 @given(layers(), st.booleans())
-def test_window_of_two_ranks_is_that_of_one(layer, late: bool) -> None:
+def test_attention_is_the_references(layer, late: bool) -> None:
+    q, k, (start, end) = layer
+    got = SALIENCIES["attention"].score(inputs_of(q, k, (start, end), start, late))
+    others = torch.cat([torch.arange(start), torch.arange(end, len(q))])
+    heads_first = q.transpose(0, 1)
+    naive = naive_attention(heads_first[:, start:end], k.transpose(0, 1), others)
+    torch.testing.assert_close(got, naive, rtol=1e-4, atol=1e-6)
+
+
+def test_attention_by_hand() -> None:
+    """What one row of one head looks at; the product with the mean query says otherwise."""
+    q, k = torch.zeros(6, 2, 2), torch.zeros(6, 1, 2)
+    block = (3, 5)
+    q[3, 0] = torch.tensor([100.0, 0.0])
+    q[4, 0] = torch.tensor([-99.0, 0.0])
+    q[3:5, 1, 1] = -1.0  # in the other head all look away from keys 0 and 2
+    k[:, 0] = torch.tensor([[0, 99], [1, 0], [0.5, 99], [0, 0], [0, 0], [-2, 0]])
+    refresh, late = (inputs_of(q, k, block, 3, late) for late in (False, True))
+    # Shares of head 0: row 3 on key 1, row 4 on key 5; of head 1 each of four keys has a fourth.
+    expected = [0, (1 + 2 / 4) / 4, 0, (1 + 2 / 4) / 4]
+    for inputs in (refresh, late):
+        assert SALIENCIES["attention"].score(inputs).tolist() == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["attention", "window"])
+@given(layer=layers(), late=st.booleans())
+def test_two_ranks_are_one(name: str, layer, late: bool) -> None:
     q, k, block = layer
-    heads, kv_heads = q.shape[1] // 2, k.shape[1] // 2
+    total, heads, kv_heads = q.shape[1], q.shape[1] // 2, k.shape[1] // 2
     if k.shape[1] % 2:
         return
-    window = SALIENCIES["window"]
-    whole = window.score(inputs_of(q, k, block, block[0], late))
-    second = window.score(inputs_of(q[:, heads:], k[:, kv_heads:], block, block[0], late))
+    score = SALIENCIES[name].score
+    whole = score(inputs_of(q, k, block, block[0], late))
+    first, other = (
+        inputs_of(q[:, own], k[:, kv], block, block[0], late, total)
+        for own, kv in (
+            (slice(heads), slice(kv_heads)),
+            (slice(heads, None), slice(kv_heads, None)),
+        )
+    )
+    sent: list[torch.Tensor] = []
+
+    def gather(own: torch.Tensor, dim: int) -> torch.Tensor:
+        """Of the second rank what it sends; for the first what both have."""
+        sent.append(own)
+        return torch.cat([own, sent[0]], dim=dim)
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(saliency, "get_tensor_model_parallel_world_size", lambda: 2)
-        patch.setattr(
-            saliency,
-            "tensor_model_parallel_all_gather",
-            lambda own, dim: torch.cat([own, second], dim=dim),
-        )
-        both_ranks = window.score(inputs_of(q[:, :heads], k[:, :kv_heads], block, block[0], late))
+        patch.setattr(saliency, "tensor_model_parallel_all_gather", gather)
+        score(other)
+        both_ranks = score(first)
     torch.testing.assert_close(both_ranks, whole, rtol=1e-5, atol=1e-6)
 
 

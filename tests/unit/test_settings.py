@@ -92,7 +92,7 @@ ALLOWED = {
     "keep_ratio": "a number with 0 < r <= 1",
     "kernel_size": "an odd integer from 1 to 65535",
     "delay_steps": "an integer from 0 to 65536",
-    "saliency": "one of paper, window",
+    "saliency": "one of paper, attention, window",
     "granularity": "one of token, page",
     "eviction_delay": "an integer from 0 to 65536",
     "refresh_interval": "an integer from 1 to 65536",

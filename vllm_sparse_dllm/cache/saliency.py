@@ -126,11 +126,7 @@ def importance(
     Returns:
         ``[n]`` importance of the candidates in position order, in the keys' dtype.
     """
-    scores = kernels.scores(block_queries, keys, candidates)
-    world_size = get_tensor_model_parallel_world_size()
-    if world_size > 1:
-        scores = _sum_of_ranks(scores, world_size)
-    return scores / total_heads
+    return _sum_of_ranks(kernels.scores(block_queries, keys, candidates)) / total_heads
 
 
 class Paper(Saliency):
@@ -142,6 +138,20 @@ class Paper(Saliency):
         return importance(
             inputs.block_queries, inputs.keys, inputs.rows, inputs.total_heads, inputs.kernels
         )
+
+
+class Attention(Saliency):
+    """Attention that the block pays: the mean share over its positions and all heads.
+
+    The published score's queries, but what the softmax makes of their products with the keys.
+    """
+
+    name = "attention"
+
+    def score(self, inputs: SaliencyInputs) -> torch.Tensor:
+        shares = attention(inputs.block_queries, inputs.seen_keys).mean(dim=1).sum(dim=0)
+        scores = torch.cat([shares[start:end] for start, end in inputs.rows])
+        return _sum_of_ranks(scores) / inputs.total_heads
 
 
 class Window(Saliency):
@@ -181,7 +191,9 @@ def attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     return torch.softmax(scores.float() * head_size**-0.5, dim=-1).view(-1, n, m)
 
 
-SALIENCIES: dict[str, Saliency] = {saliency.name: saliency for saliency in (Paper(), Window())}
+SALIENCIES: dict[str, Saliency] = {
+    saliency.name: saliency for saliency in (Paper(), Attention(), Window())
+}
 
 
 def register_saliency(saliency: Saliency) -> None:
@@ -205,12 +217,15 @@ def unregister_saliency(name: str) -> None:
     allow_saliencies(SALIENCIES)
 
 
-def _sum_of_ranks(scores: torch.Tensor, world_size: int) -> torch.Tensor:
+def _sum_of_ranks(scores: torch.Tensor) -> torch.Tensor:
     """Add up what each tensor-parallel rank has, with the very same result on all of them.
 
     Ranks must keep the same positions, so not a bit may differ. An all-reduce does not promise
     that: vLLM's for CPU adds in another order on each rank.
     """
+    world_size = get_tensor_model_parallel_world_size()
+    if world_size == 1:
+        return scores
     parts = tensor_model_parallel_all_gather(scores, dim=0).view(world_size, -1)
     return parts.float().sum(dim=0).to(scores.dtype)
 
