@@ -7,6 +7,8 @@ import os
 
 import ray
 
+from vllm_sparse_dllm.engine.waiting import waiting_for
+
 #: Bytes of a local cluster's object store: prompts and answers are small.
 OBJECT_STORE = 256 << 20
 
@@ -14,7 +16,7 @@ OBJECT_STORE = 256 << 20
 #: ``OMP_NUM_THREADS``), on any of them: vLLM by itself would bind each to all cores.
 REPLICA_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "OMP_WAIT_POLICY": "PASSIVE",
+    **waiting_for(os.environ),
     "PYTHONWARNINGS": "ignore",
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
 }

@@ -27,8 +27,9 @@ class Scale:
         tasks: Kinds of items.
         lengths: Of the prompts in the main table; side sweeps take the first.
         side_tasks: Those of the side sweeps.
-        num_items: Of a cell of the main table.
-        num_side_items: Of a cell of other saliencies than the paper's, and of side sweeps.
+        num_items: Of a cell of the main table that the claims are made of: whole caches, and the
+            published choice at `side_keep_ratios`.
+        num_side_items: Of a cell of its other rows, and of side sweeps.
         num_control_items: Of a cell of controls.
         keep_ratios: Of the main table's published choice, and of the random one.
         side_keep_ratios: Of the side sweeps; those of one ratio take the first.
@@ -138,8 +139,9 @@ def _keep(scale: Scale, saliencies: Iterable[str], controls: Iterable[str]) -> S
         sweep.add(policy, "", scale.num_items, cache_policy=policy)
     for saliency in saliencies:
         published = saliency == "paper"
-        num_items = scale.num_items if published else scale.num_side_items
         for ratio in scale.keep_ratios if published else scale.other_keep_ratios:
+            claimed = published and ratio in scale.side_keep_ratios
+            num_items = scale.num_items if claimed else scale.num_side_items
             sweep.add(
                 _series(saliency),
                 _kept(ratio),
@@ -237,8 +239,8 @@ def _suffix(scale: Scale) -> Sweep:
     whole = {"suffix_window": None, "block_length": scale.small_blocks}
     sweep.add("none", "", scale.num_side_items, cache_policy="none", **whole)
     methods: dict[str, Settings] = {name: {"cache_policy": name} for name in WHOLE[1:]}
-    for ratio in scale.side_keep_ratios:
-        methods[f"sparse {_kept(ratio)}"] = {"cache_policy": "sparse", "keep_ratio": ratio}
+    ratio = scale.side_keep_ratios[0]
+    methods[f"sparse {_kept(ratio)}"] = {"cache_policy": "sparse", "keep_ratio": ratio}
     for method, settings in methods.items():
         for window in (None, *scale.suffix_windows):
             label = "all" if window is None else f"window {window}"

@@ -48,6 +48,8 @@ class Cycle:
     #: Of the hidden matrices. It takes away what nothing needs of queries and keys: their raw
     #: products, by which caches choose, are else large where attention makes no use of them.
     weight_decay: float = 0.0
+    #: The last part of the steps, in which the rates fall to 0.
+    decay: float = 0.4
 
     @property
     def steps(self) -> int:
@@ -68,8 +70,6 @@ class Plan:
     hidden_rate: float = 0.01
     other_rate: float = 1.5e-3
     warm_up: int = 40
-    #: The last part of a cycle's steps, in which the rates fall to 0.
-    decay: float = 0.4
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -83,7 +83,7 @@ class Plan:
         """Return the factor of the learning rates at a step, and the weight decay."""
         for cycle in self.cycles:
             if step < cycle.steps:
-                left = (cycle.steps - step) / (self.decay * cycle.steps)
+                left = (cycle.steps - step) / (cycle.decay * cycle.steps)
                 factor = cycle.peak * min(1.0, (step + 1) / self.warm_up, left)
                 return factor, cycle.weight_decay
             step -= cycle.steps
@@ -128,11 +128,22 @@ PLANS = {
         Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
         Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
     ),
-    # Goes on from what "dream" gives, at a lower rate that falls all the time.
-    "dream-longer": replace(
-        _full(Cycle((_LONGER,), peak=0.35, weight_decay=0.2)),
-        decay=0.9,
+    "dream-new": _full(
+        Cycle(
+            tuple(
+                replace(stage, steps=steps, in_order=0.7, **_COUNTING)
+                for stage, steps in zip(_GROWING, (300, 600, 700, 700), strict=True)
+            )
+        ),
+        Cycle(
+            (replace(_LATE, steps=1300, **_COUNTING | {"unbegun": 0.3}),),
+            peak=0.7,
+            weight_decay=0.25,
+        ),
+        Cycle((replace(_LONGER, steps=1000),), peak=0.35, weight_decay=0.2, decay=0.9),
     ),
+    # Goes on from what "dream" gives, at a lower rate that falls all the time.
+    "dream-longer": _full(Cycle((_LONGER,), peak=0.35, weight_decay=0.2, decay=0.9)),
     # For tests: seconds.
     "toy": Plan(
         width=128,

@@ -47,7 +47,7 @@ def cases() -> list:
             f"{shape.num_kv_heads}x{shape.head_size}-{str(dtype)[6:]}",
         )
         for backend, shape, dtype in itertools.product(BACKENDS, SHAPES, DTYPES)
-        if backend is PortableBackend or backend.supports(shape, PAGE, dtype)
+        if backend.why_not(shape, PAGE, dtype, CPU) is None
     ]
 
 

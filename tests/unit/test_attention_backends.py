@@ -286,8 +286,8 @@ def test_the_devices_own() -> None:
         return choose_backend("auto", SHAPE, 32, dtype, device)
 
     assert auto(CPU, torch.float32) is CPUBackend
-    own = TileBackend.supports(SHAPE, 32, torch.bfloat16)
-    assert auto(CPU) is (TileBackend if own else CPUBackend)
+    reason = TileBackend.why_not(SHAPE, 32, torch.bfloat16, CPU)
+    assert auto(CPU) is (TileBackend if reason is None else CPUBackend)
     assert auto(CUDA) is BACKENDS["triton"]
     assert auto(CUDA, torch.float64) is PortableBackend
     assert choose_backend("portable", SHAPE, 32, torch.bfloat16, CPU) is PortableBackend

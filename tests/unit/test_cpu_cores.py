@@ -12,9 +12,10 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vllm_sparse_dllm.engine import cpu_cores
+from vllm_sparse_dllm.engine import config, cpu_cores
 from vllm_sparse_dllm.engine.cpu_cores import BINDING, bind_ray_worker, bind_workers, shares
 from vllm_sparse_dllm.engine.waiting import WAITING, wait_shortly
+from vllm_sparse_dllm.plugin import RAY_ON_CPU
 
 
 def machine(num_nodes: int, cores_of_a_node: int, threads: int) -> list[Any]:
@@ -140,3 +141,15 @@ def test_how_threads_wait_is_the_users_choice(
         wait_shortly()
     found = {name: os.environ[name] for name in WAITING if name in os.environ}
     assert found == (chosen or WAITING)
+
+
+@pytest.mark.parametrize("chosen", [{}, {"OTHER": "1"}, *({name: "1"} for name in WAITING)])
+def test_how_threads_on_ray_wait_is_the_users_choice(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+) -> None:
+    monkeypatch.setattr(config, "current_platform", SimpleNamespace(ray_device_key="CPU"))
+    parallel = SimpleNamespace(ray_runtime_env={"env_vars": chosen, "pip": []})
+    config._prepare_ray(parallel)
+    ours = {} if WAITING.keys() & chosen.keys() else WAITING
+    variables = {RAY_ON_CPU: "1", **ours, **chosen}
+    assert parallel.ray_runtime_env == {"env_vars": variables, "pip": []}

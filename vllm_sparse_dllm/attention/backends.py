@@ -38,16 +38,15 @@ def choose_backend(
         if reason is not None:
             raise ValueError(f"attention_backend {name} cannot be used here: {reason}")
         return backend
+    best: tuple[type[AttentionBackend], ...] = (TritonBackend,)
     if device.type == "cpu":
-        if TileBackend.supports(shape, page_size, dtype):
-            return TileBackend
         # Only here: the module needs vLLM's CPU build.
         from vllm_sparse_dllm.attention.cpu import CPUBackend
 
-        if CPUBackend.supports(shape, page_size, dtype):
-            return CPUBackend
-    elif TritonBackend.why_not(shape, page_size, dtype, device) is None:
-        return TritonBackend
+        best = (TileBackend, CPUBackend)
+    for backend in best:
+        if backend.why_not(shape, page_size, dtype, device) is None:
+            return backend
     return PortableBackend
 
 

@@ -70,14 +70,20 @@ class CPUBackend(AttentionBackend):
         self._scratch = self._split(self._scratch_pool)
         self._key_cells, self._value_cells = self._find_cells()
 
-    @staticmethod
-    def supports(shape: AttentionShape, page_size: int, dtype: torch.dtype) -> bool:
-        """Return whether the kernel has this head size, page size and dtype."""
-        return (
-            shape.head_size in CPUAttentionBackend.get_supported_head_sizes()
-            and page_size % 32 == 0
-            and dtype in CPUAttentionBackend.supported_dtypes
-        )
+    @classmethod
+    def why_not(
+        cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        if device.type != "cpu":
+            return f"it is for CPUs, not {device.type}"
+        head_sizes = CPUAttentionBackend.get_supported_head_sizes()
+        if shape.head_size not in head_sizes:
+            return f"its head sizes are {', '.join(map(str, head_sizes))}, got {shape.head_size}"
+        if page_size % 32:
+            return f"its page size is a multiple of 32, got {page_size}"
+        if dtype not in CPUAttentionBackend.supported_dtypes:
+            return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
+        return None
 
     def _zeros(self, num_pages: int) -> torch.Tensor:
         shape = self.shape

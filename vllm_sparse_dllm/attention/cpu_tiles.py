@@ -15,7 +15,7 @@ import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.packing import starts_of
-from vllm_sparse_dllm.kernels.cpu import PagePool, cpu_kernels
+from vllm_sparse_dllm.kernels.cpu import PagePool, cpu_kernels, why_no_cpu_kernels
 from vllm_sparse_dllm.transfer import HostArrays
 
 
@@ -48,13 +48,16 @@ class TileBackend(AttentionBackend):
         self._kernels = kernels
         self._pools: list[PagePool] = []
 
-    @staticmethod
-    def supports(shape: AttentionShape, page_size: int, dtype: torch.dtype) -> bool:
-        """Return whether the kernels can be had here, for this head size and page size."""
-        if shape.head_size % 32 or page_size % 32:
-            return False
-        kernels = cpu_kernels(dtype)
-        return kernels is not None and kernels.has_tiles
+    @classmethod
+    def why_not(
+        cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> str | None:
+        if device.type != "cpu":
+            return f"it is for CPUs, not {device.type}"
+        for name, size in (("head size", shape.head_size), ("page size", page_size)):
+            if size % 32:
+                return f"its {name} is a multiple of 32, got {size}"
+        return why_no_cpu_kernels(dtype)
 
     def bind_pages(self, layers: list[torch.Tensor]) -> None:
         shape = self.shape

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_sparse_dllm.engine import cpu_cores
 from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
-from vllm_sparse_dllm.engine.waiting import WAITING, wait_shortly
+from vllm_sparse_dllm.engine.waiting import wait_shortly, waiting_for
 from vllm_sparse_dllm.kernels import native
 from vllm_sparse_dllm.models.configs import check_config
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
@@ -300,8 +300,8 @@ def _prepare_ray(parallel: ParallelConfig) -> None:
             f"{os.environ.get(RAY_ON_CPU)!r}"
         )
     environment: Any = dict(parallel.ray_runtime_env or {})
-    variables = {RAY_ON_CPU: "1", **WAITING}
-    environment["env_vars"] = {**variables, **environment.get("env_vars", {})}
+    given = environment.get("env_vars", {})
+    environment["env_vars"] = {RAY_ON_CPU: "1", **waiting_for(given), **given}
     parallel.ray_runtime_env = environment
 
 

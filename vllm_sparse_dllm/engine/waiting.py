@@ -7,6 +7,7 @@ The library reads this as it is loaded, so this module has to be usable before P
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 
 #: How OpenMP's threads wait for each other. Waking one that sleeps takes as long as a small
 #: operation, and a block step has a dozen of them in each layer; one that spins takes the core
@@ -15,10 +16,14 @@ import os
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
 
 
-def wait_shortly() -> None:
-    """Have OpenMP's threads of processes that start from now on wait as in `WAITING`.
+def waiting_for(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return what an environment lacks for its threads to wait as in `WAITING`.
 
-    A user who set one of the variables has decided.
+    A user who set one of the variables has decided: nothing.
     """
-    if not WAITING.keys() & os.environ.keys():
-        os.environ.update(WAITING)
+    return {} if WAITING.keys() & environment.keys() else dict(WAITING)
+
+
+def wait_shortly() -> None:
+    """Have OpenMP's threads of processes that start from now on wait as in `WAITING`."""
+    os.environ.update(waiting_for(os.environ))
