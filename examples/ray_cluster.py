@@ -7,16 +7,15 @@ import os
 
 import ray
 
-from vllm_sparse_dllm.engine.waiting import waiting_for
-
 #: Bytes of a local cluster's object store: prompts and answers are small.
 OBJECT_STORE = 256 << 20
 
 #: For the processes of a replica. On a CPU it has as many threads as Ray gave it cores (Ray sets
-#: ``OMP_NUM_THREADS``), on any of them: vLLM by itself would bind each to all cores.
+#: ``OMP_NUM_THREADS``), on any of them: vLLM by itself would bind each to all cores. They share
+#: the machine with each other and with Ray, so threads that wait sleep at once.
 REPLICA_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    **waiting_for(os.environ),
+    "OMP_WAIT_POLICY": "PASSIVE",
     "PYTHONWARNINGS": "ignore",
     "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
 }

@@ -6,15 +6,22 @@ from opencompass.partitioners import NaivePartitioner
 from opencompass.runners import LocalRunner
 from opencompass.tasks import OpenICLEvalTask, OpenICLInferTask
 
-#: In every request. Whatever the server's own settings are, these hold. "none": a step a token.
+#: In every request. Whatever the server's own settings are, these hold, and a configuration's own
+#: unmasking rule. Without steps, threshold and factor: a step a token.
 paper = dict(
     diffusion_cache_policy="sparse",
     diffusion_keep_ratio=0.5,
     diffusion_kernel_size=3,
     diffusion_delay_steps=1,
     diffusion_granularity="token",
+    diffusion_saliency="paper",
+    diffusion_eviction_delay=0,
+    diffusion_refresh_interval=1,
+    diffusion_suffix_window="none",
     diffusion_block_length=32,
     diffusion_steps="none",
+    diffusion_threshold="none",
+    diffusion_factor="none",
 )
 
 #: A model behind `vllm serve`. Without a meta template OpenCompass sends the examples and the

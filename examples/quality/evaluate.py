@@ -28,6 +28,8 @@ from vllm_sparse_dllm.assets import embedded_model, embedded_models
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput
 
+#: Requests at once.
+BATCH = 16
 LENGTHS = (64, 128, 256, 512, 1024)
 #: What a model may be given as.
 MODELS = f"one of {', '.join(embedded_models())}, or a checkpoint's directory"
@@ -139,7 +141,7 @@ def start_engine(model: str, dtype: str, longest: int = max(LENGTHS)) -> LLM:
         model,
         dtype=dtype,
         max_model_len=longest + RESPONSE,
-        max_num_seqs=16,
+        max_num_seqs=BATCH,
         kv_cache_memory_bytes=256 << 20,
         use_tqdm_on_load=False,
     )

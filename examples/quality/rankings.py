@@ -146,7 +146,7 @@ METHODS = {
     "published, queries with masks to fill in": Method(paper_of_masks),
     f"published, the prompt's last {WINDOW} kept": Method(paper_and_end),
     "`attention`": Method(attention),
-    "the same, maximum over heads": Method(attention_by_heads),
+    "`attention`, maximum over heads": Method(attention_by_heads),
     "`window`": Method(window),
     "`window`, queries with masks to fill in": Method(window_of_masks),
     "published, chosen again at step 16": Method(paper, choices=(1, 16)),

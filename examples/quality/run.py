@@ -163,7 +163,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="SWEEP",
         help=f"some of {', '.join(SWEEPS)} (default: all)",
     )
-    add("--items", type=int, help="of a cell of the policies' rows; other rows have half as many")
+    add(
+        "--items",
+        type=int,
+        help="of a cell of whole caches and the published choice at 0.5, 0.3; "
+        "half of it: of all others",
+    )
     add("--lengths", nargs="+", type=int, help="of prompts; side sweeps take the first")
     add("--dtype", help="default: bfloat16; quick: float32")
     add("--seed", type=int, default=3, help="of items and controls; default: %(default)s")
@@ -210,9 +215,7 @@ def main(argv: list[str] | None = None) -> None:
     scale = QUICK if arguments.quick else Scale()
     if arguments.items is not None:
         half = arguments.items // 2
-        scale = replace(
-            scale, num_items=arguments.items, num_side_items=half, num_control_items=half
-        )
+        scale = replace(scale, num_items=arguments.items, num_side_items=half)
     if arguments.lengths is not None:
         scale = replace(scale, lengths=tuple(arguments.lengths))
     if arguments.results:

@@ -28,10 +28,11 @@ class Scale:
         lengths: Of the prompts in the main table; side sweeps take the first.
         side_tasks: Those of the side sweeps.
         num_items: Of a cell of the main table that the claims are made of: whole caches, and the
-            published choice at `side_keep_ratios`.
+            published choice at `claimed_keep_ratios`. Numbers of items are multiples of the
+            requests at once, so that all cells fill the same batches.
         num_side_items: Of a cell of its other rows, and of side sweeps.
-        num_control_items: Of a cell of controls.
         keep_ratios: Of the main table's published choice, and of the random one.
+        claimed_keep_ratios: Those of them that claims are made of.
         side_keep_ratios: Of the side sweeps; those of one ratio take the first.
         other_keep_ratios: Of the main table's other saliencies and controls.
         small_blocks: Length of blocks where a response has several.
@@ -40,12 +41,12 @@ class Scale:
     tasks: tuple[str, ...] = ("retrieval", "copy")
     side_tasks: tuple[str, ...] = ("retrieval", "copy")
     lengths: tuple[int, ...] = (256, 512)
-    num_items: int = 100
+    num_items: int = 112
     num_side_items: int = 32
-    num_control_items: int = 24
     keep_ratios: tuple[float, ...] = (1.0, 0.95, 0.9, 0.8, 0.7, 0.5, 0.3, 0.1)
+    claimed_keep_ratios: tuple[float, ...] = (0.5, 0.3)
     side_keep_ratios: tuple[float, ...] = (0.5, 0.3)
-    other_keep_ratios: tuple[float, ...] = (0.7, 0.5, 0.3, 0.1)
+    other_keep_ratios: tuple[float, ...] = (0.5, 0.3, 0.1)
     delays: tuple[int, ...] = (0, 1, 2, 3)
     kernel_sizes: tuple[int, ...] = (1, 3, 5, 7, 9)
     eviction_delays: tuple[int, ...] = (1, 4, 8, 16, 24)
@@ -62,10 +63,9 @@ QUICK = Scale(
     lengths=(96,),
     num_items=16,
     num_side_items=8,
-    num_control_items=8,
     keep_ratios=(1.0, 0.5, 0.3),
     side_keep_ratios=(0.5,),
-    other_keep_ratios=(0.5,),
+    other_keep_ratios=(1.0, 0.5),
     delays=(0, 1),
     kernel_sizes=(1, 3),
     eviction_delays=(4,),
@@ -140,7 +140,7 @@ def _keep(scale: Scale, saliencies: Iterable[str], controls: Iterable[str]) -> S
     for saliency in saliencies:
         published = saliency == "paper"
         for ratio in scale.keep_ratios if published else scale.other_keep_ratios:
-            claimed = published and ratio in scale.side_keep_ratios
+            claimed = published and ratio in scale.claimed_keep_ratios
             num_items = scale.num_items if claimed else scale.num_side_items
             sweep.add(
                 _series(saliency),
@@ -155,7 +155,7 @@ def _keep(scale: Scale, saliencies: Iterable[str], controls: Iterable[str]) -> S
             sweep.add(
                 control,
                 _kept(ratio),
-                scale.num_control_items,
+                scale.num_side_items,
                 cache_policy="sparse",
                 keep_ratio=ratio,
                 saliency=control,
@@ -236,16 +236,15 @@ def _suffix(scale: Scale) -> Sweep:
     """Blocks shorter than the response, of which the last sees all and the others a part."""
     title = f"Blocks of {scale.small_blocks} that see a part of what follows"
     sweep = Sweep("suffix", title, *_side(scale))
-    whole = {"suffix_window": None, "block_length": scale.small_blocks}
-    sweep.add("none", "", scale.num_side_items, cache_policy="none", **whole)
+    num_items, blocks = scale.num_side_items, {"block_length": scale.small_blocks}
+    sweep.add("none", "", num_items, cache_policy="none", **blocks)
     methods: dict[str, Settings] = {name: {"cache_policy": name} for name in WHOLE[1:]}
     ratio = scale.side_keep_ratios[0]
     methods[f"sparse {_kept(ratio)}"] = {"cache_policy": "sparse", "keep_ratio": ratio}
     for method, settings in methods.items():
         for window in (None, *scale.suffix_windows):
             label = "all" if window is None else f"window {window}"
-            settings = {**settings, "suffix_window": window, "block_length": scale.small_blocks}
-            sweep.add(method, label, scale.num_side_items, **settings)
+            sweep.add(method, label, num_items, **{**settings, "suffix_window": window}, **blocks)
     return sweep
 
 

@@ -29,6 +29,7 @@ CASES = [
     Case(PROMPT[:20], 12, {"cache_policy": "prefix", "block_length": 4, "steps": 6}),
     Case(PROMPT[:33], 8, {"cache_policy": "dual", "block_length": 8, "remasking": "topk_margin"}),
     Case(PROMPT, 12, {"block_length": 6, "keep_ratio": 0.5, "remasking": "entropy"}),
+    Case(PROMPT[2:], 8, {"block_length": 8, "saliency": "attention", "keep_ratio": 0.4}),
     Case(PROMPT[3:], 8, {"block_length": 8, "granularity": "page", "keep_ratio": 0.4}),
     Case(PROMPT[1:], 8, {"block_length": 8, "delay_steps": 0, "eviction_delay": 1}),
     Case(PROMPT[:9], 12, {"block_length": 4, "refresh_interval": 2, "threshold": 0.05}),

@@ -172,6 +172,7 @@ def test_batches_of_all_sizes_follow_each_other(graphed: Graphed, seed: int) -> 
         {"keep_ratio": 0.7, "remasking": "entropy"},
         {"temperature": 0.7},
         {"saliency": "window", "remasking": "topk_margin"},
+        {"saliency": "attention", "keep_ratio": 0.4},
         {"cfg_scale": 1.0 if graphed.runner.traits.supports_guidance else 0.0},
     ]
     cases = [
@@ -335,6 +336,7 @@ def test_a_step_is_one_copy_there_and_one_back(
         {"keep_ratio": 0.5},
         {"keep_ratio": 0.3, "delay_steps": 0, "eviction_delay": 2, "remasking": "entropy"},
         {"saliency": "window", "remasking": "topk_margin"},
+        {"saliency": "attention", "keep_ratio": 0.4},
     ]
     cases = [Case([7 + i] * 60, 24, {"block_length": BLOCK, **o}) for i, o in enumerate(options)]
     for own in (cases, cases[3:4]):

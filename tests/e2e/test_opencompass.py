@@ -20,8 +20,11 @@ PAPER = {
     "diffusion_keep_ratio": 0.5,
     "diffusion_kernel_size": 3,
     "diffusion_delay_steps": 1,
+    "diffusion_saliency": "paper",
+    "diffusion_eviction_delay": 0,
     "diffusion_block_length": 32,
     "diffusion_steps": 256,
+    "diffusion_factor": "none",
 }
 LLADA = {"temperature": 0, "vllm_xargs": {**PAPER, "diffusion_remasking": "low_confidence"}}
 DREAM = {
@@ -47,7 +50,15 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A server whose own settings are others than the paper's."""
-    settings = {"sparse_dllm": {"cache_policy": "none", "block_length": 64, "steps": 8}}
+    settings = {
+        "sparse_dllm": {
+            "cache_policy": "none",
+            "block_length": 64,
+            "factor": 2.0,
+            "saliency": "window",
+            "eviction_delay": 4,
+        }
+    }
     options = ("--chat-template", str(FOLDER / "plain.jinja"))
     options += ("--additional-config", json.dumps(settings))
     log = tmp_path_factory.mktemp("server") / "log"

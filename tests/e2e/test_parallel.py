@@ -50,6 +50,7 @@ from tests.reference import Model, load, write_checkpoint
 from tests.reference import generate as reference
 from tests.reference.grammars import Grammar
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
+from vllm_sparse_dllm.settings import SALIENCIES
 
 #: Ranks divide the machine, as they would without other tests beside them.
 pytestmark = pytest.mark.usefixtures("all_cores")
@@ -118,6 +119,7 @@ def test_layouts_have_every_policy_and_choice() -> None:
         assert {own.get("cache_policy", "sparse") for own in options} == set(POLICIES)
         sparse = [own for own in options if own.get("cache_policy", "sparse") == "sparse"]
         assert {own.get("granularity", "token") for own in sparse} == {"token", "page"}
+        assert {own.get("saliency", "paper") for own in sparse} == set(SALIENCIES)
         assert any(own.get("eviction_delay") for own in sparse)
         assert any("threshold" in own for own in options)
         assert any(own.get("temperature") for own in options)

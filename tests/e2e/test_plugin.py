@@ -175,6 +175,7 @@ BAD_ENGINE_SETTINGS = [
     ("delay_steps", -1),
     ("delay_steps", 1.5),
     ("granularity", "line"),
+    ("saliency", "best"),
     ("block_length", 0),
     ("block_length", "32"),
     ("block_length", True),

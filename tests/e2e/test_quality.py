@@ -20,7 +20,9 @@ PAGE = ROOT / "docs" / "quality.md"
 
 Json = dict[str, Any]
 
-controls, report, sweeps, tasks = load(FOLDER, "controls", "report", "sweeps", "tasks")
+controls, evaluate, report, sweeps, tasks = load(
+    FOLDER, "controls", "evaluate", "report", "sweeps", "tasks"
+)
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +67,12 @@ def test_everything_is_there(measured: Json) -> None:
             for cell in row["cells"]
         ]
         assert got == expected
+
+
+def test_cells_fill_batches() -> None:
+    """Else rows with other numbers of items would differ in tokens a second for that alone."""
+    scale = sweeps.Scale()
+    assert not any(num % evaluate.BATCH for num in (scale.num_items, scale.num_side_items))
 
 
 def test_figures_follow_from_the_items(measured: Json) -> None:

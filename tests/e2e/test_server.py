@@ -401,6 +401,7 @@ BAD_SETTINGS = [
         "kernel_size": [0, 2, -1, 1.5, "3"],
         "delay_steps": [-1, 0.5, "one"],
         "granularity": ["line", 1],
+        "saliency": ["best", 1],
         "block_length": [0, -8, 1.5, "32"],
         "steps": [0, -1, 2.5, "all", [4]],
         "remasking": ["best", 3],

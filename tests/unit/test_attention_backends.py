@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import re
 import sys
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from vllm_sparse_dllm.attention.flash_attn import FlashAttentionBackend
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.attention.portable import PortableBackend
 from vllm_sparse_dllm.attention.xformers import XFormersBackend
+from vllm_sparse_dllm.kernels.cpu import why_no_cpu_kernels
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 SHAPE = AttentionShape(6, 2, 32)
@@ -281,13 +283,52 @@ def test_what_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
     assert choose_backend("auto", SHAPE, PAGE, torch.bfloat16, CUDA) is PortableBackend
 
 
+@pytest.mark.parametrize(
+    ("backend", "head_size", "page", "dtype", "device", "reason"),
+    [
+        (
+            TileBackend,
+            48,
+            32,
+            torch.bfloat16,
+            CPU,
+            "its head sizes are the multiples of 32, got 48",
+        ),
+        (
+            TileBackend,
+            64,
+            16,
+            torch.bfloat16,
+            CPU,
+            "its page sizes are the multiples of 32, got 16",
+        ),
+        (TileBackend, 64, 32, torch.float32, CPU, "they are of bfloat16, not float32"),
+        (TileBackend, 64, 32, torch.bfloat16, CUDA, "it is for CPUs, not cuda"),
+        (CPUBackend, 65, 32, torch.bfloat16, CPU, "its head sizes are .*, got 65"),
+        (CPUBackend, 64, 48, torch.bfloat16, CPU, "its page sizes are the multiples of 32, got 48"),
+        (CPUBackend, 64, 32, torch.float64, CPU, "it has no kernels for float64"),
+        (CPUBackend, 64, 32, torch.bfloat16, CUDA, "it is for CPUs, not cuda"),
+    ],
+)
+def test_what_keeps_a_cpu_backend_from_running(
+    backend: type[AttentionBackend],
+    head_size: int,
+    page: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    reason: str,
+) -> None:
+    found = backend.why_not(AttentionShape(4, 2, head_size), page, dtype, device)
+    assert found is not None and re.fullmatch(reason, found)
+
+
 def test_the_devices_own() -> None:
     def auto(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> type[AttentionBackend]:
         return choose_backend("auto", SHAPE, 32, dtype, device)
 
     assert auto(CPU, torch.float32) is CPUBackend
-    reason = TileBackend.why_not(SHAPE, 32, torch.bfloat16, CPU)
-    assert auto(CPU) is (TileBackend if reason is None else CPUBackend)
+    has_tiles = why_no_cpu_kernels(torch.bfloat16) is None
+    assert auto(CPU) is (TileBackend if has_tiles else CPUBackend)
     assert auto(CUDA) is BACKENDS["triton"]
     assert auto(CUDA, torch.float64) is PortableBackend
     assert choose_backend("portable", SHAPE, 32, torch.bfloat16, CPU) is PortableBackend

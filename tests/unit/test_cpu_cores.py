@@ -143,13 +143,32 @@ def test_how_threads_wait_is_the_users_choice(
     assert found == (chosen or WAITING)
 
 
-@pytest.mark.parametrize("chosen", [{}, {"OTHER": "1"}, *({name: "1"} for name in WAITING)])
+@pytest.mark.parametrize(
+    ("exported", "given_", "expected"),
+    [
+        ({}, {}, WAITING),
+        ({}, {"OTHER": "1"}, WAITING | {"OTHER": "1"}),
+        ({}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, {}, {"OMP_WAIT_POLICY": "ACTIVE"}),
+        (
+            {"OMP_WAIT_POLICY": "ACTIVE"},
+            {"GOMP_SPINCOUNT": "7"},
+            {"OMP_WAIT_POLICY": "ACTIVE", "GOMP_SPINCOUNT": "7"},
+        ),
+        ({"GOMP_SPINCOUNT": "6"}, {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),
+    ],
+)
 def test_how_threads_on_ray_wait_is_the_users_choice(
-    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+    monkeypatch: pytest.MonkeyPatch,
+    exported: dict[str, str],
+    given_: dict[str, str],
+    expected: dict[str, str],
 ) -> None:
+    for name in WAITING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in exported.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(config, "current_platform", SimpleNamespace(ray_device_key="CPU"))
-    parallel = SimpleNamespace(ray_runtime_env={"env_vars": chosen, "pip": []})
+    parallel = SimpleNamespace(ray_runtime_env={"env_vars": given_, "pip": []})
     config._prepare_ray(parallel)
-    ours = {} if WAITING.keys() & chosen.keys() else WAITING
-    variables = {RAY_ON_CPU: "1", **ours, **chosen}
-    assert parallel.ray_runtime_env == {"env_vars": variables, "pip": []}
+    assert parallel.ray_runtime_env == {"env_vars": {RAY_ON_CPU: "1", **expected}, "pip": []}

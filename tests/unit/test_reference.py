@@ -204,6 +204,7 @@ def test_options_are_checked(models: dict[str, Model]) -> None:
         {"cache_policy": "x"},
         {"remasking": "x"},
         {"granularity": "x"},
+        {"saliency": "x"},
     ):
         with pytest.raises(ValueError):
             Options(**wrong)

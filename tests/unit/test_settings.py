@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import ast
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -349,3 +351,21 @@ def test_numbers_are_finite_and_in_range(value: float) -> None:
         else:
             with pytest.raises(ValueError, match=f"diffusion_{name} must be"):
                 request(**{name: value})
+
+
+def test_opencompass_pins_what_a_server_may_have_set() -> None:
+    """Else the published method's benchmark would measure a server's own settings."""
+    path = Path(__file__).parents[2] / "examples" / "opencompass" / "served.py"
+    (call,) = (
+        node.value
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "paper"
+    )
+    assert isinstance(call, ast.Call)
+    extra = {str(one.arg): ast.literal_eval(one.value) for one in call.keywords}
+    both = {REQUEST_PREFIX + name for name, field in FIELDS.items() if field.scope == "both"}
+    # Each configuration adds the unmasking rule.
+    assert extra.keys() == both - {f"{REQUEST_PREFIX}remasking"}
+    others = {"cache_policy": "dual", "saliency": "window", "factor": 2.0, "suffix_window": 4}
+    settings = request_settings(engine(**others), LLADA, extra)
+    assert settings == request_settings(engine(), LLADA, {})

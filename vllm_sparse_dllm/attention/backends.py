@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
+from vllm.logger import init_logger
 
 from vllm_sparse_dllm.attention.cpu_tiles import TileBackend
 from vllm_sparse_dllm.attention.flash_attn import FlashAttentionBackend
@@ -11,6 +14,8 @@ from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShap
 from vllm_sparse_dllm.attention.portable import PortableBackend
 from vllm_sparse_dllm.attention.triton import TritonBackend
 from vllm_sparse_dllm.attention.xformers import XFormersBackend
+
+logger = init_logger(__name__)
 
 #: By their names in the settings, where `auto` stands for the best of a device.
 BACKENDS: dict[str, type[AttentionBackend]] = {
@@ -38,16 +43,23 @@ def choose_backend(
         if reason is not None:
             raise ValueError(f"attention_backend {name} cannot be used here: {reason}")
         return backend
-    best: tuple[type[AttentionBackend], ...] = (TritonBackend,)
-    if device.type == "cpu":
-        # Only here: the module needs vLLM's CPU build.
-        from vllm_sparse_dllm.attention.cpu import CPUBackend
-
-        best = (TileBackend, CPUBackend)
-    for backend in best:
-        if backend.why_not(shape, page_size, dtype, device) is None:
+    for backend in _preferred(device):
+        reason = backend.why_not(shape, page_size, dtype, device)
+        if reason is None:
             return backend
+        logger.debug("Attention without %s: %s", backend.__name__, reason)
     return PortableBackend
+
+
+def _preferred(device: torch.device) -> Iterator[type[AttentionBackend]]:
+    if device.type != "cpu":
+        yield TritonBackend
+        return
+    yield TileBackend
+    # Only now: the module needs vLLM's CPU build.
+    from vllm_sparse_dllm.attention.cpu import CPUBackend
+
+    yield CPUBackend
 
 
 def make_backend(

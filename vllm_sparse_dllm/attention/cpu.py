@@ -80,7 +80,7 @@ class CPUBackend(AttentionBackend):
         if shape.head_size not in head_sizes:
             return f"its head sizes are {', '.join(map(str, head_sizes))}, got {shape.head_size}"
         if page_size % 32:
-            return f"its page size is a multiple of 32, got {page_size}"
+            return f"its page sizes are the multiples of 32, got {page_size}"
         if dtype not in CPUAttentionBackend.supported_dtypes:
             return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
         return None

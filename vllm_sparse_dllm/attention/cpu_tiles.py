@@ -54,9 +54,9 @@ class TileBackend(AttentionBackend):
     ) -> str | None:
         if device.type != "cpu":
             return f"it is for CPUs, not {device.type}"
-        for name, size in (("head size", shape.head_size), ("page size", page_size)):
+        for name, size in (("head", shape.head_size), ("page", page_size)):
             if size % 32:
-                return f"its {name} is a multiple of 32, got {size}"
+                return f"its {name} sizes are the multiples of 32, got {size}"
         return why_no_cpu_kernels(dtype)
 
     def bind_pages(self, layers: list[torch.Tensor]) -> None:

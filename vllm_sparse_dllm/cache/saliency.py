@@ -87,6 +87,10 @@ class SaliencyInputs:
             return self.keys
         return torch.cat([self.keys, self.fresh_keys])
 
+    def of_candidates(self, values: torch.Tensor) -> torch.Tensor:
+        """Return ``[n]`` the candidates' of values that are one a key."""
+        return torch.cat([values[start:end] for start, end in self.rows])
+
     @property
     def window(self) -> Span:
         """Positions of the end of the prompt."""
@@ -103,7 +107,7 @@ class Saliency(ABC):
         """Return ``[n]`` scores of the candidates in position order, the highest kept first.
 
         Tensor-parallel ranks must return the same, bit for bit: each has some of the heads, and
-        has to exchange what it makes of them.
+        has to exchange what it makes of them, by `sum_of_ranks` or `max_of_ranks`.
         """
 
 
@@ -126,7 +130,7 @@ def importance(
     Returns:
         ``[n]`` importance of the candidates in position order, in the keys' dtype.
     """
-    return _sum_of_ranks(kernels.scores(block_queries, keys, candidates)) / total_heads
+    return sum_of_ranks(kernels.scores(block_queries, keys, candidates)) / total_heads
 
 
 class Paper(Saliency):
@@ -140,7 +144,7 @@ class Paper(Saliency):
         )
 
 
-class Attention(Saliency):
+class BlockAttention(Saliency):
     """Attention that the block pays: the mean share over its positions and all heads.
 
     The published score's queries, but what the softmax makes of their products with the keys.
@@ -149,9 +153,8 @@ class Attention(Saliency):
     name = "attention"
 
     def score(self, inputs: SaliencyInputs) -> torch.Tensor:
-        shares = attention(inputs.block_queries, inputs.seen_keys).mean(dim=1).sum(dim=0)
-        scores = torch.cat([shares[start:end] for start, end in inputs.rows])
-        return _sum_of_ranks(scores) / inputs.total_heads
+        shares = attention_shares(inputs.block_queries, inputs.seen_keys).mean(dim=1).sum(dim=0)
+        return sum_of_ranks(inputs.of_candidates(shares)) / inputs.total_heads
 
 
 class Window(Saliency):
@@ -167,18 +170,17 @@ class Window(Saliency):
     def score(self, inputs: SaliencyInputs) -> torch.Tensor:
         start, end = inputs.window
         keys = inputs.seen_keys
-        shares = attention(inputs.block_queries, keys).mean(dim=1)
+        shares = attention_shares(inputs.block_queries, keys).mean(dim=1)
         if inputs.first_query == 0 and end > start:
-            shares += attention(inputs.queries[start:end], keys).mean(dim=1)
-        scores = torch.cat([shares.amax(dim=0)[lo:hi] for lo, hi in inputs.rows])
-        scores = _max_of_ranks(scores)
+            shares += attention_shares(inputs.queries[start:end], keys).mean(dim=1)
+        scores = max_of_ranks(inputs.of_candidates(shares.amax(dim=0)))
         # The prompt is where the candidates begin. No other score is above 2; where not all of
         # the window can stay, its end does.
         scores[start:end] = torch.arange(3, 3 + end - start, device=scores.device)
         return scores
 
 
-def attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+def attention_shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Return shares of attention ``[heads, n, m]``, float32.
 
     Args:
@@ -192,7 +194,7 @@ def attention(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
 
 
 SALIENCIES: dict[str, Saliency] = {
-    saliency.name: saliency for saliency in (Paper(), Attention(), Window())
+    saliency.name: saliency for saliency in (Paper(), BlockAttention(), Window())
 }
 
 
@@ -217,7 +219,7 @@ def unregister_saliency(name: str) -> None:
     allow_saliencies(SALIENCIES)
 
 
-def _sum_of_ranks(scores: torch.Tensor) -> torch.Tensor:
+def sum_of_ranks(scores: torch.Tensor) -> torch.Tensor:
     """Add up what each tensor-parallel rank has, with the very same result on all of them.
 
     Ranks must keep the same positions, so not a bit may differ. An all-reduce does not promise
@@ -230,7 +232,7 @@ def _sum_of_ranks(scores: torch.Tensor) -> torch.Tensor:
     return parts.float().sum(dim=0).to(scores.dtype)
 
 
-def _max_of_ranks(scores: torch.Tensor) -> torch.Tensor:
+def max_of_ranks(scores: torch.Tensor) -> torch.Tensor:
     """Return the largest that any tensor-parallel rank has, the same on all of them."""
     world_size = get_tensor_model_parallel_world_size()
     if world_size == 1:

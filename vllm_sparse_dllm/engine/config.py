@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_sparse_dllm.engine import cpu_cores
 from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
-from vllm_sparse_dllm.engine.waiting import wait_shortly, waiting_for
+from vllm_sparse_dllm.engine.waiting import wait_shortly, waiting_of
 from vllm_sparse_dllm.kernels import native
 from vllm_sparse_dllm.models.configs import check_config
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
@@ -293,7 +293,7 @@ def _leave_memory_to_others(vllm_config: VllmConfig) -> None:
 
 
 def _prepare_ray(parallel: ParallelConfig) -> None:
-    """Make Ray's processes take the platform that this one has."""
+    """Make Ray's processes take the platform that this one has, and wait as its threads do."""
     if not current_platform.ray_device_key:
         raise ValueError(
             f"Ray needs the environment variable {RAY_ON_CPU}=1 on a CPU, got "
@@ -301,7 +301,8 @@ def _prepare_ray(parallel: ParallelConfig) -> None:
         )
     environment: Any = dict(parallel.ray_runtime_env or {})
     given = environment.get("env_vars", {})
-    environment["env_vars"] = {RAY_ON_CPU: "1", **waiting_for(given), **given}
+    waiting = waiting_of({**os.environ, **given})
+    environment["env_vars"] = {RAY_ON_CPU: "1", **waiting, **given}
     parallel.ray_runtime_env = environment
 
 

@@ -16,14 +16,19 @@ from collections.abc import Mapping
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
 
 
-def waiting_for(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return what an environment lacks for its threads to wait as in `WAITING`.
+def waiting_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables by which the threads of further processes wait.
 
-    A user who set one of the variables has decided: nothing.
+    Args:
+        environment: Variables and their values, the user's among them.
+
+    Returns:
+        Those of `WAITING` that are set there, since the user has decided; if none is, `WAITING`.
     """
-    return {} if WAITING.keys() & environment.keys() else dict(WAITING)
+    chosen = {name: environment[name] for name in WAITING if name in environment}
+    return chosen or dict(WAITING)
 
 
 def wait_shortly() -> None:
-    """Have OpenMP's threads of processes that start from now on wait as in `WAITING`."""
-    os.environ.update(waiting_for(os.environ))
+    """Have OpenMP's threads of processes that start from now on wait so."""
+    os.environ.update(waiting_of(os.environ))
