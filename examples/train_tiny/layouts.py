@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from network import Network, Shape
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 #: Tensors outside the blocks and inside one, here and in the two layouts.
@@ -72,30 +72,6 @@ def write_checkpoint(
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if tokenizer.resolve() != path.resolve():
             shutil.copyfile(tokenizer / name, path / name)
-
-
-@torch.no_grad()
-def read_weights(path: Path, network: Network) -> None:
-    """Give a network the weights of a checkpoint that `write_checkpoint` wrote.
-
-    Raises:
-        ValueError: If they are not those of a network of this shape.
-    """
-    tensors = load_file(path / "model.safetensors")
-    family = network.shape.family
-    parameters = {public_name(name, family): p for name, p in network.named_parameters()}
-    wrong = {
-        name
-        for name in parameters.keys() & tensors.keys()
-        if parameters[name].shape != tensors[name].shape
-    }
-    wrong |= parameters.keys() ^ tensors.keys()
-    if wrong:
-        raise ValueError(
-            f"{path} is of another network than this {family}: it differs in {min(wrong)}"
-        )
-    for name, parameter in parameters.items():
-        parameter.copy_(tensors[name])
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

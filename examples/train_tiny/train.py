@@ -13,8 +13,7 @@ import json
 import os
 import resource
 import socket
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from batches import Batch, Batches, Stage
-from layouts import read_weights, write_checkpoint
+from layouts import write_checkpoint
 from network import FAMILIES, Network, Shape
 from tasks import Vocabulary
 from torch import nn
@@ -49,7 +48,7 @@ class Cycle:
     #: products, by which caches choose, are else large where attention makes no use of them.
     weight_decay: float = 0.0
     #: The last part of the steps, in which the rates fall to 0.
-    decay: float = 0.4
+    cooldown: float = 0.4
 
     @property
     def steps(self) -> int:
@@ -83,37 +82,31 @@ class Plan:
         """Return the factor of the learning rates at a step, and the weight decay."""
         for cycle in self.cycles:
             if step < cycle.steps:
-                left = (cycle.steps - step) / (cycle.decay * cycle.steps)
+                left = (cycle.steps - step) / (cycle.cooldown * cycle.steps)
                 factor = cycle.peak * min(1.0, (step + 1) / self.warm_up, left)
                 return factor, cycle.weight_decay
             step -= cycle.steps
         return 0.0, 0.0
 
 
+#: Tokens of a sequence, so often, in stages of the first cycle and later.
 _GROWING = (
-    Stage(300, {64: 0.5, 160: 0.5}),
-    Stage(700, {64: 0.2, 160: 0.6, 288: 0.2}),
-    Stage(800, {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15}),
-    Stage(900, {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1}),
+    {64: 0.5, 160: 0.5},
+    {64: 0.2, 160: 0.6, 288: 0.2},
+    {64: 0.15, 160: 0.3, 288: 0.4, 544: 0.15},
+    {64: 0.1, 160: 0.2, 288: 0.25, 544: 0.35, 1056: 0.1},
 )
-_LATE = Stage(1000, {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1})
-#: Dream has to be taught where a list ends that it has not begun to copy.
-_COUNTING: Mapping[str, Any] = {
-    "mix": {"retrieval": 0.45, "copy": 0.38, "reverse": 0.12, "addition": 0.05},
-    "unbegun": 0.25,
-}
-_DECAYING = Stage(
-    1000,
-    {64: 0.1, 160: 0.3, 288: 0.3, 544: 0.3},
-    mix={"retrieval": 0.42, "copy": 0.42, "reverse": 0.11, "addition": 0.05},
-    unbegun=0.3,
-)
-_LONGER = Stage(
-    900,
-    {160: 0.15, 288: 0.25, 544: 0.5, 1056: 0.1},
-    mix={"retrieval": 0.55, "copy": 0.33, "reverse": 0.09, "addition": 0.03},
-    unbegun=0.3,
-)
+_LATE = {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}
+_LONG = {160: 0.15, 288: 0.25, 544: 0.5, 1056: 0.1}
+#: Dream has to be taught where a list ends that it has not begun to copy, ...
+_COUNTING = {"retrieval": 0.45, "copy": 0.38, "reverse": 0.12, "addition": 0.05}
+#: ... and at last to find what long prompts are asked for.
+_ASKING = {"retrieval": 0.55, "copy": 0.33, "reverse": 0.09, "addition": 0.03}
+
+
+def _growing(*steps: int, **others: Any) -> tuple[Stage, ...]:
+    pairs = zip(steps, _GROWING, strict=True)
+    return tuple(Stage(num, lengths, **others) for num, lengths in pairs)
 
 
 def _full(*cycles: Cycle) -> Plan:
@@ -121,29 +114,17 @@ def _full(*cycles: Cycle) -> Plan:
 
 
 PLANS = {
-    "llada": _full(Cycle(_GROWING), Cycle((_LATE,), peak=0.7)),
+    "llada": _full(
+        Cycle(_growing(300, 700, 800, 900)),
+        Cycle((Stage(1000, _LATE),), peak=0.7),
+    ),
     "dream": _full(
-        Cycle(tuple(replace(stage, in_order=0.7, **_COUNTING) for stage in _GROWING)),
-        Cycle((replace(_LATE, **_COUNTING),), peak=0.7),
-        Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
-        Cycle((_DECAYING,), peak=0.7, weight_decay=0.2),
-    ),
-    "dream-new": _full(
+        Cycle(_growing(300, 600, 700, 700, mix=_COUNTING, in_order=0.7, unbegun=0.25)),
+        Cycle((Stage(1300, _LATE, _COUNTING, unbegun=0.3),), peak=0.7, weight_decay=0.25),
         Cycle(
-            tuple(
-                replace(stage, steps=steps, in_order=0.7, **_COUNTING)
-                for stage, steps in zip(_GROWING, (300, 600, 700, 700), strict=True)
-            )
+            (Stage(1000, _LONG, _ASKING, unbegun=0.3),), peak=0.35, weight_decay=0.2, cooldown=0.9
         ),
-        Cycle(
-            (replace(_LATE, steps=1300, **_COUNTING | {"unbegun": 0.3}),),
-            peak=0.7,
-            weight_decay=0.25,
-        ),
-        Cycle((replace(_LONGER, steps=1000),), peak=0.35, weight_decay=0.2, decay=0.9),
     ),
-    # Goes on from what "dream" gives, at a lower rate that falls all the time.
-    "dream-longer": _full(Cycle((_LONGER,), peak=0.35, weight_decay=0.2, decay=0.9)),
     # For tests: seconds.
     "toy": Plan(
         width=128,
@@ -175,8 +156,6 @@ class Training:
         self.network = Network(shape_of(plan, family, vocab), seed)
         if start == "wired":
             wire(self.network, vocabulary["<|mask|>"])
-        elif start != "random":
-            read_weights(Path(start), self.network)
         self.optimisers: list[torch.optim.Optimizer] = [
             torch.optim.Muon(self.network.hidden_matrices(), lr=plan.hidden_rate, weight_decay=0.0),
             torch.optim.Adam(
@@ -350,12 +329,7 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--plan", choices=sorted(PLANS), help="default: the model's; toy: for tests"
     )
-    parser.add_argument(
-        "--start",
-        default="wired",
-        metavar="START",
-        help="wired, random, or the directory of a checkpoint to go on from; default: %(default)s",
-    )
+    parser.add_argument("--start", choices=STARTS, default="wired", help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--processes", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--resume", action="store_true", help="go on from the directory's state")
@@ -373,9 +347,6 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"output must be a directory, {arguments.output} is none")
-    if arguments.start not in STARTS and not Path(arguments.start, "model.safetensors").is_file():
-        starts = ", ".join(STARTS)
-        parser.error(f"--start must be {starts} or a checkpoint's directory, got {arguments.start}")
     state = arguments.output / "state.pt"
     if arguments.resume and not state.exists():
         parser.error(f"--resume: there is no {state}")

@@ -6,7 +6,6 @@ from __future__ import annotations
 import random
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,8 +18,7 @@ from tests.reference import load
 from tests.scripts import load as load_scripts
 
 FOLDER = ROOT / "examples" / "train_tiny"
-NAMES = ("train", "batches", "layouts")
-SCRIPTS = dict(zip(NAMES, load_scripts(FOLDER, *NAMES), strict=True))
+SCRIPTS = dict(zip(("train", "batches"), load_scripts(FOLDER, "train", "batches"), strict=True))
 #: Below the embedding table's rows.
 VOCAB = 1400
 
@@ -87,36 +85,12 @@ def test_engine_equals_reference(folder: Path, family: str) -> None:
         (["--processes", "0"], "--processes must be at least 1, got 0"),
         (["--stop-after", "0"], "--stop-after must be at least 1, got 0"),
         (["--save-every", "0"], "--save-every must be at least 1, got 0"),
-        (
-            ["--start", "nowhere"],
-            "--start must be wired, random or a checkpoint's directory, got nowhere",
-        ),
         ([], "has a run: go on with it by --resume, or remove it"),
     ],
 )
 def test_bad_arguments(folder: Path, options: list[str], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         train([str(folder / "llada"), "--plan", "toy", *options])
-
-
-@pytest.mark.parametrize("family", ["llada", "dream"])
-def test_start_from_a_checkpoint(folder: Path, family: str) -> None:
-    """A network has its very weights; those of another kind of network are refused."""
-    train, path = SCRIPTS["train"], folder / family
-    vocabulary = train.Vocabulary(train.TOKENIZER)
-
-    def start(name: str, plan: str = "toy") -> Any:
-        return train.Training(train.PLANS[plan], name, str(path), vocabulary, 0).network
-
-    tensors, network = load_file(path / "model.safetensors"), start(family)
-    named = dict(network.named_parameters())
-    assert len(named) == len(tensors)
-    for name, parameter in named.items():
-        assert torch.equal(parameter, tensors[SCRIPTS["layouts"].public_name(name, family)].float())
-    (other,) = {"llada", "dream"} - {family}
-    for wrong in ((other,), (family, family)):
-        with pytest.raises(ValueError, match=f"{path} is of another network than this"):
-            start(*wrong)
 
 
 def test_cycles_decay_weights_or_not() -> None:
