@@ -27,7 +27,7 @@ wait_shortly()
 
 import report  # noqa: E402
 from controls import CONTROLS, Control, registered  # noqa: E402
-from evaluate import MODELS, Evaluator, is_model, model_path, start_engine  # noqa: E402
+from evaluate import BATCH, MODELS, Evaluator, is_model, model_path, start_engine  # noqa: E402
 from sweeps import QUICK, SWEEPS, Row, Scale, Sweep, make_sweeps  # noqa: E402
 from tasks import MIN_LENGTH, held_out  # noqa: E402
 
@@ -166,8 +166,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--items",
         type=int,
-        help="of a cell of whole caches and the published choice at 0.5, 0.3; "
-        "half of it: of all others",
+        help="of a cell of none, prefix, dual and the published choice at "
+        f"{' and '.join(map(str, Scale().claimed_keep_ratios))}; all others have half as many. "
+        f"Multiples of {2 * BATCH} fill all batches",
     )
     add("--lengths", nargs="+", type=int, help="of prompts; side sweeps take the first")
     add("--dtype", help="default: bfloat16; quick: float32")

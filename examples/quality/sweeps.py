@@ -27,9 +27,9 @@ class Scale:
         tasks: Kinds of items.
         lengths: Of the prompts in the main table; side sweeps take the first.
         side_tasks: Those of the side sweeps.
-        num_items: Of a cell of the main table that the claims are made of: whole caches, and the
-            published choice at `claimed_keep_ratios`. Numbers of items are multiples of the
-            requests at once, so that all cells fill the same batches.
+        num_items: Of a cell of the main table that the claims are made of: policies that evict
+            nothing, and the published choice at `claimed_keep_ratios`. Numbers of items are
+            multiples of the requests at once, so that all cells fill the same batches.
         num_side_items: Of a cell of its other rows, and of side sweeps.
         keep_ratios: Of the main table's published choice, and of the random one.
         claimed_keep_ratios: Those of them that claims are made of.

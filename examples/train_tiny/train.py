@@ -132,7 +132,7 @@ PLANS = {
         layers=3,
         cycles=(
             Cycle((Stage(4, {64: 1.0}),)),
-            Cycle((Stage(4, {64: 0.5, 96: 0.5}),), peak=0.5, weight_decay=0.1),
+            Cycle((Stage(4, {64: 0.5, 96: 0.5}),), peak=0.5, weight_decay=0.1, cooldown=1.0),
         ),
         tokens=768,
         warm_up=2,

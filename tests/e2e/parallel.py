@@ -74,10 +74,13 @@ class Layout:
             greedy_cases(self.seed, VOCAB)[self.seed % 5 :: 5]
             + drawn_cases(self.seed, VOCAB, guided)[self.seed % 7 :: 7]
             + beyond_cases(self.seed, VOCAB, guided)[self.seed % 7 :: 7]
+        )
+        # Of these every layout has all kinds.
+        return (
+            cases[:: self.every]
+            + saliency_cases(self.seed, VOCAB, guided)[self.seed % 5 :: 5]
             + constrained_cases(self.seed, VOCAB, MASK, guided)[self.seed % 9 :: 9]
         )
-        # Some of every saliency.
-        return cases[:: self.every] + saliency_cases(self.seed, VOCAB, guided)[self.seed % 5 :: 5]
 
     def write(self, folder: Path) -> Path:
         """Write the layout's checkpoint."""

@@ -93,10 +93,24 @@ def test_bad_arguments(folder: Path, options: list[str], message: str) -> None:
         train([str(folder / "llada"), "--plan", "toy", *options])
 
 
-def test_cycles_decay_weights_or_not() -> None:
+def test_plans_are_as_documented() -> None:
+    """How long each is, in the documentation of what came of them."""
+    for family, steps in (("llada", 3700), ("dream", 4600)):
+        assert SCRIPTS["train"].PLANS[family].steps == steps
+        for readme in (
+            FOLDER / "README.md",
+            ROOT / "vllm_sparse_dllm" / "assets" / f"tiny-{family}" / "README.md",
+        ):
+            assert f"{steps:,} steps" in readme.read_text(encoding="utf-8")
+
+
+def test_cycles_have_rates_and_decay_of_their_own() -> None:
     train, batches = SCRIPTS["train"], SCRIPTS["batches"]
     plan, vocabulary = train.PLANS["toy"], train.Vocabulary(train.TOKENIZER)
     assert [plan.schedule(step)[1] for step in (0, 3, 4, 7, 8)] == [0, 0, 0.1, 0.1, 0]
+    factors = [plan.schedule(step)[0] for step in range(9)]
+    # Two steps of warm-up in each; the second falls in all of its steps.
+    assert factors == pytest.approx([0.5, 1, 1, 0.625, 0.25, 0.375, 0.25, 0.125, 0])
     training = train.Training(plan, "dream", "wired", vocabulary, 0)
     data = batches.Batches(vocabulary, plan.stages, 64, 0)
     decays = []

@@ -302,7 +302,7 @@ def test_what_is_not_installed_is_refused(monkeypatch: pytest.MonkeyPatch) -> No
             CPU,
             "its page sizes are the multiples of 32, got 16",
         ),
-        (TileBackend, 64, 32, torch.float32, CPU, "they are of bfloat16, not float32"),
+        (TileBackend, 64, 32, torch.float32, CPU, "its kernels: they are of bfloat16, not float32"),
         (TileBackend, 64, 32, torch.bfloat16, CUDA, "it is for CPUs, not cuda"),
         (CPUBackend, 65, 32, torch.bfloat16, CPU, "its head sizes are .*, got 65"),
         (CPUBackend, 64, 48, torch.bfloat16, CPU, "its page sizes are the multiples of 32, got 48"),

@@ -315,7 +315,8 @@ def test_a_processor_without_tiles_has_all_but_attention(monkeypatch: pytest.Mon
     reason = why_no_cpu_kernels(BF16)
     assert reason is not None and "for attention there is no AMX" in reason
     assert cpu_kernels(BF16) is kernels
-    assert TileBackend.why_not(AttentionShape(2, 1, 64), 32, BF16, torch.device("cpu")) == reason
+    found = TileBackend.why_not(AttentionShape(2, 1, 64), 32, BF16, torch.device("cpu"))
+    assert found == f"its kernels: {reason}"
 
 
 def test_without_a_compiler_there_are_none(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,8 @@ class TileBackend(AttentionBackend):
         for name, size in (("head", shape.head_size), ("page", page_size)):
             if size % 32:
                 return f"its {name} sizes are the multiples of 32, got {size}"
-        return why_no_cpu_kernels(dtype)
+        reason = why_no_cpu_kernels(dtype)
+        return None if reason is None else f"its kernels: {reason}"
 
     def bind_pages(self, layers: list[torch.Tensor]) -> None:
         shape = self.shape
