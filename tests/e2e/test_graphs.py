@@ -407,7 +407,7 @@ def test_with_triton_kernels(tmp_path: Path) -> None:
         [sys.executable, "-m", "tests.e2e.interpreted", str(tmp_path), "--graphs"],
         environment=clean_environment(TRITON_INTERPRET="1"),
     )
-    assert "16 requests, 0 different" in printed
+    assert "18 requests, 0 different" in printed
     assert "llada replayed graphs of 1, 2, 4 sequences" in printed
     assert "dream replayed graphs of 1, 2, 4 sequences" in printed
 

@@ -11,8 +11,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.reference import generate, generate_with_stats
+from tests.reference import generate
 from tests.reference import load as load_model
+from tests.reference.decode import (
+    WINDOW,
+    attention_importance,
+    importance,
+    window_importance,
+)
 from tests.scripts import EXAMPLES, load
 from vllm_sparse_dllm.assets import embedded_model
 
@@ -26,35 +32,57 @@ def path(request: pytest.FixtureRequest) -> Path:
     return Path(embedded_model(request.param))
 
 
+def naive(saliency: str, view: Any) -> torch.Tensor:
+    """Return what the reference makes of the same queries and keys."""
+    block, others = view.queries[:, view.block], torch.arange(view.prompt)
+    if saliency == "paper":
+        return importance(block, view.keys[:, others])
+    if saliency == "attention":
+        return attention_importance(block, view.keys, others)
+    end = view.queries[:, max(0, view.prompt - WINDOW) : view.prompt]
+    return window_importance([block, end], view.keys, others, view.prompt)
+
+
 @pytest.mark.parametrize(
-    ("name", "options"),
-    [
-        ("published (`paper`)", {}),
-        ("`attention`", {"saliency": "attention"}),
-        ("`window`", {"saliency": "window"}),
-    ],
+    ("name", "saliency"),
+    [("published (`paper`)", "paper"), ("`attention`", "attention"), ("`window`", "window")],
 )
-def test_known_methods(path: Path, name: str, options: dict[str, str]) -> None:
-    """The same tokens; and the positions kept are worth the same, as ties may fall otherwise."""
-    explorer, model, method = rankings.Explorer(path), load_model(path), rankings.METHODS[name]
-    scores: list[torch.Tensor] = []
+def test_known_methods(path: Path, name: str, saliency: str) -> None:
+    """The same tokens and scores, and the highest are kept.
+
+    What the reference keeps may differ: it may commit another of the positions that are sure
+    first, and choose among others that are worth the same.
+    """
+    explorer, method, views = rankings.Explorer(path), rankings.METHODS[name], []
 
     def recording(view: Any) -> torch.Tensor:
-        scores.append(method.rank(view))
-        return scores[-1]
+        views.append((view, method.rank(view)))
+        return views[-1][1]
 
     (item,) = tasks.held_out("copy", LENGTH, 1, seed=5)
     prompt = explorer.vocabulary.encode(item.prompt)
     sizes = dict.fromkeys(("block_length", "steps"), tasks.RESPONSE)
-    expected, stats = generate_with_stats(
-        model, prompt, tasks.RESPONSE, keep_ratio=0.4, ignore_eos=True, **sizes, **options
+    expected = generate(
+        load_model(path),
+        prompt,
+        tasks.RESPONSE,
+        keep_ratio=0.4,
+        saliency=saliency,
+        ignore_eos=True,
+        **sizes,
     )
     assert explorer.respond(prompt, rankings.Method(recording), 0.4) == expected
-    (layers,) = stats.kept
-    for number, kept in enumerate(layers):
-        pooled = F.max_pool1d(scores[number][None], 3, stride=1, padding=1)[0]
-        own, others = (pooled[one].sort()[0] for one in (explorer.choice.kept[number], kept))
-        torch.testing.assert_close(own, others)
+    # The window's end is above all others by different numbers.
+    ranked = len(prompt) - (WINDOW if saliency == "window" else 0)
+    assert len(views) == len(explorer.network.blocks)
+    for number, (view, scores) in enumerate(views):
+        torch.testing.assert_close(scores[:ranked], naive(saliency, view)[:ranked])
+        assert (scores[ranked:] > scores[:ranked].max()).all()
+        pooled = F.max_pool1d(scores[None], 3, stride=1, padding=1)[0]
+        kept = torch.zeros(len(prompt), dtype=torch.bool)
+        kept[explorer.choice.kept[number]] = True
+        assert kept.sum() == int(0.4 * len(prompt))
+        assert pooled[kept].min() >= pooled[~kept].max()
 
 
 def test_without_a_cache(path: Path) -> None:

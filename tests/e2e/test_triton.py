@@ -15,4 +15,4 @@ def test_equals_reference(tmp_path: Path) -> None:
         environment=clean_environment(TRITON_INTERPRET="1"),
     )
     assert "llada TritonBackend FusedDistribution" in printed
-    assert "16 requests, 0 different" in printed
+    assert "18 requests, 0 different" in printed
