@@ -36,6 +36,7 @@ from vllm_sparse_dllm.cache.saliency import SALIENCIES  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
 Json = dict[str, Any]
+DTYPES = ("bfloat16", "float16", "float32")
 
 
 @contextmanager
@@ -171,7 +172,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         f"Multiples of {2 * BATCH} fill all batches",
     )
     add("--lengths", nargs="+", type=int, help="of prompts; side sweeps take the first")
-    add("--dtype", help="default: bfloat16; quick: float32")
+    add("--dtype", choices=DTYPES, help="default: bfloat16; quick: float32")
     add("--seed", type=int, default=3, help="of items and controls; default: %(default)s")
     add("--output", type=Path, default=ROOT / "build" / "quality", help="default: %(default)s")
     add(
@@ -196,6 +197,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for path in filter(None, (*(arguments.results or ()), arguments.page)):
         if not path.is_file():
             parser.error(f"there is no file {path}")
+    for path in arguments.results or ():
+        try:
+            json.loads(path.read_text(encoding="utf-8"))["models"]
+        except (ValueError, KeyError, TypeError):
+            parser.error(f"--results must be files quality.json of earlier runs, {path} is none")
     if arguments.output.exists() and not arguments.output.is_dir():
         parser.error(f"--output must be a directory, {arguments.output} is none")
     arguments.dtype = arguments.dtype or ("float32" if arguments.quick else "bfloat16")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import socket
@@ -216,16 +217,41 @@ class Training:
         Raises:
             ValueError: If it is of a run with other settings.
         """
-        state = torch.load(path, weights_only=True)
-        for name, value in run.items():
-            # States of before say nothing of what was added to a run since.
-            saved = state["run"].get(name, value)
-            if saved != value:
-                raise ValueError(f"{path} is of a run with {name}={saved!r}, not {value!r}")
+        state = read_state(path, run)
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         self.network.load_state_dict(state["network"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
+
+
+def plan_of(arguments: argparse.Namespace) -> Plan:
+    return PLANS[arguments.plan or arguments.model]
+
+
+def run_of(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return what tells a run from others."""
+    names = ("model", "start", "seed", "processes", "compile")
+    run = {name: getattr(arguments, name) for name in names}
+    return run | {"plan": repr(plan_of(arguments))}
+
+
+def read_state(path: Path, run: dict[str, Any]) -> dict[str, Any]:
+    """Read a file of `Training.save`.
+
+    Raises:
+        ValueError: If it is none, or of a run with other settings.
+    """
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        settings = state["run"]
+    except Exception as error:  # whatever a broken file makes of pickle
+        raise ValueError(f"{path} is no state of a run: {error!r}") from error
+    for name, value in run.items():
+        # States of before say nothing of what was added to a run since.
+        saved = settings.get(name, value)
+        if saved != value:
+            raise ValueError(f"{path} is of a run with {name}={saved!r}, not {value!r}")
+    return state
 
 
 def work(process: int, arguments: argparse.Namespace, port: int) -> None:
@@ -239,12 +265,11 @@ def work(process: int, arguments: argparse.Namespace, port: int) -> None:
             rank=process,
             world_size=arguments.processes,
         )
-    plan = PLANS[arguments.plan or arguments.model]
+    plan = plan_of(arguments)
     vocabulary = Vocabulary(TOKENIZER)
     training = Training(plan, arguments.model, arguments.start, vocabulary, arguments.seed)
     state = arguments.output / "state.pt"
-    names = ("model", "start", "seed", "processes", "compile")
-    run = {name: getattr(arguments, name) for name in names} | {"plan": repr(plan)}
+    run = run_of(arguments)
     if arguments.resume:
         training.load(state, run)
     data = Batches(
@@ -345,11 +370,25 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
         value = getattr(arguments, option)
         if value is not None and value < 1:
             parser.error(f"--{option.replace('_', '-')} must be at least 1, got {value}")
-    if arguments.output.exists() and not arguments.output.is_dir():
-        parser.error(f"output must be a directory, {arguments.output} is none")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed must be from 0 to 2**63 - 1, got {arguments.seed}")
+    if not 0 < arguments.report_every < math.inf:
+        parser.error(f"--report-every must be above 0, got {arguments.report_every}")
+    for path in (arguments.output, *arguments.output.parents):
+        if path.exists() and not path.is_dir():
+            parser.error(f"output must be a directory, {path} is none")
     state = arguments.output / "state.pt"
     if arguments.resume and not state.exists():
         parser.error(f"--resume: there is no {state}")
+    if arguments.resume:
+        try:
+            step = read_state(state, run_of(arguments))["step"]
+        except ValueError as error:
+            parser.error(f"--resume: {error}")
+        if arguments.stop_after is not None and arguments.stop_after <= step:
+            parser.error(
+                f"--stop-after must be above the state's {step}, {arguments.stop_after} is not"
+            )
     if state.exists() and not arguments.resume:
         parser.error(f"{arguments.output} has a run: go on with it by --resume, or remove it")
     return arguments

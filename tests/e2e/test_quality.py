@@ -205,6 +205,8 @@ def test_bad_arguments() -> None:
     cases = {
         "run": {
             "--items 1": "--items must be at least 2, got 1",
+            f"--results {__file__}": f"quality.json of earlier runs, {__file__} is none",
+            "--dtype int4": "invalid choice: 'int4'",
             "--seed -1": "--seed must be at least 0, got -1",
             "--lengths 8": "--lengths must be at least 32, got [8]",
             "--lengths 64 96 64": "--lengths must name each once, got 64 96 64",

@@ -85,12 +85,27 @@ def test_engine_equals_reference(folder: Path, family: str) -> None:
         (["--processes", "0"], "--processes must be at least 1, got 0"),
         (["--stop-after", "0"], "--stop-after must be at least 1, got 0"),
         (["--save-every", "0"], "--save-every must be at least 1, got 0"),
+        (["--seed", "-1"], r"--seed must be from 0 to 2\*\*63 - 1, got -1"),
+        (["--report-every", "nan"], "--report-every must be above 0, got nan"),
+        (
+            ["--no-compile", "--processes", "1", "--resume", "--stop-after", "2"],
+            "--stop-after must be above the state's 8, 2 is not",
+        ),
         ([], "has a run: go on with it by --resume, or remove it"),
     ],
 )
 def test_bad_arguments(folder: Path, options: list[str], message: str) -> None:
     with pytest.raises(AssertionError, match=message):
         train([str(folder / "llada"), "--plan", "toy", *options])
+
+
+def test_a_broken_state_and_a_path_below_a_file(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "state.pt"
+    file.write_text("junk")
+    with pytest.raises(AssertionError, match=f"--resume: {file} is no state of a run"):
+        train([str(tmp_path), "--plan", "toy", "--resume"])
+    with pytest.raises(AssertionError, match=f"output must be a directory, {file} is none"):
+        train([str(file / "below"), "--plan", "toy"])
 
 
 def test_plans_are_as_documented() -> None:
