@@ -197,9 +197,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for path in filter(None, (*(arguments.results or ()), arguments.page)):
         if not path.is_file():
             parser.error(f"there is no file {path}")
-    for path in arguments.results or ():
+    for number, path in enumerate(arguments.results or ()):
         try:
-            json.loads(path.read_text(encoding="utf-8"))["models"]
+            arguments.results[number] = json.loads(path.read_text(encoding="utf-8"))
+            arguments.results[number]["models"]
         except (ValueError, KeyError, TypeError):
             parser.error(f"--results must be files quality.json of earlier runs, {path} is none")
     if arguments.output.exists() and not arguments.output.is_dir():
@@ -225,11 +226,8 @@ def main(argv: list[str] | None = None) -> None:
         scale = replace(scale, num_items=arguments.items, num_side_items=half)
     if arguments.lengths is not None:
         scale = replace(scale, lengths=tuple(arguments.lengths))
-    if arguments.results:
-        results = [json.loads(path.read_text(encoding="utf-8")) for path in arguments.results]
-        result = report.merge(results)
-    else:
-        result = measure(arguments, scale)
+    given = arguments.results
+    result = report.merge(given) if given else measure(arguments, scale)
     files = write(arguments.output, result)
     plots = report.write_plots(arguments.output, result)
     if not plots and report.PLOTS.keys() & set(arguments.sweeps):

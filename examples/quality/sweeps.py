@@ -244,7 +244,7 @@ def _suffix(scale: Scale) -> Sweep:
     for method, settings in methods.items():
         for window in (None, *scale.suffix_windows):
             label = "all" if window is None else f"window {window}"
-            sweep.add(method, label, num_items, **{**settings, "suffix_window": window}, **blocks)
+            sweep.add(method, label, num_items, **settings, suffix_window=window, **blocks)
     return sweep
 
 

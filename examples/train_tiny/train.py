@@ -211,13 +211,9 @@ class Training:
         torch.save(state, path.with_suffix(".part"))
         path.with_suffix(".part").replace(path)
 
-    def load(self, path: Path, run: dict[str, Any]) -> None:
-        """Go on from a file of `save`.
-
-        Raises:
-            ValueError: If it is of a run with other settings.
-        """
-        state = read_state(path, run)
+    def load(self, path: Path) -> None:
+        """Go on from a file of `save` that `read_state` has found to be of this run."""
+        state = torch.load(path, weights_only=True)
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         self.network.load_state_dict(state["network"])
         for optimiser, saved in zip(self.optimisers, state["optimisers"], strict=True):
@@ -271,7 +267,7 @@ def work(process: int, arguments: argparse.Namespace, port: int) -> None:
     state = arguments.output / "state.pt"
     run = run_of(arguments)
     if arguments.resume:
-        training.load(state, run)
+        training.load(state)
     data = Batches(
         vocabulary,
         plan.stages,
@@ -378,9 +374,9 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
         if path.exists() and not path.is_dir():
             parser.error(f"output must be a directory, {path} is none")
     state = arguments.output / "state.pt"
-    if arguments.resume and not state.exists():
-        parser.error(f"--resume: there is no {state}")
     if arguments.resume:
+        if not state.exists():
+            parser.error(f"--resume: there is no {state}")
         try:
             step = read_state(state, run_of(arguments))["step"]
         except ValueError as error:
@@ -389,7 +385,7 @@ def parse_arguments(command: list[str] | None) -> argparse.Namespace:
             parser.error(
                 f"--stop-after must be above the state's {step}, {arguments.stop_after} is not"
             )
-    if state.exists() and not arguments.resume:
+    elif state.exists():
         parser.error(f"{arguments.output} has a run: go on with it by --resume, or remove it")
     return arguments
 

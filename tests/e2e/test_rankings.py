@@ -13,12 +13,7 @@ import torch.nn.functional as F
 
 from tests.reference import generate
 from tests.reference import load as load_model
-from tests.reference.decode import (
-    WINDOW,
-    attention_importance,
-    importance,
-    window_importance,
-)
+from tests.reference.decode import WINDOW, worth
 from tests.scripts import EXAMPLES, load
 from vllm_sparse_dllm.assets import embedded_model
 
@@ -35,12 +30,8 @@ def path(request: pytest.FixtureRequest) -> Path:
 def naive(saliency: str, view: Any) -> torch.Tensor:
     """Return what the reference makes of the same queries and keys."""
     block, others = view.queries[:, view.block], torch.arange(view.prompt)
-    if saliency == "paper":
-        return importance(block, view.keys[:, others])
-    if saliency == "attention":
-        return attention_importance(block, view.keys, others)
     end = view.queries[:, max(0, view.prompt - WINDOW) : view.prompt]
-    return window_importance([block, end], view.keys, others, view.prompt)
+    return worth(saliency, [block, end], view.keys, others, view.prompt)
 
 
 @pytest.mark.parametrize(

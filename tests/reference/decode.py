@@ -291,7 +291,7 @@ class Stream:
                 kept.append(others)
             else:
                 last = q[:, max(0, self.prompt - WINDOW) : self.prompt]
-                scores = self._worth([q[:, s:e], last], k, others)
+                scores = worth(self.o.saliency, [q[:, s:e], last], k, others, self.prompt)
                 kept.append(others[select(scores, self.o)])
         self._record("refresh", kept)
         return [Kept(j, k[:, j], v[:, j]) for j, k, v in zip(kept, out.k, out.v, strict=True)]
@@ -301,22 +301,24 @@ class Stream:
         cache = []
         for q, own, layer in zip(out.q, out.k, self.cache, strict=True):
             seen = torch.cat([layer.k, own], dim=1)
-            scores = self._worth([q], seen, torch.arange(layer.k.shape[1]))
+            others = torch.arange(layer.k.shape[1])
+            scores = worth(self.o.saliency, [q], seen, others, self.prompt)
             cache.append(layer.take(select(scores, self.o)))
         self.cache = cache
         self._record("evict", [layer.positions for layer in self.cache])
 
-    def _worth(self, groups: list[Tensor], k: Tensor, others: Tensor) -> Tensor:
-        """Rank the others among all keys; the first group of queries is the block's."""
-        if self.o.saliency == "attention":
-            return attention_importance(groups[0], k, others)
-        if self.o.saliency == "window":
-            return window_importance(groups, k, others, self.prompt)
-        return importance(groups[0], k[:, others])
-
     def _record(self, kind: str, kept: list[Tensor]) -> None:
         self.stats.changes.append(kind)
         self.stats.kept.append(kept)
+
+
+def worth(saliency: str, groups: list[Tensor], k: Tensor, others: Tensor, prompt: int) -> Tensor:
+    """What the others among all keys are worth; the first group of queries is the block's."""
+    if saliency == "attention":
+        return attention_importance(groups[0], k, others)
+    if saliency == "window":
+        return window_importance(groups, k, others, prompt)
+    return importance(groups[0], k[:, others])
 
 
 def importance(q: Tensor, k: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from vllm import envs
 from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_isa
 
 from vllm_sparse_dllm.attention.cpu_rows import RowAttention, RowPlan
+from vllm_sparse_dllm.attention.cpu_tiles import why_not_pages_on_cpu
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
 from vllm_sparse_dllm.transfer import HostArrays
 
@@ -74,13 +75,11 @@ class CPUBackend(AttentionBackend):
     def why_not(
         cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        if device.type != "cpu":
-            return f"it is for CPUs, not {device.type}"
+        if (reason := why_not_pages_on_cpu(page_size, device)) is not None:
+            return reason
         head_sizes = CPUAttentionBackend.get_supported_head_sizes()
         if shape.head_size not in head_sizes:
             return f"its head sizes are {', '.join(map(str, head_sizes))}, got {shape.head_size}"
-        if page_size % 32:
-            return f"its page sizes are the multiples of 32, got {page_size}"
         if dtype not in CPUAttentionBackend.supported_dtypes:
             return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
         return None

@@ -36,6 +36,15 @@ def _starts(lengths: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(starts_of(lengths).astype(np.int64, copy=False))
 
 
+def why_not_pages_on_cpu(page_size: int, device: torch.device) -> str | None:
+    """Return what keeps kernels for pages in a CPU's memory from running, None if nothing."""
+    if device.type != "cpu":
+        return f"it is for CPUs, not {device.type}"
+    if page_size % 32:
+        return f"its page sizes are the multiples of 32, got {page_size}"
+    return None
+
+
 class TileBackend(AttentionBackend):
     """Own kernels, for pages and for whole sequences."""
 
@@ -52,11 +61,10 @@ class TileBackend(AttentionBackend):
     def why_not(
         cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        if device.type != "cpu":
-            return f"it is for CPUs, not {device.type}"
-        for name, size in (("head", shape.head_size), ("page", page_size)):
-            if size % 32:
-                return f"its {name} sizes are the multiples of 32, got {size}"
+        if (reason := why_not_pages_on_cpu(page_size, device)) is not None:
+            return reason
+        if shape.head_size % 32:
+            return f"its head sizes are the multiples of 32, got {shape.head_size}"
         reason = why_no_cpu_kernels(dtype)
         return None if reason is None else f"its kernels: {reason}"
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -225,16 +226,19 @@ def sum_of_ranks(scores: torch.Tensor) -> torch.Tensor:
     Ranks must keep the same positions, so not a bit may differ. An all-reduce does not promise
     that: vLLM's for CPU adds in another order on each rank.
     """
-    world_size = get_tensor_model_parallel_world_size()
-    if world_size == 1:
-        return scores
-    parts = tensor_model_parallel_all_gather(scores, dim=0).view(world_size, -1)
-    return parts.float().sum(dim=0).to(scores.dtype)
+    return _reduce(scores, lambda parts: parts.float().sum(dim=0).to(scores.dtype))
 
 
 def max_of_ranks(scores: torch.Tensor) -> torch.Tensor:
     """Return the largest that any tensor-parallel rank has, the same on all of them."""
+    return _reduce(scores, lambda parts: parts.amax(dim=0))
+
+
+def _reduce(
+    scores: torch.Tensor, reduction: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
+    """Reduce what the tensor-parallel ranks have, ``[ranks, n]`` in their order."""
     world_size = get_tensor_model_parallel_world_size()
     if world_size == 1:
         return scores
-    return tensor_model_parallel_all_gather(scores, dim=0).view(world_size, -1).amax(dim=0)
+    return reduction(tensor_model_parallel_all_gather(scores, dim=0).view(world_size, -1))

@@ -15,7 +15,7 @@ from vllm.platforms import current_platform
 
 from vllm_sparse_dllm.engine import cpu_cores
 from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
-from vllm_sparse_dllm.engine.waiting import WAITING, wait_shortly, waiting_of
+from vllm_sparse_dllm.engine.waiting import wait_shortly, waiting_of
 from vllm_sparse_dllm.kernels import native
 from vllm_sparse_dllm.models.configs import check_config
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
@@ -301,9 +301,7 @@ def _prepare_ray(parallel: ParallelConfig) -> None:
         )
     environment: Any = dict(parallel.ray_runtime_env or {})
     given = environment.get("env_vars", {})
-    # Here an engine of before may have set what its threads wait by.
-    waiting = waiting_of(given if WAITING.keys() & given.keys() else os.environ)
-    environment["env_vars"] = {RAY_ON_CPU: "1", **waiting, **given}
+    environment["env_vars"] = {RAY_ON_CPU: "1", **waiting_of(given, os.environ), **given}
     parallel.ray_runtime_env = environment
 
 

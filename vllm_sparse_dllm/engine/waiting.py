@@ -16,17 +16,20 @@ from collections.abc import Mapping
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
 
 
-def waiting_of(environment: Mapping[str, str]) -> dict[str, str]:
+def waiting_of(*environments: Mapping[str, str]) -> dict[str, str]:
     """Return the variables by which the threads of further processes wait.
 
     Args:
-        environment: Variables and their values, the user's among them.
+        environments: Variables and their values, the user's among them; the first counts most.
 
     Returns:
-        Those of `WAITING` that are set there, since the user has decided; if none is, `WAITING`.
+        Those of `WAITING` in the first environment that has any, since the user has decided; if
+        none has, `WAITING`.
     """
-    chosen = {name: environment[name] for name in WAITING if name in environment}
-    return chosen or dict(WAITING)
+    for environment in environments:
+        if chosen := {name: environment[name] for name in WAITING if name in environment}:
+            return chosen
+    return dict(WAITING)
 
 
 def wait_shortly() -> None:
