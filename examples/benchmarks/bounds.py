@@ -57,10 +57,75 @@ def _cost(session: Session, *sizes: Any) -> StepCost:
 
 def passes_of_block(settings: Settings) -> tuple[int, int]:
     """Return how many full passes and block steps a block has, a token a step."""
-    block_length, policy = settings["block_length"], settings["cache_policy"]
-    full = {"none": block_length, "sparse": settings.get("delay_steps", 1) + 1}.get(policy, 1)
-    full = min(full, block_length)
-    return full, block_length - full
+    return _passes(settings, settings["block_length"])
+
+
+def _passes(settings: Settings, steps: int) -> tuple[int, int]:
+    """Return how many full passes and block steps a block of so many steps has."""
+    policy = settings["cache_policy"]
+    full = {"none": steps, "sparse": settings.get("delay_steps", 1) + 1}.get(policy, 1)
+    full = min(full, steps)
+    return full, steps - full
+
+
+def _fills_late(settings: Settings) -> bool:
+    """Return whether a block's second step changes the cache."""
+    return settings["cache_policy"] == "sparse" and settings.get("delay_steps", 1) > 0
+
+
+@dataclass(frozen=True)
+class Passes:
+    """Passes of one kind that a response has.
+
+    Attributes:
+        rows: Positions that each request runs.
+        cached: Keys that each request reads from its cache; None for a full pass.
+        count: How many such passes there are.
+    """
+
+    rows: int
+    cached: int | None
+    count: int
+
+
+def passes_of_response(
+    settings: Settings, prompt: int, response: int, family: str = "llada"
+) -> list[Passes]:
+    """Return the passes of a response under any policy and schedule, rather too few than too many.
+
+    Args:
+        settings: Of the request; ``steps``, where it has them, the same for each block.
+        prompt: Tokens of the prompt.
+        response: Positions of the response, whole blocks.
+        family: Of the model.
+    """
+    block_length, length = settings["block_length"], prompt + response
+    num_blocks = response // block_length
+    steps = (settings.get("steps") or response) // num_blocks
+    if family == "dream" and steps == block_length and not _fills_late(settings):
+        # The first shares of a block round to one token too few; a step that commits nothing and
+        # leaves the cache as it is is passed over.
+        steps = max(1, steps - 1)
+    num_full, num_steps = _passes(settings, steps)
+    interval = settings.get("refresh_interval", 1) if num_steps else 1
+    num_whole = min(settings.get("eviction_delay", 0), num_steps)
+    found = []
+    for index in range(num_blocks):
+        rows = block_length
+        if settings["cache_policy"] == "prefix":
+            rows = response - index * block_length
+        # Keys of finished blocks join those that an earlier block's refresh kept, of which at
+        # most all of these blocks' and of this one's are not read any more.
+        cached = max(kept_keys(settings, length - rows), index % interval * block_length)
+        cached = min(cached, length - rows)
+        if index % interval:
+            found.append(Passes(rows + block_length, cached - block_length, 1))
+            found.append(Passes(rows, cached, steps - 1))
+        else:
+            found.append(Passes(length, None, num_full))
+            found.append(Passes(rows, length - rows, num_whole))
+            found.append(Passes(rows, cached, num_steps - num_whole))
+    return [one for one in found if one.count]
 
 
 @dataclass(frozen=True)
@@ -69,7 +134,7 @@ class Roofline:
 
     Attributes:
         full_pass: All positions of all requests.
-        block_step: A step on the kept keys in a block with a refresh; 0 where there is none.
+        block_step: The shortest step on a cache; 0 where there is none.
         response: The whole.
     """
 
@@ -81,7 +146,7 @@ class Roofline:
 def roofline(
     session: Session, settings: Settings, prompt: int, requests: int, rates: Job
 ) -> Roofline:
-    """Return the roofline of responses, a token a step, under any policy and schedule.
+    """Return the roofline of responses under any policy and schedule.
 
     A pass takes max(bytes of weights and cached keys and values / bandwidth, operations / rate of
     matrix products).
@@ -94,36 +159,23 @@ def roofline(
         rates: What `ceilings` measured.
     """
 
-    def seconds(cost: StepCost, rows: int) -> float:
+    def seconds(rows: int, cached: int | None) -> float:
+        if cached is None:
+            cost = full_pass_cost(session, settings, prompt, requests)
+        else:
+            cost = cached_step_cost(session, settings, requests, rows, cached)
         floor = floor_of(cost, requests * rows, rates)
         memory = floor.memory + cost.cache_bytes / rates["bandwidth"]
         return max(memory, floor.linear + floor.attention)
 
-    def step(rows: int, cached: int) -> float:
-        return seconds(cached_step_cost(session, settings, requests, rows, cached), rows)
-
-    block_length, response = settings["block_length"], session.options.response
-    length = prompt + response
-    full = seconds(full_pass_cost(session, settings, prompt, requests), length)
-    num_full, num_steps = passes_of_block(settings)
-    interval = settings.get("refresh_interval", 1) if num_steps else 1
-    num_whole = min(settings.get("eviction_delay", 0), num_steps)
-    total = first = 0.0
-    for index in range(response // block_length):
-        rows = block_length
-        if settings["cache_policy"] == "prefix":
-            rows = response - index * block_length
-        # Keys of finished blocks join those that an earlier block's refresh kept.
-        cached = kept_keys(settings, length - rows) + index % interval * block_length
-        usual = step(rows, min(cached, length - rows)) if num_steps else 0.0
-        first = first or usual
-        if index % interval:
-            again = step(rows + block_length, min(cached, length - rows) - block_length)
-            total += again + (block_length - 1) * usual
-        else:
-            whole = step(rows, length - rows) if num_whole else 0.0
-            total += num_full * full + num_whole * whole + (num_steps - num_whole) * usual
-    return Roofline(full, first, total)
+    response = session.options.response
+    passes = passes_of_response(settings, prompt, response, session.shape.family)
+    times = [seconds(one.rows, one.cached) for one in passes]
+    return Roofline(
+        seconds(prompt + response, None),
+        min((t for t, one in zip(times, passes, strict=True) if one.cached is not None), default=0),
+        sum(t * one.count for t, one in zip(times, passes, strict=True)),
+    )
 
 
 def measure_rates(session: Session, settings: Settings, requests: int, seconds: float) -> Job:

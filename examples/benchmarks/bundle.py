@@ -87,6 +87,10 @@ _PLATFORMS = tuple(
 )
 
 
+#: How the archive's name may end; the compression goes by it.
+ENDINGS = (".tar.xz", ".tar.gz", ".tar.bz2", ".tar")
+
+
 class BundleError(RuntimeError):
     """Something that the archive needs is not installed here, or not to be had."""
 
@@ -258,20 +262,44 @@ def build(output: Path, python: str, present: set[str]) -> list[str]:
     return travelling
 
 
+def _archive(text: str) -> Path:
+    if not text.endswith(ENDINGS):
+        raise argparse.ArgumentTypeError(f"must end in one of {', '.join(ENDINGS)}, got {text}")
+    return Path(text)
+
+
+def _python(text: str) -> str:
+    match = re.fullmatch(r"3\.(\d+)", text)
+    if match is None or int(match[1]) < 11:
+        raise argparse.ArgumentTypeError(f"must be 3.11 or newer, as 3.12, got {text}")
+    return text
+
+
+def _names(text: str) -> set[str]:
+    try:
+        return read_names(Path(text))
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or "it is no text"
+        raise argparse.ArgumentTypeError(f"must be a file of names, got {text}: {why}") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--output", type=Path, default=ROOT / "build" / f"{NAME}.tar.xz")
-    add("--python", default="3.12", help="the machine's version (default: 3.12)")
+    add("--output", type=_archive, default=ROOT / "build" / f"{NAME}.tar.xz")
+    add("--python", type=_python, default="3.12", help="the machine's version (default: 3.12)")
     add(
         "--present",
-        type=Path,
+        type=_names,
+        default=set(PRESENT),
         metavar="FILE",
         help=f"names of the packages that it has (default: {', '.join(PRESENT)})",
     )
     arguments = parser.parse_args()
-    present = read_names(arguments.present) if arguments.present else set(PRESENT)
-    travelling = build(arguments.output, arguments.python, present)
+    try:
+        travelling = build(arguments.output, arguments.python, arguments.present)
+    except BundleError as error:
+        sys.exit(f"{parser.prog}: error: {error}")
     size = arguments.output.stat().st_size / 2**20
     print(f"{arguments.output}: {size:.1f} MiB, with {', '.join(travelling) or 'no packages'}")
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -38,6 +39,7 @@ class ModelShape:
     mlp: int
     layers: int
     vocab: int
+    family: str = "llada"
 
     @classmethod
     def of(cls, path: Path) -> ModelShape:
@@ -46,12 +48,13 @@ class ModelShape:
         if config["model_type"] == "llada":
             heads, width = config["n_heads"], config["d_model"]
             kv_heads = config.get("n_kv_heads") or heads
-            mlp, layers = config["mlp_hidden_size"], config["n_layers"]
+            mlp, layers, family = config["mlp_hidden_size"], config["n_layers"], "llada"
         else:
             heads, width = config["num_attention_heads"], config["hidden_size"]
             kv_heads = config["num_key_value_heads"]
             mlp, layers = config["intermediate_size"], config["num_hidden_layers"]
-        return cls(width, width // heads * kv_heads, mlp, layers, config["vocab_size"])
+            family = "dream"
+        return cls(width, width // heads * kv_heads, mlp, layers, config["vocab_size"], family)
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
@@ -125,7 +128,8 @@ class Floor:
     Attributes:
         memory: Weights over bandwidth.
         linear: Matrix products at the hot rate.
-        attention: Attention's operations at the same rate.
+        attention: Attention's operations at the best rate of any rows: its products are not
+            those of the step's rows with weights.
     """
 
     memory: float
@@ -142,11 +146,18 @@ class Floor:
 
 
 def floor_of(cost: StepCost, rows: int, ceilings: Job) -> Floor:
-    """Return the floor of a step of ``rows`` tokens, by the rate measured nearest to them."""
+    """Return the floor of a step of ``rows`` tokens.
+
+    By the best rate of the smallest number of rows measured that is no less, and of all below it,
+    since rows can be multiplied in parts: a floor is never above what is possible.
+    """
     rates = {int(measured): entry["rate"] for measured, entry in ceilings["gemm"].items()}
-    rate = rates[min(rates, key=lambda measured: abs(measured - rows))]
+    enough = min((measured for measured in rates if measured >= rows), default=math.inf)
+    rate = max(rate for measured, rate in rates.items() if measured <= enough)
     return Floor(
-        cost.weight_bytes / ceilings["bandwidth"], cost.linear / rate, cost.attention / rate
+        cost.weight_bytes / ceilings["bandwidth"],
+        cost.linear / rate,
+        cost.attention / max(rates.values()),
     )
 
 

@@ -97,6 +97,13 @@ def special_ids(vocab: int) -> dict[str, int]:
     return {"mask": vocab - 2, "eos": vocab - 3, "bos": vocab - 4}
 
 
+def mask_token_id(model: Path) -> int:
+    """Return the mask's id by a checkpoint's configuration, as the engine reads it."""
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    number: int = config["mask_token_id"]
+    return number
+
+
 def checkpoint(folder: Path, family: str, size: str, dtype: str, seed: int = 0) -> Path:
     """Return the directory of a checkpoint, written if it is not there yet."""
     path = folder / f"{family}-{size}-{dtype}-{seed}"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's worker is asked about its device's memory: an extension of its class."""
+"""What vLLM's worker is asked about memory and kernels: an extension of its class."""
 
 from __future__ import annotations
 
@@ -22,6 +22,14 @@ class DeviceMemory:
         return {
             "weights": sum(one.numel() * one.element_size() for one in tensors),
             "pool": sum(one.numel() * one.element_size() for one in pool),
+        }
+
+    def kernels_in_use(self) -> dict[str, Any]:
+        """Return the class of the ``attention`` and the sizes of ``graphs``, in sequences."""
+        graphs = self.model_runner.graphs
+        return {
+            "attention": type(self.model_runner.backend).__name__,
+            "graphs": [] if graphs is None else graphs.sizes,
         }
 
     def reset_peak_memory(self) -> bool:

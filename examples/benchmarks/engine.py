@@ -31,7 +31,13 @@ class Engine:
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import torch
         import vllm
+        from vllm.platforms import current_platform
 
+        if arguments.device == "cuda" and not current_platform.is_cuda():
+            raise RuntimeError(
+                f"vLLM finds no CUDA here but {current_platform.device_type or 'no device'}: its "
+                "build may be for another device, or NVIDIA's management library be missing"
+            )
         options: dict[str, Any] = dict(arguments.options)
         if arguments.max_num_batched_tokens:
             options["max_num_batched_tokens"] = arguments.max_num_batched_tokens
@@ -69,11 +75,12 @@ class Engine:
             "page_size": config.cache_config.block_size,
             "without_cpu_kernels": without_kernels,
             "options": arguments.options,
-            "memory": self._memory("memory_held"),
+            "memory": self._ask("memory_held"),
+            "kernels": self._ask("kernels_in_use"),
         }
 
-    def _memory(self, method: str) -> Any:
-        """Return what the worker says of its memory, None where it was not asked to know."""
+    def _ask(self, method: str) -> Any:
+        """Return what the worker's extension says, None where there is none."""
         return self.llm.collective_rpc(method)[0] if self._device_memory else None
 
     def handle(self, job: Job) -> Job:
@@ -96,7 +103,7 @@ class Engine:
         recorder = self.recorder if job.get("record") else None
         if recorder is not None:
             recorder.start(detailed=job.get("detailed", False))
-        if self._memory("reset_peak_memory") is None:
+        if self._ask("reset_peak_memory") is None:
             reset_peak_memory()
         start = time.perf_counter()
         outputs = self.llm.generate(prompts, params, use_tqdm=False)
@@ -105,7 +112,7 @@ class Engine:
             "seconds": seconds,
             "tokens": [list(output.outputs[0].token_ids) for output in outputs],
         }
-        peak = self._memory("peak_memory")
+        peak = self._ask("peak_memory")
         result["peak_memory"] = peak_memory() if peak is None else peak
         if recorder is not None:
             result["record"] = recorder.stop() | {"response": job["response"]}
@@ -120,6 +127,7 @@ def main() -> None:
     parser.add_argument("--max-num-seqs", type=int, default=16)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--kv-cache-bytes", type=int, default=1 << 30)
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="cuda: refuse any other")
     parser.add_argument("--in-process", action="store_true")
     parser.add_argument(
         "--device-memory", action="store_true", help="peaks are of the worker's device"

@@ -2,83 +2,69 @@
 """The engine on one GPU, at the sizes of LLaDA-8B and Dream-7B, against plain PyTorch and the card.
 
 Weights are random: they cost the same. Everything ends within ``--budget`` seconds, what there
-was no time for is named, and results are written after each measurement. ``--merge`` joins what
-several runs wrote. With ``--device cpu --size tiny`` the same program runs a small model on a CPU,
-to show that it works.
+was no time for is named, and results are written after each round. ``--merge`` joins what several
+runs wrote. With ``--device cpu --size tiny`` the same program runs a small model on a CPU, to
+show that it works.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import os
+import platform
 import shlex
 import statistics
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import gpu_cases as cases
 import gpu_record
+import gpu_report
 import torch
-from bounds import MANY_ROWS, passes_of_block, roofline
-from checkpoints import FAMILIES, configuration
-from gpu_cases import CONTENDERS, PAGE_SIZES, SCALES
-from gpu_record import GIB, Record
-from programs import Job, ProgramError
+from bounds import passes_of_block, roofline
+from checkpoints import configuration
+from gpu_cases import PAGE_SIZES, SCALES
+from gpu_options import engine_options, parse_arguments
+from gpu_plans import Failure, Plan, Planner, Running, Turn
+from gpu_record import Record
+from programs import Job, ProgramError, StartError, reasons
 from session import Contender, Measurement, Options, Session
 
-ROOT = Path(__file__).parents[2]
-#: In the order in which they are measured.
-GROUPS = ("contexts", "steps", "long", "batches", "baseline", "memory")
-#: A run's time over its roofline, before any was measured.
+#: A run's time over its roofline, before any of as many requests was measured.
 _FIRST_GUESS = 2.0
 #: What a warm-up adds to the first round.
 _WARM_UP = 1.3
-#: Memory of the card that each program has for what is neither weights nor pages.
-_RESERVE = 8 * GIB
-
-#: What is measured in turn: sweep, tokens of each prompt, requests at once, contenders.
-Turn = tuple[str, int, int, list[Contender]]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Groups that are measured on the same programs.
-
-    Attributes:
-        groups: Their names.
-        turns: In order.
-        needed: Pages that all turns' requests find room in.
-        most: Pages that there is room for beside the programs' weights.
-    """
-
-    groups: list[str]
-    turns: list[Turn]
-    needed: int
-    most: float
-
-    @property
-    def fits(self) -> bool:
-        return self.needed <= self.most
-
-    @property
-    def programs(self) -> list[str]:
-        return sorted({one.program for turn in self.turns for one in turn[3]})
-
-    @property
-    def longest(self) -> int:
-        """Tokens of the longest prompt."""
-        return max(prompt for _, prompt, _, _ in self.turns)
+#: Part of the time left that a run without a cache may take for more than a step of a block.
+_PART_OF_REST = 0.25
+#: By which times are guessed where the machine's rates could not be measured.
+_RATES: Job = {
+    "cuda": {"bandwidth": 3e12, "gemm": {"1": {"rate": 5e14}}},
+    "cpu": {"bandwidth": 1e10, "gemm": {"1": {"rate": 1e11}}},
+}
+#: Seconds that programs take to start, before any did.
+_STARTS = {
+    "cuda": {"engine": 90.0, "baseline": 30.0, "ceilings": 10.0},
+    "cpu": {"engine": 10.0, "baseline": 5.0, "ceilings": 3.0},
+}
 
 
 class GpuBenchmark:
-    """One run."""
+    """One run.
 
-    def __init__(self, arguments: argparse.Namespace, deadline: float) -> None:
+    Args:
+        arguments: The command line.
+        deadline: Of the monotonic clock.
+        models: Folder for the model's configuration.
+    """
+
+    def __init__(self, arguments: argparse.Namespace, deadline: float, models: Path) -> None:
         self.arguments = arguments
         self.deadline = deadline
         self.scale = SCALES[arguments.size]
@@ -92,84 +78,92 @@ class GpuBenchmark:
             vanilla_steps=arguments.vanilla_steps or None,
             baseline_requests=None,
             max_num_batched_tokens=None,
+            shorten_from=self.scale.shorten_from,
         )
         self.page_size = PAGE_SIZES[arguments.device]
         self.element_bytes = getattr(torch, arguments.dtype).itemsize
+        self._engine_options = engine_options(arguments, self.page_size)
         self.model = configuration(
-            arguments.output / "models",
+            models,
             arguments.family,
             cases.size_of(arguments.family, arguments.size),
             arguments.dtype,
-            max(*self.contexts, self.scale.long) + self.scale.response,
+            max(*(arguments.contexts or self.scale.contexts), self.scale.long)
+            + self.scale.response,
         )
-        self._slowdowns: dict[str, float] = {}
-        self._turns = 0
+        self._starts = dict(_STARTS[arguments.device])
+        self.planner = Planner(
+            arguments, self.scale, self._session(1, 1, 0), self.page_size, self.element_bytes
+        )
+        #: None where they could not be measured: nothing has a floor then.
+        self.ceilings: Job | None = None
+        #: By contender and requests at once.
+        self._slowdowns: dict[tuple[str, int], float] = {}
+        self._failures: dict[str, Failure] = {}
+        self._measured: set[str] = set()
+        #: What the started programs say of themselves.
+        self._about: Job = {}
 
     @property
-    def contexts(self) -> Sequence[int]:
-        return self.arguments.contexts or self.scale.contexts
+    def _run(self) -> Job:
+        return self.record.runs[-1]
 
     @property
-    def batches(self) -> Sequence[int]:
-        return self.arguments.batches or self.scale.batches
+    def rates(self) -> Job:
+        """The machine's rates, guessed where they were not measured."""
+        rates: Job = self.ceilings or _RATES[self.arguments.device]
+        return rates
 
     def run(self) -> None:
         """Measure all groups that were asked for."""
-        self._measure_machine()
-        chosen = self.arguments.groups
-        # An engine takes a while to start: all groups that fit beside each other share one.
-        together = [group for group in chosen if group != "memory"]
-        plans = [together]
-        if together and not self._plan(together).fits:
-            plans = [[group for group in together if group != "baseline"], ["baseline"]]
-        for groups in (*plans, ["memory"]):
-            groups = [group for group in groups if group in chosen]
-            if groups:
-                self._measure_groups(self._plan(groups))
+        if self._measure_machine():
+            plans = self.planner.plans(self._run["machine"]["memory"])
+            for number, plan in enumerate(plans, 1):
+                self._measure_groups(plan, plans[number:])
 
     # The machine.
 
-    def _measure_machine(self) -> None:
-        arguments, scale = self.arguments, self.scale
-        run: Job = {
-            "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "started": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
-            "family": arguments.family,
-            "size": arguments.size,
-            "dtype": arguments.dtype,
-            "options": vars(self.options) | {"engine": self._engine_options()},
-            "triton": _version("triton"),
-        }
-        blocks = {scale.block_length * requests for requests in self.batches}
-        rows = sorted({*blocks, MANY_ROWS, max(self.contexts) + scale.response})
+    def _measure_machine(self) -> bool:
+        """Measure what the machine can do; return whether it is known what it is."""
+        arguments = self.arguments
+        machine = {"name": "unknown", "torch": torch.__version__, "memory": None}
+        self.record.runs.append(
+            {
+                "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+                "started": time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime()),
+                "family": arguments.family,
+                "size": arguments.size,
+                "dtype": arguments.dtype,
+                "options": vars(self.options) | {"engine": self._engine_options},
+                "triton": _version("triton"),
+                "machine": machine | {"python": platform.python_version()},
+                "ceilings": None,
+                "engines": [],
+            }
+        )
+        job = {"rows": self.planner.rows(), "budget": arguments.ceilings}
         with self._session(1, 1, 0) as session:
-            self.ceilings = session.run("ceilings", {"rows": rows, "budget": arguments.ceilings})
-            run["machine"] = session.about()["ceilings"]
-        self.record.runs.append(run | {"ceilings": self.ceilings})
+            try:
+                session.prepare("ceilings")
+            except ProgramError as error:
+                self._skip(", ".join(arguments.groups), _short(error))
+                return False
+            self._run["machine"] = session.about()["ceilings"]
+            try:
+                self.ceilings = session.run("ceilings", job)
+            except ProgramError as error:
+                self._skip("the machine's rates, so nothing has a roofline", _short(error))
+        self._run["ceilings"] = self.ceilings
         self._write()
+        return True
 
     # Engines.
 
-    def _engine_options(self) -> Job:
+    def _session(self, max_model_len: int, max_num_seqs: int, pool_bytes: int) -> Session:
         arguments = self.arguments
-        options: Job = {
-            "load_format": "dummy",
-            "block_size": self.page_size,
-            # The pool's size is given; the share of the memory is only checked.
-            "gpu_memory_utilization": 0.3,
-        }
-        if arguments.native_ops:
-            options["compilation_config"] = {"custom_ops": ["none"]}
-        if arguments.attention_backend:
-            options["additional_config"] = {
-                "sparse_dllm": {"attention_backend": arguments.attention_backend}
-            }
-        return options | arguments.options
-
-    def _session(self, max_model_len: int, max_num_seqs: int, pages: int) -> Session:
-        arguments = self.arguments
-        pool = pages * self._page_bytes(self.model)
         plain = ["--device", arguments.device]
+        engine = ["--device-memory", "--kv-cache-bytes", str(pool_bytes)]
+        engine += ["--options", json.dumps(self._engine_options)]
         return Session(
             self.model,
             self.options,
@@ -177,165 +171,172 @@ class GpuBenchmark:
             max_model_len,
             max_num_seqs,
             {
-                "engine": [
-                    "--device-memory",
-                    "--kv-cache-bytes",
-                    str(pool),
-                    "--options",
-                    json.dumps(self._engine_options()),
-                ],
+                "engine": [*plain, *engine],
                 "baseline": [*plain, "--dummy"],
                 "ceilings": plain,
             },
             self.deadline,
+            self._starts,
         )
 
-    def _page_bytes(self, model: Path) -> int:
-        shape = cases.ModelShape.of(model)
-        return cases.page_bytes(shape, self.page_size, self.element_bytes)
-
-    def _most_pages(self, baseline_rows: int) -> float:
-        """Return the pages that there is room for on the card.
+    def _measure_groups(self, plan: Plan, later: Sequence[Plan] = ()) -> None:
+        """Start the programs of a plan and measure its turns, a round of each before more.
 
         Args:
-            baseline_rows: Positions of the baseline's longest canvas, 0 if it does not run.
+            plan: What to measure.
+            later: Plans that are to have their first rounds before any here has another.
         """
-        total = self.record.runs[-1]["machine"]["memory"]
-        if self.arguments.kv_cache_gib is not None:
-            room = self.arguments.kv_cache_gib * GIB
-        elif total is None:
-            return math.inf
-        else:
-            shape = cases.ModelShape.of(self.model)
-            program = (shape.weights + shape.width * shape.vocab) * self.element_bytes + _RESERVE
-            # The baseline's dual cache takes the softmax of all rows' logits in float64.
-            logits = 3 * 8 * shape.vocab * baseline_rows
-            room = total - program * (2 if baseline_rows else 1) - logits
-        return max(0, room // self._page_bytes(self.model))
+        if plan.most < plan.least:
+            what = f"{plan.most:,.0f} pages, and the longest request needs {plan.least:,}"
+            self._skip(plan.name, f"there is room for {what}")
+            return
+        requests = max(turn.requests for turn in plan.turns)
+        length = plan.longest + self.scale.response
+        with self._session(length, requests, plan.pages * self.planner.page_bytes) as session:
+            turns = self._start(session, plan)
+            found = [self._first_round(session, turn, plan.pages) for turn in turns]
+            running = [one for one in found if one is not None]
+            kept = sum(self._seconds_of(plan) for plan in later)
+            for _ in range(self.options.repeats - 1):
+                for one in list(running):
+                    in_time = one.workload.seconds < session.left - kept
+                    if in_time and not self._round(session, one):
+                        running.remove(one)
+
+    def _start(self, session: Session, plan: Plan) -> list[Turn]:
+        """Start a plan's programs, the engine first; return what can be measured on them."""
+        turns = plan.turns
+        for name in sorted(plan.programs, key="engine".__ne__):
+            try:
+                session.prepare(name)
+            except ProgramError as error:
+                # Nothing is measured without the engine.
+                lost = [one for one in plan.contenders if one.program == name]
+                names = "" if name == "engine" else f", {', '.join(one.name for one in lost)}"
+                self._skip(plan.name + names, _short(error))
+                if name == "engine":
+                    return []
+                turns = [turn.without(lost) for turn in turns]
+        self._about = session.about()
+        for name, about in self._about.items():
+            self._starts[name] = about["start_seconds"]
+        engine = self._about["engine"]
+        self._run["vllm"] = engine["vllm"]
+        self._run["engines"].append({"groups": plan.groups, "about": engine})
+        return turns
 
     # Turns.
 
-    def _plan(self, groups: list[str]) -> Plan:
-        """Return what some groups measure, and the pages that they need."""
-        with self._session(1, 1, 0) as planned:
-            turns = [turn for group in groups for turn in getattr(self, f"_{group}")(planned)]
-        longest = max(prompt for _, prompt, _, _ in turns) + self.scale.response
-        needed = cases.pool_pages(
-            [
-                (one.settings, prompt, requests)
-                for _, prompt, requests, contenders in turns
-                for one in contenders
-                if one.program == "engine"
-            ],
-            self.scale.response,
-            longest,
-            self.page_size,
-        )
-        rows = max((prompt for sweep, prompt, _, _ in turns if sweep == "baseline"), default=0)
-        return Plan(groups, turns, needed, self._most_pages(rows and rows + self.scale.response))
-
-    def _measure_groups(self, plan: Plan) -> None:
-        """Start the programs of a plan and measure its turns."""
-        pages = int(min(plan.needed, plan.most))
-        requests = max(requests for _, _, requests, _ in plan.turns)
-        with self._session(plan.longest + self.scale.response, requests, pages) as session:
-            try:
-                session.prepare(*plan.programs)
-            except ProgramError as error:
-                self._skip(", ".join(plan.groups), _short(error))
-                return
-            self.record.runs[-1]["vllm"] = session.about()["engine"]["vllm"]
-            for turn in plan.turns:
-                self._measure(session, *turn, pages)
-
-    def _contexts(self, session: Session) -> list[Turn]:
-        return [("contexts", context, 1, self._contenders(session)) for context in self.contexts]
-
-    def _batches(self, session: Session) -> list[Turn]:
-        return [
-            (f"{requests} at once", context, requests, self._contenders(session))
-            for requests in self.batches
-            if requests > 1
-            for context in self.contexts
-        ]
-
-    def _long(self, session: Session) -> list[Turn]:
-        return [("long", self.scale.long, 1, [cases.engine(session, "sparse")])]
-
-    def _steps(self, session: Session) -> list[Turn]:
-        scale = self.scale
-        return [
-            ("steps", context, requests, cases.steps_contenders(session))
-            for context, requests in ((scale.short, 1), (scale.large, 1), (scale.short, scale.many))
-        ]
-
-    def _baseline(self, session: Session) -> list[Turn]:
-        contenders = [cases.engine(session, "sparse")]
-        contenders += [cases.baseline(session, name) for name in cases.BASELINES]
-        return [("baseline", context, 1, contenders) for context in self.contexts]
-
-    def _memory(self, session: Session) -> list[Turn]:
-        return [("memory", self.scale.large, 1, [cases.engine(session, "sparse")])]
-
-    def _contenders(self, session: Session) -> list[Contender]:
-        return [cases.engine(session, name) for name in self.arguments.contenders]
-
-    def _measure(
-        self,
-        session: Session,
-        sweep: str,
-        prompt: int,
-        requests: int,
-        contenders: list[Contender],
-        pages: int,
-    ) -> None:
+    def _first_round(self, session: Session, turn: Turn, pages: int) -> Running | None:
         """Measure those contenders of a turn that fit into the pool and into the time left."""
-        what = f"{sweep}: context {prompt:,}, {requests} at once"
         response = self.scale.response
-        fit = cases.fitting(contenders, prompt, requests, response, self.page_size, pages)
-        for one in contenders:
+        fit = cases.fitting(
+            turn.contenders, turn.prompt, turn.requests, response, self.page_size, pages
+        )
+        for one in turn.contenders:
             if one not in fit:
-                self._skip(f"{what}, {one.name}", "its pages do not fit on the card")
-        chosen = self._affordable(session, fit, prompt, requests, what)
-        if not chosen or (sweep == "steps" and len(chosen) < len(contenders)):
-            return
-        try:
-            results = session.measure(sweep, chosen, session.prompts(prompt, requests))
-        except ProgramError as error:
-            self._skip(what, _short(error))
-            return
-        about = session.about()
-        # Sessions each count their own.
-        self._turns += 1
-        for one in results:
-            one.turn = self._turns
-            self._note(session, one, about[one.program])
-        if sweep == "steps":
-            self.record.steps.append(self._step_times(session, results))
-        elif sweep == "memory":
-            self.record.memory += [
-                {"run": 0, "prompt": prompt, "contender": one.contender, "peak": one.peak_memory}
-                | one.notes["beside"]
-                for one in results
-            ]
+                self._skip(f"{turn.what}, {one.name}", "its pages do not fit on the card")
+        chosen = self._affordable(session, turn, [one for one in fit if self._works(turn, one)])
+        if not chosen or (turn.sweep == "steps" and len(chosen) < len(turn.contenders)):
+            return None
+        prompts = session.prompts(turn.prompt, turn.requests)
+        running = Running(turn, session.workload(turn.sweep, chosen, prompts), {})
+        number = 1 + max((one.turn for one in self.record.measurements), default=0)
+        for result in running.workload.results:
+            # Sessions each count their own.
+            result.turn = number
+        return running if self._round(session, running) else None
+
+    def _round(self, session: Session, running: Running) -> bool:
+        """Measure one more round of a turn and write it down; return whether all went well."""
+        turn, results = running.turn, running.workload.results
+        session.round(running.workload)
+        done = [one for one in results if one.seconds]
+        for one in done:
+            self._note(session, one)
+            print(f"  {one.summary}, round {len(one.seconds)}", flush=True)
+        if turn.sweep in ("steps", "memory"):
+            if len(done) == len(results):
+                entries = self.record.steps if turn.sweep == "steps" else self.record.memory
+                if not running.entry:
+                    entries.append(running.entry)
+                times = turn.sweep == "steps"
+                running.entry |= self._step_times(session, done) if times else _memory(*done)
         else:
-            self.record.measurements += results
+            known = set(map(id, self.record.measurements))
+            self.record.measurements += [one for one in done if id(one) not in known]
+        for place, error in running.workload.failed.items():
+            one, why = results[place], _short(error)
+            if not isinstance(error, StartError):
+                failure = Failure(turn.prompt, turn.requests, why)
+                self._failures.setdefault(one.contender, failure)
+            again = ", once more" if one.seconds else ""
+            self._skip(f"{turn.what}, {one.contender}{again}", why)
         self._write()
+        return not running.workload.failed
+
+    def _works(self, turn: Turn, one: Contender) -> bool:
+        """Return whether a contender is to run; name one that failed before.
+
+        One that was measured elsewhere is left out of what is no smaller than where it failed.
+        """
+        failure = self._failures.get(one.name)
+        if failure is None:
+            return True
+        smaller = turn.prompt < failure.prompt or turn.requests < failure.requests
+        if smaller and one.name in self._measured:
+            return True
+        self._skip(f"{turn.what}, {one.name}", f"it failed before: {failure.why}")
+        return False
+
+    def _seconds_of(self, plan: Plan) -> float:
+        """Return about how long the start of a plan and its first rounds take."""
+        start = sum(self._starts[name] for name in plan.programs)
+        return start + sum(
+            self._estimate(turn, one) for turn in plan.turns for one in turn.contenders
+        )
+
+    def _estimate(self, turn: Turn, one: Contender) -> float:
+        """Return about how many seconds the first round of a contender takes."""
+        session = self.planner.session
+        _, scale = session.job_of(one, [[]] * turn.requests, self.scale.response)
+        same = [known for (_, num), known in self._slowdowns.items() if num == turn.requests]
+        guess = statistics.median(same or [_FIRST_GUESS])
+        slowdown = self._slowdowns.get((one.name, turn.requests), guess)
+        floor = self._floor(session, one, turn.prompt, turn.requests)
+        warm_up = _WARM_UP
+        if self._is_few_steps(turn, one):
+            # A step of all requests.
+            warm_up = 1 + scale / self.scale.response
+        return warm_up * slowdown * floor / scale
+
+    def _is_few_steps(self, turn: Turn, one: Contender) -> bool:
+        """Return whether a contender does a few steps of one block, without a cache."""
+        if one.program != "engine" or one.policy != "none" or not self.options.vanilla_steps:
+            return False
+        return turn.requests >= self.scale.shorten_from
 
     def _affordable(
-        self, session: Session, contenders: list[Contender], prompt: int, requests: int, what: str
+        self, session: Session, turn: Turn, contenders: list[Contender]
     ) -> list[Contender]:
         """Return the contenders whose first round should end in time."""
         chosen = []
         left = self.deadline - time.monotonic()
+        # One that an earlier failure has ended starts anew.
+        programs = {one.program for one in contenders}
+        left -= sum(self._starts[name] for name in programs if not session.is_running(name))
         for one in contenders:
-            _, scale = session.job_of(one, [[]], self.scale.response)
-            guess = max(self._slowdowns.values(), default=_FIRST_GUESS)
-            seconds = self._floor(session, one, prompt, requests) / scale
-            seconds *= _WARM_UP * self._slowdowns.get(one.name, guess)
+            seconds = self._estimate(turn, one)
+            if seconds > _PART_OF_REST * left and self._is_few_steps(turn, one):
+                self._skip(
+                    f"{turn.what}, {one.name}, more than a step of its block",
+                    f"would take about {seconds:,.0f} s of {max(0.0, left):,.0f} s left",
+                )
+                one = replace(one, one_step=True)
+                seconds = self._estimate(turn, one)
             if seconds > left:
                 self._skip(
-                    f"{what}, {one.name}",
+                    f"{turn.what}, {one.name}",
                     f"would take about {seconds:,.0f} s of {max(0.0, left):,.0f} s left",
                 )
             else:
@@ -344,25 +345,25 @@ class GpuBenchmark:
         return chosen
 
     def _floor(self, session: Session, one: Contender, prompt: int, requests: int) -> float:
-        """Return the least seconds of a contender's run, a token a step."""
+        """Return the least seconds of a contender's run."""
         if one.program == "baseline":
             # One request after the other.
-            return requests * roofline(session, one.settings, prompt, 1, self.ceilings).response
-        return roofline(session, one.settings, prompt, requests, self.ceilings).response
+            return requests * roofline(session, one.settings, prompt, 1, self.rates).response
+        return roofline(session, one.settings, prompt, requests, self.rates).response
 
-    def _note(self, session: Session, one: Measurement, about: Job) -> None:
+    def _note(self, session: Session, one: Measurement) -> None:
         """Add what the report says of a measurement."""
+        about = self._about[one.program]
         contender = Contender(one.contender, one.program, one.settings)
         floor = self._floor(session, contender, one.prompt, one.concurrency)
         beside = about["memory"] if one.program == "engine" else {"weights": about["weights"]}
-        one.notes = {"run": 0, "beside": beside}
-        if one.settings.get("steps") is None:
-            one.notes["floor"] = floor
-            slowdown = min(one.seconds) / floor
-            self._slowdowns[one.contender] = max(slowdown, self._slowdowns.get(one.contender, 0.0))
+        one.notes = {"run": 0, "beside": beside, "floor": floor if self.ceilings else None}
+        # The latest: what launching takes of a small step says little of a large one.
+        self._slowdowns[one.contender, one.concurrency] = min(one.seconds) / floor
+        self._measured.add(one.contender)
         if one.program == "engine":
             pages = cases.num_pages(one.settings, one.prompt, one.response, self.page_size)
-            one.notes["pages"] = one.concurrency * pages * self._page_bytes(session.model)
+            one.notes["pages"] = one.concurrency * pages * self.planner.page_bytes
         # Engine and baseline have random weights of their own.
         one.same_tokens = None
 
@@ -375,18 +376,27 @@ class GpuBenchmark:
         more = (many.settings["steps"] - few.settings["steps"]) // num_blocks
         times = [statistics.median(one.seconds) / num_blocks for one in (many, few)]
         block_step = (times[0] - times[1]) / more
-        least = roofline(session, settings, many.prompt, many.concurrency, self.ceilings)
-        weights = self.element_bytes * session.shape.weights
-        return {
+        entry: Job = {
             "run": 0,
             "prompt": many.prompt,
             "requests": many.concurrency,
             "block_step": block_step,
             "full_pass": (times[0] - num_steps * block_step) / num_full,
+        }
+        if self.ceilings is None:
+            return entry | dict.fromkeys(("weights", "block_step_floor", "full_pass_floor"))
+        least = roofline(session, settings, many.prompt, many.concurrency, self.ceilings)
+        weights = self.element_bytes * session.shape.weights
+        return entry | {
             "weights": weights / self.ceilings["bandwidth"],
             "block_step_floor": least.block_step,
             "full_pass_floor": least.full_pass,
         }
+
+    def fail(self, error: Exception) -> None:
+        """Write down what nothing foresaw."""
+        traceback.print_exc()
+        self._skip("the rest", f"{type(error).__name__}: {error}".replace("|", "/"))
 
     def _skip(self, what: str, why: str) -> None:
         print(f"  not measured: {what}: {why}", flush=True)
@@ -394,14 +404,21 @@ class GpuBenchmark:
         self._write()
 
     def _write(self) -> None:
-        gpu_record.write(self.arguments.output, self.record)
+        gpu_report.write(self.arguments.output, self.record)
+
+
+def _memory(one: Measurement) -> Job:
+    """Return the peak of one request, and what it includes."""
+    peak = {"run": 0, "prompt": one.prompt, "contender": one.contender, "peak": one.peak_memory}
+    return peak | one.notes["beside"]
 
 
 def _short(error: ProgramError) -> str:
-    """Return the first line of an error and the last of what a program printed."""
+    """Return the first line of an error and those that say why, or else the last."""
     print(error, flush=True)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ... ".join(dict.fromkeys([lines[0], lines[-1]])).replace("|", "/")
+    chosen = [lines[0], *(reasons(str(error)) or lines[-1:])]
+    return " ... ".join(dict.fromkeys(chosen)).replace("|", "/")
 
 
 def _version(package: str) -> str | None:
@@ -411,59 +428,29 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    add = parser.add_argument
-    add("--groups", default=",".join(GROUPS), help=f"of {', '.join(GROUPS)} (default: all)")
-    add("--family", choices=FAMILIES, default="llada")
-    add("--size", choices=sorted(SCALES), default="public", help="tiny: does it work?")
-    add("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16; on a CPU float32")
-    add("--contexts", type=_numbers, help="default: 1024,2048,4096,8192")
-    add("--batches", type=_numbers, help="requests at once (default: 1,8,32,128)")
-    add("--contenders", default=",".join(CONTENDERS), help=f"of {', '.join(CONTENDERS)}")
-    add("--repeats", type=int, default=3, help="runs of each, if there is time")
-    add("--vanilla-steps", type=int, default=16, help="runs without cache do so many; 0: all")
-    add("--budget", type=float, default=420.0, metavar="SECONDS", help="for everything (420)")
-    add("--ceilings", type=float, default=0.2, metavar="SECONDS", help="for each rate (0.2)")
-    add("--kv-cache-gib", type=float, help="most memory for pages (default: what is free)")
-    add("--attention-backend", help="the engine's (default: its own choice)")
-    add("--native-ops", action="store_true", help="none of vLLM's compiled operators")
-    add("--options", type=json.loads, default={}, metavar="JSON", help="more of vLLM's options")
-    add("--output", type=Path, default=ROOT / "build" / "gpu")
-    add("--merge", type=Path, nargs="+", metavar="FILE", help="join gpu.json files, run nothing")
-    arguments = parser.parse_args(argv)
-    if arguments.device is None:
-        arguments.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if arguments.dtype is None:
-        arguments.dtype = "bfloat16" if arguments.device == "cuda" else "float32"
-    for name, allowed in (("groups", GROUPS), ("contenders", CONTENDERS)):
-        chosen = getattr(arguments, name).split(",")
-        for one in chosen:
-            if one not in allowed:
-                parser.error(f"--{name} must be of {', '.join(allowed)}, got {one}")
-        setattr(arguments, name, [one for one in allowed if one in chosen])
-    return arguments
-
-
 def main() -> int:
     start = time.monotonic()
-    arguments = parse_arguments()
+    arguments = parse_arguments(__doc__)
+    whole = True
     if arguments.merge:
         record = gpu_record.merge(arguments.merge)
     else:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        benchmark = GpuBenchmark(arguments, start + arguments.budget)
-        benchmark.run()
+        if arguments.device == "cuda":
+            # What the engine does where nobody has run it before.
+            os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+        # What is left in the folder of results is to be worth carrying away.
+        with tempfile.TemporaryDirectory() as models:
+            benchmark = GpuBenchmark(arguments, start + arguments.budget, Path(models))
+            try:
+                benchmark.run()
+            except Exception as error:
+                whole = False
+                benchmark.fail(error)
         record = benchmark.record
-    files = gpu_record.write(arguments.output, record)
+    files = gpu_report.write(arguments.output, record)
     print(f"\n{files[1].read_text(encoding='utf-8')}")
     print("Written:", *[str(path) for path in files])
-    return 0 if record.measurements or record.steps or record.memory else 1
+    return 0 if whole and (record.measurements or record.steps or record.memory) else 1
 
 
 if __name__ == "__main__":

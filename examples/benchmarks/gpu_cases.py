@@ -15,6 +15,7 @@ from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.settings import DecodingSettings
 
+GIB = 2**30
 #: Of vLLM's pages on a CPU, where they are 32 slots, and on a GPU.
 PAGE_SIZES = {"cpu": 32, "cuda": 16}
 LATE = f"late {LATE_DELAY}"
@@ -22,8 +23,11 @@ LATE = f"late {LATE_DELAY}"
 INTERVAL = f"{LATE} interval 4"
 #: `sparse` with settings beyond the published ones.
 SCHEDULES: dict[str, Settings] = {LATE: late(), INTERVAL: late(refresh_interval=4)}
+#: The fastest of them with fewer steps than tokens.
+FEWER_STEPS = f"{INTERVAL} steps 8"
+STEPS_OF_BLOCK = 8
 #: The engine's contenders: the policies, and schedules of `sparse`.
-CONTENDERS = ("sparse", *SCHEDULES, "dual", "prefix", "none")
+CONTENDERS = ("sparse", *SCHEDULES, FEWER_STEPS, "dual", "prefix", "none")
 BASELINES = ("sparse", "dual", "none")
 #: Pages on top of what is needed: vLLM keeps one back.
 _SPARE_PAGES = 2
@@ -43,6 +47,7 @@ class Scale:
         medium: Context of the first figure over ``none``.
         large: Context of the second one, and of the figure on memory.
         many: Requests at once of the figure on throughput.
+        shorten_from: Requests at once from which on responses are not run whole.
     """
 
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -54,6 +59,7 @@ class Scale:
     medium: int = 4096
     large: int = 8192
     many: int = 32
+    shorten_from: int = 8
 
 
 #: ``tiny`` shows that the benchmark works, nothing else.
@@ -69,6 +75,7 @@ SCALES = {
         medium=32,
         large=48,
         many=3,
+        shorten_from=3,
     ),
 }
 
@@ -80,6 +87,9 @@ def size_of(family: str, size: str) -> Size:
 
 def settings_of(session: Session, name: str) -> Settings:
     """Return the settings of one of `CONTENDERS`."""
+    if name == FEWER_STEPS:
+        num_blocks = session.options.response // session.options.block_length
+        return settings_of(session, INTERVAL) | {"steps": STEPS_OF_BLOCK * num_blocks}
     if name in SCHEDULES:
         return session.settings("sparse") | SCHEDULES[name]
     return session.settings(name)

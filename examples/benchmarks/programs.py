@@ -10,11 +10,17 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
+import re
+import select
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +31,30 @@ FOLDER = Path(__file__).parent
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
 #: How long OpenMP's threads spin before they sleep: what the engine sets where it is unset.
 SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT", WAITING["GOMP_SPINCOUNT"])
+#: What vLLM writes before each line of another process's log.
+_PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ \S+ \S+ \[\S+\] )?")
+#: Lines that say why: the last of a traceback, and what pydantic found wrong with a value.
+_REASON = re.compile(r"[\w.]*(Error|Exception|OutOfResources)\b|Fatal |.* \[type=\w+, ")
+#: Lines of a log that a message has.
+_TAIL = 15
 Job = dict[str, Any]
+#: Starts of this process's programs, by their logs.
+_starts: Counter[Path] = Counter()
 
 
 class ProgramError(RuntimeError):
-    """A program ended, or answered that a job failed."""
+    """A program ended, answered that a job failed, or did not answer in time."""
+
+
+class StartError(ProgramError):
+    """A program did not start, or there is no time to start it: not what its jobs ask for."""
+
+
+def reasons(text: str, most: int = 4) -> list[str]:
+    """Return the last lines of a log or a message that say why something failed, each once."""
+    lines = (_PREFIX.sub("", line) for line in text.splitlines())
+    found = dict.fromkeys(line.strip() for line in lines if _REASON.match(line))
+    return list(found)[-most:]
 
 
 class Program:
@@ -38,7 +63,7 @@ class Program:
     Args:
         script: File in this folder.
         arguments: Command line.
-        log: Where its output goes.
+        log: Where its output goes, with the number of the start in its name.
         environment: Variables on top of those that all programs get.
     """
 
@@ -49,6 +74,9 @@ class Program:
         log: Path,
         environment: dict[str, str] | None = None,
     ) -> None:
+        # The log of one that crashed must outlive its next start.
+        _starts[log] += 1
+        log = log.with_stem(f"{log.stem}-{_starts[log]}")
         self.name = log.stem
         self.log = log
         read_end, write_end = os.pipe()
@@ -62,49 +90,90 @@ class Program:
                 pass_fds=(write_end,),
             )
         os.close(write_end)
-        self._replies = os.fdopen(read_end, encoding="utf-8")
+        self._replies = os.fdopen(read_end, "rb", buffering=0)
+        self._received = b""
         self._ready: Job | None = None
 
-    def wait_until_ready(self) -> Job:
-        """Wait until the program takes jobs; return what it says of itself."""
+    def wait_until_ready(self, limit: float = math.inf) -> Job:
+        """Wait until the program takes jobs; return what it says of itself.
+
+        Args:
+            limit: Seconds, after which it is ended.
+
+        Raises:
+            ProgramError: If it failed, or took longer.
+        """
         if self._ready is None:
-            self._ready = self._reply()
+            self._ready = self._reply(limit)
         return self._ready
 
-    def run(self, job: Job) -> Job:
-        """Have a job done."""
-        self.wait_until_ready()
+    def run(self, job: Job, limit: float = math.inf) -> Job:
+        """Have a job done.
+
+        Args:
+            job: What the program takes.
+            limit: Seconds, after which it is ended.
+
+        Raises:
+            ProgramError: If it failed, or took longer.
+        """
+        self.wait_until_ready(limit)
         assert self._process.stdin is not None
         try:
             self._process.stdin.write((json.dumps(job) + "\n").encode())
             self._process.stdin.flush()
         except BrokenPipeError:
             raise self._error("ended") from None
-        return self._reply()
+        return self._reply(limit)
 
-    def _reply(self) -> Job:
-        line = self._replies.readline()
-        if not line:
-            raise self._error("ended")
+    def _reply(self, limit: float) -> Job:
+        end = time.monotonic() + limit
+        while b"\n" not in self._received:
+            left = None if math.isinf(limit) else max(0.0, end - time.monotonic())
+            if not select.select([self._replies], [], [], left)[0]:
+                self._kill()
+                raise self._error(f"did not answer within {limit:,.0f} s and was ended")
+            part = self._replies.read(1 << 16)
+            if not part:
+                raise self._error("ended")
+            self._received += part
+        line, _, self._received = self._received.partition(b"\n")
         reply = json.loads(line)
         if "error" in reply:
-            raise ProgramError(f"{self.name}: {reply['error']}; its log is {self.log}")
+            # Its traceback comes after its answer.
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(timeout=5)
+            raise self._error(f"failed: {reply['error']}")
         return reply
 
+    def _log_text(self) -> str:
+        return self.log.read_text(encoding="utf-8", errors="replace")
+
     def _error(self, what: str) -> ProgramError:
-        tail = self.log.read_text(encoding="utf-8", errors="replace")[-3000:]
-        return ProgramError(f"{self.name} {what}; its log {self.log} ends with:\n{tail}")
+        text = self._log_text()
+        lines = [*reasons(text), "...", *text.splitlines()[-_TAIL:]]
+        return ProgramError("\n".join([f"{self.name} {what}; its log is {self.log}", *lines]))
 
     def stop(self) -> None:
         """End the program: it has no more jobs."""
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            # What it did not read before it ended cannot be written any more.
+            with suppress(BrokenPipeError):
+                self._process.stdin.close()
         try:
-            self._process.wait(timeout=60)
+            self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
+            self._kill()
         self._replies.close()
+
+    def _kill(self) -> None:
+        """End the program, and all that it started, at once."""
+        for process in process_tree(self._process.pid):
+            with suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        # One that a driver holds ends when it lets go.
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=10)
 
 
 def _environment(reply_pipe: int, own: dict[str, str]) -> dict[str, str]:
@@ -126,10 +195,12 @@ def serve(make_handler: Callable[[], tuple[Job, Callable[[Job], Job]]]) -> None:
     Args:
         make_handler: Loads; returns what the program says of itself, and what does a job.
     """
-    # Children must not hold the pipe: its end tells the driver that this process has ended.
+    # Children must not hold the pipe, those that are forked neither: its end tells the driver that
+    # this process has ended.
     pipe = int(os.environ.pop("BENCHMARK_REPLY_PIPE"))
     os.set_inheritable(pipe, False)
     with os.fdopen(pipe, "w", encoding="utf-8") as replies:
+        os.register_at_fork(after_in_child=replies.close)
 
         def reply(content: Job) -> None:
             replies.write(json.dumps(content) + "\n")
@@ -171,15 +242,15 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0))
 
 
-def process_tree() -> list[int]:
-    """Return the ids of this process and of all that it started."""
+def process_tree(root: int | None = None) -> list[int]:
+    """Return the ids of a process, by default of this one, and of all that it started."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             status = _status(int(entry.name))
             if "PPid" in status:
                 parents.setdefault(int(status["PPid"]), []).append(int(entry.name))
-    tree = [os.getpid()]
+    tree = [os.getpid() if root is None else root]
     for process in tree:
         tree += parents.get(process, [])
     return tree

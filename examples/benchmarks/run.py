@@ -20,6 +20,7 @@ from breakdown import as_json
 from ceilings import floor_of
 from checkpoints import FAMILIES, SIZES, checkpoint
 from devices import processor
+from options import list_of, names_of, ratio, whole_number, whole_numbers
 from programs import Job, num_cores
 from session import Contender, Options, Session, Settings
 from tables import Target
@@ -146,8 +147,8 @@ class Benchmark:
     def sweep_keep(self) -> None:
         """Throughput against the part of the keys that is kept."""
         contenders: list[Contender] = []
-        for ratio in self.arguments.keep_ratios:
-            contenders += self.contenders(["sparse"], keep_ratio=ratio)
+        for keep_ratio in self.arguments.keep_ratios:
+            contenders += self.contenders(["sparse"], keep_ratio=keep_ratio)
         prompts = self.session.prompts(self.arguments.sweep_prompt, 1)
         self.session.measure("keep ratio", contenders, prompts)
 
@@ -278,46 +279,6 @@ class Benchmark:
         return report.write(arguments.output, result, measurements, self.targets)
 
 
-def _number(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
-    return number
-
-
-def _number_or_0(text: str) -> int:
-    return 0 if int(text) == 0 else _number(text)
-
-
-def _numbers(text: str) -> list[int]:
-    return [_number(part) for part in text.split(",")]
-
-
-def _windows(text: str) -> list[int]:
-    return [_number_or_0(part) for part in text.split(",")]
-
-
-def _ratio(text: str) -> float:
-    """Return a part of the keys, or a threshold."""
-    ratio = float(text)
-    if not 0 < ratio <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
-    return ratio
-
-
-def _ratios(text: str) -> list[float]:
-    return [_ratio(part) for part in text.split(",")]
-
-
-def _policies(text: str) -> list[str]:
-    policies = text.split(",")
-    for policy in policies:
-        if policy not in CACHE_POLICIES:
-            known = ", ".join(CACHE_POLICIES)
-            raise argparse.ArgumentTypeError(f"must be of {known}, got {policy}")
-    return policies
-
-
 def _variant(text: str) -> tuple[str, Settings]:
     name, _, content = text.partition("=")
     try:
@@ -359,27 +320,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add("--family", choices=FAMILIES, default="llada", help="of the random one")
     add("--size", choices=sorted(SIZES), help="of the random one (default: 200m)")
     add("--dtype", choices=["bfloat16", "float32"], help="default: bfloat16, quick: float32")
-    add("--policies", type=_policies, default=list(CACHE_POLICIES))
+    add("--policies", type=names_of(CACHE_POLICIES), default=list(CACHE_POLICIES))
     add("--variant", type=_variant, action="append", default=[], metavar="NAME=JSON")
     add("--no-baseline", action="store_true", help="the engine alone")
-    add("--prompts", type=_numbers, help="sweep context (default: 128,512,1024,2048,4096)")
-    add("--concurrency", type=_numbers, help="sweep concurrency (default: 1,4,8,16)")
-    add("--batch-prompt", type=_number, help="prompt of several requests (default: 512)")
-    add("--breakdown-requests", type=_numbers, help="default: 1 and the most at once")
-    add("--sweep-prompt", type=_number, help="sweeps keep and block (default: 1024)")
-    add("--keep-ratios", type=_ratios, help="sweeps keep and threshold (0.1,0.3,0.5,0.7,1.0)")
-    add("--block-lengths", type=_numbers, help="sweep block (default: 8,16,32,64)")
-    add("--windows", type=_windows, help="suffix windows of sweep beyond (default: 64,256)")
-    add("--thresholds", type=_ratios, default=[0.5, 0.7, 0.9])
-    add("--tasks", type=_number, help="tasks of a kind (default: 100)")
-    add("--task-prompt", type=_number, default=512)
-    add("--response", type=_number, help="positions of a response (default: 128)")
-    add("--block-length", type=_number, help="default: 32")
-    add("--keep-ratio", type=_ratio, default=0.5)
-    add("--repeats", type=_number, help="runs of each contender (default: 3)")
-    add("--vanilla-steps", type=_number_or_0, default=16, help="of runs without cache; 0: all")
-    add("--baseline-requests", type=_number_or_0, default=2, help="of several at once; 0: all")
-    add("--max-num-batched-tokens", type=_number, help="the engine's (default: its own)")
+    add("--prompts", type=whole_numbers(1), help="sweep context (default: 128,512,1024,2048,4096)")
+    add("--concurrency", type=whole_numbers(1), help="sweep concurrency (default: 1,4,8,16)")
+    add("--batch-prompt", type=whole_number(1), help="prompt of several requests (default: 512)")
+    add("--breakdown-requests", type=whole_numbers(1), help="default: 1 and the most at once")
+    add("--sweep-prompt", type=whole_number(1), help="sweeps keep and block (default: 1024)")
+    add(
+        "--keep-ratios", type=list_of(ratio), help="sweeps keep and threshold (0.1,0.3,0.5,0.7,1.0)"
+    )
+    add("--block-lengths", type=whole_numbers(1), help="sweep block (default: 8,16,32,64)")
+    add("--windows", type=whole_numbers(0), help="suffix windows of sweep beyond (default: 64,256)")
+    add("--thresholds", type=list_of(ratio), default=[0.5, 0.7, 0.9])
+    add("--tasks", type=whole_number(1), help="tasks of a kind (default: 100)")
+    add("--task-prompt", type=whole_number(1), default=512)
+    add("--response", type=whole_number(1), help="positions of a response (default: 128)")
+    add("--block-length", type=whole_number(1), help="default: 32")
+    add("--keep-ratio", type=ratio, default=0.5)
+    add("--repeats", type=whole_number(1), help="runs of each contender (default: 3)")
+    add("--vanilla-steps", type=whole_number(0), default=16, help="of runs without cache; 0: all")
+    add("--baseline-requests", type=whole_number(0), default=2, help="of several at once; 0: all")
+    add("--max-num-batched-tokens", type=whole_number(1), help="the engine's (default: its own)")
     add("--checkpoints", type=Path, default=ROOT / "build" / "checkpoints")
     add("--output", type=Path, default=ROOT / "build" / "benchmark")
     arguments = parser.parse_args(argv)

@@ -7,16 +7,19 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from ceilings import ModelShape
-from checkpoints import special_ids
-from programs import Job, Program, ProgramError
+from checkpoints import mask_token_id, special_ids
+from jobs import Settings, blocks_that_tell, canvas_of, check_canvas, warm_up
+from programs import Job, Program, ProgramError, StartError
 
-Settings = dict[str, Any]
+#: Times that a program may fail to start.
+_MOST_FAILED_STARTS = 2
 #: What the baseline knows of the engine's settings.
 BASELINE_SETTINGS = ("cache_policy", "block_length", "steps", "keep_ratio", "threshold")
 
@@ -30,12 +33,14 @@ class Contender:
         program: ``engine`` or ``baseline``.
         settings: Of its requests.
         num_requests: Prompts that it takes, the first ones; None for all.
+        one_step: Whether without a cache one step of a block is all that there is time for.
     """
 
     name: str
     program: str
     settings: Settings
     num_requests: int | None = None
+    one_step: bool = False
 
     @property
     def policy(self) -> str:
@@ -57,6 +62,8 @@ class Options:
         baseline_requests: Requests that the baseline does at most of those that are asked
             for; it does one after the other, so its rate is that of all. None for all.
         max_num_batched_tokens: The engine's, None for its default.
+        shorten_from: Requests at once from which on the engine does only as many blocks of each
+            response as tell what all take; times are scaled up. None for never.
     """
 
     dtype: str
@@ -67,6 +74,7 @@ class Options:
     vanilla_steps: int | None
     baseline_requests: int | None
     max_num_batched_tokens: int | None
+    shorten_from: int | None = None
 
 
 @dataclass
@@ -123,6 +131,13 @@ class Measurement:
         return statistics.median(self.rates)
 
     @property
+    def summary(self) -> str:
+        return (
+            f"{self.sweep}: prompt {self.prompt}, {self.concurrency} at once, {self.contender}: "
+            f"{self.rate:.2f} tokens/s"
+        )
+
+    @property
     def spread(self) -> float:
         """Range of the times over their median."""
         return (max(self.seconds) - min(self.seconds)) / statistics.median(self.seconds)
@@ -147,6 +162,27 @@ class Measurement:
         return cls(**{name: value for name, value in content.items() if name in names})
 
 
+@dataclass
+class Workload:
+    """Contenders on the same requests.
+
+    Attributes:
+        results: What each of them did, one after the other.
+        jobs: What each of them does in a round.
+        num_rounds: Rounds that are done.
+        seconds: What the last of them took, without warming up.
+        failed: What ended contenders, by their places; they do not run again.
+        warm: Which start of its program each place is warm in.
+    """
+
+    results: list[Measurement]
+    jobs: list[Job]
+    num_rounds: int = 0
+    seconds: float = 0.0
+    failed: dict[int, ProgramError] = field(default_factory=dict)
+    warm: dict[int, int] = field(default_factory=dict)
+
+
 class Session:
     """The programs of a run of the benchmark on one checkpoint.
 
@@ -157,7 +193,9 @@ class Session:
         max_model_len: The engine's.
         max_num_seqs: The engine's.
         arguments: More of each program's command line.
-        deadline: Of the monotonic clock: no contender is run once more when that would end later.
+        deadline: Of the monotonic clock: programs that have not answered by then are ended.
+        starts: Seconds that programs take to start, by name: none is started that would be ready
+            after the deadline.
     """
 
     def __init__(
@@ -169,6 +207,7 @@ class Session:
         max_num_seqs: int,
         arguments: Mapping[str, Sequence[str]] | None = None,
         deadline: float = math.inf,
+        starts: Mapping[str, float] | None = None,
     ) -> None:
         self.model = model
         self.options = options
@@ -177,10 +216,13 @@ class Session:
         self.max_num_seqs = max_num_seqs
         self.measurements: list[Measurement] = []
         self.deadline = deadline
+        self._starts = starts or {}
         self._arguments = arguments or {}
         self._logs = logs
         self._turns = 0
         self._programs: dict[str, Program] = {}
+        self._num_starts: Counter[str] = Counter()
+        self._failed_starts: Counter[str] = Counter()
 
     def __enter__(self) -> Session:
         return self
@@ -190,12 +232,43 @@ class Session:
             program.stop()
 
     def prepare(self, *names: str) -> None:
-        """Start programs, and wait until all are loaded and idle."""
-        for name in names:
-            if name not in self._programs:
-                self._programs[name] = self._start(name)
-        for program in self._programs.values():
-            program.wait_until_ready()
+        """Start programs that do not run, and wait until all are loaded and idle.
+
+        Raises:
+            StartError: If one failed, now or too often, or there is no time left to start one.
+        """
+        missing = [name for name in dict.fromkeys(names) if name not in self._programs]
+        for name in missing:
+            if self._failed_starts[name] == _MOST_FAILED_STARTS:
+                raise StartError(f"{name} is not started again: it failed to start before")
+        start = max((self._starts.get(name, 0.0) for name in missing), default=0.0)
+        if start > self.left:
+            raise StartError(
+                f"to start takes about {start:,.0f} s of {max(0.0, self.left):,.0f} s left"
+            )
+        for name in missing:
+            self._programs[name] = self._start(name)
+        failed = []
+        for name in missing:
+            try:
+                about = self._programs[name].wait_until_ready(self.left)
+            except ProgramError as error:
+                self.stop(name)
+                self._failed_starts[name] += 1
+                failed.append(error)
+            else:
+                print(f"  {name} started in {about['start_seconds']:.0f} s", flush=True)
+        if failed:
+            raise StartError(str(failed[0]))
+
+    def is_running(self, name: str) -> bool:
+        """Return whether a program is started and has not failed."""
+        return name in self._programs
+
+    @property
+    def left(self) -> float:
+        """Seconds until the deadline."""
+        return self.deadline - time.monotonic()
 
     def _start(self, name: str) -> Program:
         arguments = [str(self.model), "--dtype", self.options.dtype]
@@ -210,6 +283,7 @@ class Session:
             if name == "engine-in-process":
                 arguments.append("--in-process")
         arguments += self._arguments.get(name, ())
+        self._num_starts[name] += 1
         return Program(script, arguments, self._logs / f"{self.model.name}-{name}.log")
 
     def about(self) -> Job:
@@ -224,7 +298,7 @@ class Session:
         """
         self.prepare(program)
         try:
-            return self._programs[program].run(job)
+            return self._programs[program].run(job, self.left)
         except ProgramError:
             self.stop(program)
             raise
@@ -255,12 +329,30 @@ class Session:
         prompts: list[list[int]],
         response: int | None = None,
     ) -> list[Measurement]:
-        """Run contenders on prompts that are submitted at once.
-
-        After the first round a contender has another only if there is time for one.
-        """
-        response = response or self.options.response
+        """Run contenders on prompts that are submitted at once."""
         self.prepare(*(contender.program for contender in contenders))
+        workload = self.workload(sweep, contenders, prompts, response)
+        for _ in range(self.options.repeats):
+            self.round(workload)
+            for error in workload.failed.values():
+                raise error
+        results = workload.results
+        if self.options.dtype == "float32":
+            _compare_tokens(results)
+        self.measurements += results
+        for result in results:
+            print(f"  {result.summary}", flush=True)
+        return results
+
+    def workload(
+        self,
+        sweep: str,
+        contenders: list[Contender],
+        prompts: list[list[int]],
+        response: int | None = None,
+    ) -> Workload:
+        """Return what contenders are to do on prompts that are submitted at once."""
+        response = response or self.options.response
         jobs = [self.job_of(contender, prompts, response) for contender in contenders]
         self._turns += 1
         results = [
@@ -278,59 +370,77 @@ class Session:
             )
             for contender, (job, scale) in zip(contenders, jobs, strict=True)
         ]
-        for contender, (job, _) in zip(contenders, jobs, strict=True):
-            self.run(contender.program, _warm_up(job))
-        order = list(range(len(contenders)))
-        for _ in range(self.options.repeats):
-            start = time.monotonic()
-            for number in order:
-                result, (job, scale) = results[number], jobs[number]
-                reply = self.run(result.program, job)
-                result.seconds.append(reply["seconds"] * scale)
-                result.peak_memory = max(result.peak_memory, reply["peak_memory"])
-                result.cache_bytes = reply.get("cache_bytes")
-                result.tokens = reply["tokens"]
-            order.reverse()
-            if 2 * time.monotonic() - start > self.deadline:
-                break
-        if self.options.dtype == "float32":
-            _compare_tokens(results)
-        self.measurements += results
-        for result in results:
-            print(
-                f"  {sweep}: prompt {result.prompt}, {result.concurrency} at once, "
-                f"{result.contender}: {result.rate:.2f} tokens/s",
-                flush=True,
-            )
-        return results
+        return Workload(results, [job for job, _ in jobs])
+
+    def round(self, workload: Workload) -> None:
+        """Run each contender once more, before the first time warm; every other round backwards.
+
+        One that fails is noted in the workload, and the others go on.
+        """
+        places = range(len(workload.results))
+        for place in places:
+            self._attempt(workload, place, self._warm)
+        start = time.monotonic()
+        for place in places[:: -1 if workload.num_rounds % 2 else 1]:
+            self._attempt(workload, place, self._once)
+        workload.num_rounds += 1
+        workload.seconds = time.monotonic() - start
+
+    def _attempt(self, workload: Workload, place: int, do: Callable[[Workload, int], None]) -> None:
+        if place not in workload.failed:
+            try:
+                do(workload, place)
+            except ProgramError as error:
+                workload.failed[place] = error
+
+    def _warm(self, workload: Workload, place: int) -> None:
+        """Warm a contender up where its program has not done so since it started."""
+        program = workload.results[place].program
+        self.prepare(program)
+        if workload.warm.get(place) != self._num_starts[program]:
+            self.run(program, warm_up(workload.jobs[place]))
+            workload.warm[place] = self._num_starts[program]
+
+    def _once(self, workload: Workload, place: int) -> None:
+        """Run a contender once and note what it took."""
+        result, job = workload.results[place], workload.jobs[place]
+        # Another contender may have ended the program.
+        self._warm(workload, place)
+        reply = self.run(result.program, job)
+        if "canvas" in job["settings"]:
+            check_canvas(job, reply, mask_token_id(self.model))
+        result.seconds.append(reply["seconds"] * result.scale)
+        result.peak_memory = max(result.peak_memory, reply["peak_memory"])
+        result.cache_bytes = reply.get("cache_bytes")
+        result.tokens = reply["tokens"]
 
     def job_of(
         self, contender: Contender, prompts: list[list[int]], response: int
     ) -> tuple[Job, float]:
         """Return what a contender does for prompts, and what its time is multiplied by."""
         options = self.options
-        settings = dict(contender.settings)
+        settings, block_length = dict(contender.settings), contender.settings["block_length"]
         prompts = prompts[: contender.num_requests]
-        scale = 1.0
+        num_blocks = -(-response // block_length)
+        blocks: Sequence[int] = range(num_blocks)
+        all_steps = settings.get("steps") or response
+        few = options.shorten_from is not None and len(prompts) >= options.shorten_from
+        few = few and contender.program == "engine"
+        if few:
+            blocks = blocks_that_tell(settings, num_blocks)
+            canvas = canvas_of(blocks, num_blocks, block_length, mask_token_id(self.model))
+            settings["canvas"] = canvas[:response]
+        steps = all_steps * len(blocks) // num_blocks
         if options.vanilla_steps and contender.policy == "none" and not settings.get("threshold"):
-            num_blocks = -(-response // settings["block_length"])
-            steps = settings.get("steps") or response
-            fewer = max(num_blocks, options.vanilla_steps // num_blocks * num_blocks)
-            if fewer < steps:
-                settings["steps"] = fewer
-                scale = steps / fewer
+            most = 1 if contender.one_step else max(1, options.vanilla_steps // num_blocks)
+            steps = min(steps, most * len(blocks))
+        if settings.get("steps") or steps < all_steps * len(blocks) // num_blocks:
+            settings["steps"] = steps
         if contender.program == "baseline":
             settings = {k: v for k, v in settings.items() if k in BASELINE_SETTINGS}
             prompts = prompts[: options.baseline_requests]
-        return {"prompts": prompts, "response": response, "settings": settings}, scale
-
-
-def _warm_up(job: Job) -> Job:
-    """Return a short job with steps of the same shapes, a late eviction among them."""
-    block_length = min(job["settings"]["block_length"], job["response"])
-    steps = min(4 + job["settings"].get("eviction_delay", 0), block_length)
-    settings = job["settings"] | {"steps": steps, "block_length": block_length}
-    return job | {"response": block_length, "settings": settings}
+        job = {"prompts": prompts, "response": response, "settings": settings}
+        return job, all_steps / steps
 
 
 def _compare_tokens(results: list[Measurement]) -> None:

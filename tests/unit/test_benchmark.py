@@ -3,7 +3,13 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import select
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +28,7 @@ breakdown, ceilings, programs, run = load(
         ("--policies sparse,lru", "--policies: must be of none, prefix, dual, sparse, got lru"),
         ("--repeats 0", "--repeats: must be at least 1, got 0"),
         ("--prompts 512,0", "--prompts: must be at least 1, got 0"),
-        ("--vanilla-steps -1", "--vanilla-steps: must be at least 1, got -1"),
+        ("--vanilla-steps -1", "--vanilla-steps: must be at least 0, got -1"),
         ("--keep-ratio nan", "--keep-ratio: must be above 0 and at most 1, got nan"),
         ("--thresholds 0.9,2", "--thresholds: must be above 0 and at most 1, got 2"),
         ("--block-length 0", "--block-length: must be at least 1, got 0"),
@@ -81,10 +87,91 @@ def test_a_program_that_cannot_load_says_why(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "llada", "architectures": ["Other"]}')
     program = programs.Program("baseline.py", [str(tmp_path)], tmp_path / "baseline.log")
     try:
-        with pytest.raises(programs.ProgramError, match=r"not \['Other'\]; its log is .*baseline"):
+        with pytest.raises(
+            programs.ProgramError, match=r"not \['Other'\]; its log is .*baseline"
+        ) as found:
             program.wait_until_ready()
+        # What the log ends with.
+        assert "    raise ValueError(" in str(found.value)
     finally:
         program.stop()
+
+
+def test_a_program_that_does_not_answer_is_ended(tmp_path: Path) -> None:
+    program = programs.Program("baseline.py", [str(tmp_path)], tmp_path / "baseline.log")
+    with pytest.raises(programs.ProgramError, match="did not answer within 0 s and was ended"):
+        program.wait_until_ready(0.0)
+    assert program._process.returncode is not None
+    program.stop()
+
+
+def test_each_start_has_a_log_of_its_own(tmp_path: Path) -> None:
+    for number in (1, 2):
+        program = programs.Program("baseline.py", ["--help"], tmp_path / "baseline.log")
+        with pytest.raises(programs.ProgramError, match=f"^baseline-{number} ended"):
+            program.wait_until_ready()
+        program.stop()
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["baseline-1.log", "baseline-2.log"]
+
+
+#: A program whose child outlives it.
+FORKING = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from programs import serve
+
+def load():
+    child = os.fork()
+    if child == 0:
+        time.sleep(600)
+    return {"child": child}, lambda job: os._exit(1)
+
+serve(load)
+"""
+
+
+def test_a_forked_child_does_not_hide_that_a_program_ended(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    environment = {**os.environ, "BENCHMARK_REPLY_PIPE": str(write_end)}
+    command = [sys.executable, "-c", FORKING, str(EXAMPLES / "benchmarks")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, env=environment, pass_fds=(write_end,)
+    ) as process:
+        os.close(write_end)
+        with os.fdopen(read_end, "r", encoding="utf-8") as replies:
+            child = json.loads(replies.readline())["child"]
+            try:
+                process.communicate(b"{}\n", timeout=60)
+                assert select.select([replies], [], [], 60.0)[0] and replies.read() == ""
+            finally:
+                os.kill(child, signal.SIGKILL)
+
+
+def test_reasons_are_found_in_logs() -> None:
+    log = """Loading
+(EngineCore pid=12) ERROR 11-30 15:13:35 [core.py:953] Traceback (most recent call last):
+(EngineCore pid=12) ERROR 11-30 15:13:35 [core.py:953]     raise ValueError(text)
+(EngineCore pid=12) ERROR 11-30 15:13:35 [core.py:953] torch.OutOfMemoryError: CUDA out of memory
+pydantic_core._pydantic_core.ValidationError: 1 validation error for VllmConfig
+  Value error, no kernels here [type=value_error, input_value=1, input_type=int]
+    For further information visit the documentation
+"""
+    found = programs.reasons(log + log)
+    assert [line.partition(":")[0].partition(",")[0] for line in found] == [
+        "torch.OutOfMemoryError",
+        "pydantic_core._pydantic_core.ValidationError",
+        "Value error",
+    ]
+
+
+def test_a_floor_is_by_the_rate_of_enough_rows() -> None:
+    rates = {"bandwidth": 1e30, "gemm": {"32": {"rate": 1.0}, "256": {"rate": 8.0}}}
+    rates["gemm"]["64"] = {"rate": 2.0}
+    cost = ceilings.StepCost(linear=16.0, attention=8.0, weight_bytes=1.0, cache_bytes=1.0)
+    for rows, linear in ((16, 16.0), (32, 16.0), (33, 8.0), (96, 2.0), (4096, 2.0)):
+        floor = ceilings.floor_of(cost, rows, rates)
+        # Attention's products are others than the rows': the best rate of all.
+        assert (floor.linear, floor.attention) == (linear, 1.0), rows
 
 
 def test_a_ceiling_is_the_best_that_was_reached() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +15,12 @@ import pytest
 
 from tests.scripts import EXAMPLES, load
 
-bounds, ceilings, bundle, checkpoints, cases, gpu_record, session, gpu = load(
+bounds, ceilings, bundle, checkpoints, cases = load(
+    EXAMPLES / "benchmarks", "bounds", "ceilings", "bundle", "checkpoints", "gpu_cases"
+)
+session, gpu, gpu_options, gpu_record, gpu_report, gpu_targets = load(
     EXAMPLES / "benchmarks",
-    *("bounds", "ceilings", "bundle", "checkpoints", "gpu_cases", "gpu_record", "session", "gpu"),
+    *("session", "gpu", "gpu_options", "gpu_record", "gpu_report", "gpu_targets"),
 )
 
 SHAPE = ceilings.ModelShape(width=8, kv_width=4, mlp=16, layers=3, vocab=32)
@@ -82,8 +86,12 @@ def test_passes_of_a_block(settings: dict[str, Any], passes: tuple[int, int]) ->
         ({"cache_policy": "dual"}, 8, 6 * 16),
         ({"cache_policy": "sparse"}, 8, 4 * 8),
         ({"cache_policy": "sparse", "delay_steps": 0, "eviction_delay": 1}, 8, 2 * 16 + 4 * 8),
-        # The second block's first step reads what the refresh kept, its others a block more.
-        ({"cache_policy": "sparse", "refresh_interval": 2}, 8, 2 * 8 + 8 + 3 * 12),
+        # Of what the refresh kept a whole block may be the second, which is not read from there;
+        # all its steps but the first read the finished block instead.
+        ({"cache_policy": "sparse", "refresh_interval": 2}, 8, 2 * 8 + 4 + 3 * 8),
+        # Three steps a block.
+        ({"cache_policy": "sparse", "steps": 6}, 6, 2 * 8),
+        ({"cache_policy": "sparse", "refresh_interval": 2, "steps": 6}, 6, 8 + 4 + 2 * 8),
     ],
 )
 @pytest.mark.parametrize("requests", [1, 3])
@@ -93,6 +101,25 @@ def test_roofline_by_bandwidth(
     """With arithmetic for nothing: weights in every pass, and the keys that are cached."""
     expected = num_passes * WEIGHT_BYTES + requests * cached * SLOT_BYTES
     assert run_of(1.0, math.inf, settings, requests).response == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"),
+    [
+        ({"cache_policy": "none"}, 6),
+        ({"cache_policy": "dual"}, 6),
+        ({"cache_policy": "sparse", "delay_steps": 0}, 6),
+        # The step that commits nothing fills the cache.
+        ({"cache_policy": "sparse"}, 8),
+        ({"cache_policy": "dual", "steps": 4}, 4),
+    ],
+)
+def test_dream_passes_over_a_step_that_commits_nothing(
+    settings: dict[str, Any], count: int
+) -> None:
+    settings = {"block_length": BLOCK, "keep_ratio": 0.5} | settings
+    passes = bounds.passes_of_response(settings, PROMPT, RESPONSE, "dream")
+    assert sum(one.count for one in passes) == count
 
 
 def operations(rows: int, last_rows: float, keys: int) -> float:
@@ -142,6 +169,7 @@ def test_a_pool_holds_what_it_was_made_for() -> None:
 
 def run_about(name: str = "NVIDIA H100 80GB HBM3", size: str = "public", **more: Any) -> dict:
     machine = {"name": name, "torch": "2", "python": "3"}
+    machine["capability"] = [8, 9] if name == "NVIDIA L4" else [9, 0]
     about = {"family": "llada", "size": size, "dtype": "bfloat16", "machine": machine}
     return about | {"command": "gpu.py", "started": "today", "ceilings": None} | more
 
@@ -161,7 +189,7 @@ def record(*measurements: Any, **more: Any) -> Any:
 
 
 def held(one: Any) -> dict[str, tuple[float | None, bool | None]]:
-    return {t.figure: (t.value, t.holds) for t in gpu_record.check_targets(one)}
+    return {t.figure: (t.value, t.holds) for t in gpu_targets.check_targets(one)}
 
 
 def test_targets() -> None:
@@ -197,20 +225,87 @@ def test_targets() -> None:
 
 @pytest.mark.parametrize("about", [{"name": "NVIDIA L4"}, {"size": "tiny"}])
 def test_only_the_card_and_the_model_of_the_targets_are_judged(about: dict[str, str]) -> None:
-    context = gpu_record.SCALES[about.get("size", "public")].short
+    context = cases.SCALES[about.get("size", "public")].short
     one = record(measurement("engine sparse", context, 1, 200.0))
     one.runs = [run_about(**about)]
-    targets = gpu_record.check_targets(one)
+    targets = gpu_targets.check_targets(one)
     assert [t.value for t in targets if t.value is not None] == [pytest.approx(200)]
     assert all(t.holds is None for t in targets)
-    text = gpu_record.markdown(one)
+    text = gpu_report.markdown(one)
     assert "not judged" in text and "**no**" not in text
 
 
+@pytest.mark.parametrize(
+    ("name", "judged"),
+    [
+        ("NVIDIA H100 80GB HBM3", True),
+        ("NVIDIA H200", False),
+        ("NVIDIA H100 PCIe", False),
+        ("NVIDIA H100 NVL", False),
+    ],
+)
+def test_rates_are_judged_on_one_card_and_all_else_on_its_kind(name: str, judged: bool) -> None:
+    steps = {"run": 0, "prompt": 1024, "requests": 1, "block_step": 6e-3, "weights": 5e-3}
+    one = record(
+        measurement("engine sparse", 1024, 1, 200.0),
+        measurement(f"engine {cases.FEWER_STEPS}", 1024, 32, 3000.0),
+        steps=[steps],
+    )
+    one.runs = [run_about(name, ceilings={"bandwidth": 3e12, "bandwidths": {}, "gemm": {}})]
+    rate, fewer, step = (t for t in gpu_targets.check_targets(one) if t.value is not None)
+    assert (rate.holds, step.holds) == (True if judged else None, True)
+    # What no target asks for stands beside them.
+    assert fewer.holds is None and "roofline allows 6,000" in fewer.note
+    assert "by the nominal bandwidth" in step.note and "the measured 3,000" in step.note
+
+
+@pytest.mark.parametrize(
+    ("floor", "why"),
+    [
+        (1.001, "faster than the roofline, so not what it was to be"),
+        (None, "no roofline was measured"),
+    ],
+)
+def test_what_the_roofline_does_not_bear_out_is_not_judged(floor: float | None, why: str) -> None:
+    fast = measurement("engine sparse", 1024, 1, 200.0)
+    sparse, none = (
+        measurement(f"engine {x}", 4096, 1, y) for x, y in (("sparse", 30), ("none", 1))
+    )
+    sparse.turn = none.turn = 2
+    for one in (fast, none):
+        one.notes["floor"] = floor and floor * min(one.seconds)
+    steps = {"run": 0, "prompt": 1024, "requests": 1, "block_step": 6e-3}
+    steps |= {"weights": floor and 5e-3, "block_step_floor": floor and 7e-3, "full_pass": 0.1}
+    found = record(fast, sparse, none, steps=[steps | {"full_pass_floor": floor}])
+    targets = [t for t in gpu_targets.check_targets(found) if t.value is not None]
+    assert len(targets) == (2 if floor is None else 3)
+    for target in targets:
+        assert target.holds is None and why in target.note
+    assert ("(impossible)" in gpu_report.markdown(found)) == (floor is not None)
+
+
+def test_of_several_figures_the_one_that_is_for_it_counts() -> None:
+    def one(rate: float, sweep: str = "contexts", run: int = 0, rounds: int = 3) -> Any:
+        found = measurement("engine sparse", 1024, 1, rate)
+        found.sweep, found.seconds = sweep, found.seconds * rounds
+        found.notes["run"] = run
+        return found
+
+    def value(*ones: Any) -> float | None:
+        several = record(*ones)
+        several.runs = [run_about(started="2026-01-01 10:00:00"), run_about(started="2026")]
+        return held(several)["LLaDA-8B, one request, context 1,024, sparse: tokens/s"][0]
+
+    # Beside the baseline, in fewer rounds, earlier.
+    for other in (one(9.0, sweep="baseline"), one(9.0, rounds=2), one(9.0, run=1)):
+        for several in ((one(5.0), other), (other, one(5.0))):
+            assert value(*several) == pytest.approx(5.0)
+
+
 def test_nothing_was_measured() -> None:
-    targets = gpu_record.check_targets(gpu_record.Record())
+    targets = gpu_targets.check_targets(gpu_record.Record())
     assert targets and all(t.value is None and t.holds is None for t in targets)
-    assert "not measured" in gpu_record.markdown(gpu_record.Record())
+    assert "not measured" in gpu_report.markdown(gpu_record.Record())
 
 
 def test_merge(tmp_path: Path) -> None:
@@ -223,10 +318,12 @@ def test_merge(tmp_path: Path) -> None:
         measurement("engine sparse", 1024, 1, 130.0), measurement("engine none", 1024, 1, 26.0)
     )
     second.runs = [run_about(command="gpu.py --again")]
-    files = []
+    records = []
     for number, one in enumerate((first, second)):
-        files.append(gpu_record.write(tmp_path / str(number), one)[0])
-    merged = gpu_record.merge(files)
+        records.append(gpu_record.read(gpu_report.write(tmp_path / str(number), one)[0]))
+    # The same one again is not counted twice.
+    records.append(gpu_record.read(tmp_path / "1" / "gpu.json"))
+    merged = gpu_record.merge(records)
     assert [run["command"] for run in merged.runs] == ["gpu.py", "gpu.py --again"]
     assert [one.notes["run"] for one in merged.measurements] == [0, 0, 1, 1]
     assert merged.skipped == first.skipped
@@ -242,7 +339,7 @@ def test_merge(tmp_path: Path) -> None:
         True,
     )
     # As it is written, so it is read.
-    again = gpu_record.merge([gpu_record.write(tmp_path / "merged", merged)[0]])
+    again = gpu_record.read(gpu_report.write(tmp_path / "merged", merged)[0])
     assert again.as_json() == merged.as_json()
 
 
@@ -277,6 +374,59 @@ def test_steps_are_told_apart_by_their_number() -> None:
     assert times["weights"] == pytest.approx(WEIGHT_BYTES / 1e12)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--groups all", "--groups: must be of contexts, .*, memory, got all"),
+        ("--groups batches --batches 1", "--batches: for --groups batches one must be above 1"),
+        ("--batches 8,0", "--batches: must be at least 1, got 0"),
+        ("--contexts 1024,-5", "--contexts: must be at least 1, got -5"),
+        ("--contenders lru", "--contenders: must be of sparse, .* got lru"),
+        ("--repeats 0", "--repeats: must be at least 1, got 0"),
+        ("--vanilla-steps -3", "--vanilla-steps: must be at least 0, got -3"),
+        ("--budget -1", "--budget: must be a number above 0, got -1"),
+        ("--ceilings long", "--ceilings: must be a number above 0, got long"),
+        ("--kv-cache-gib nan", "--kv-cache-gib: must be a number above 0, got nan"),
+        ("--attention-backend fa4", "--attention-backend: invalid choice: 'fa4'"),
+        ("--options [1]", r"--options: must be a JSON object .* got \[1\]"),
+        ("--merge nowhere.json", "--merge: must be gpu.json files .* got nowhere.json: No such"),
+        ("--output {full}", "--output: must be a folder without results, and .* has a gpu.json"),
+        ("--merge {full}/gpu.json", "--merge: must be gpu.json files .* JSONDecodeError"),
+        ("--output {full}/gpu.json", "--output: must be a folder, got the file"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_starts(
+    options: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "gpu.json").write_text("{", encoding="utf-8")
+    with pytest.raises(SystemExit) as ended:
+        gpu_options.parse_arguments("", options.format(full=tmp_path).split())
+    assert ended.value.code == 2
+    (last,) = capsys.readouterr().err.splitlines()[-1:]
+    assert re.search(message, last), last
+
+
+def test_the_last_output_counts(tmp_path: Path) -> None:
+    """The archive's script names one before the user does."""
+    (tmp_path / "gpu.json").write_text("{", encoding="utf-8")
+    line = ["--device", "cpu", "--output", str(tmp_path), "--output", str(tmp_path / "new")]
+    assert gpu_options.parse_arguments("", line).output == tmp_path / "new"
+
+
+def test_own_options_leave_the_others_as_they_are(tmp_path: Path) -> None:
+    own = {"additional_config": {"sparse_dllm": {"delay_steps": 0}}, "block_size": 64}
+    own["compilation_config"] = {"mode": 0}
+    line = ["--device", "cpu", "--output", str(tmp_path), "--options", json.dumps(own)]
+    line += ["--native-ops", "--attention-backend", "triton"]
+    options = gpu_options.engine_options(gpu_options.parse_arguments("", line), 16)
+    assert options["additional_config"]["sparse_dllm"] == {
+        "attention_backend": "triton",
+        "delay_steps": 0,
+    }
+    assert options["compilation_config"] == {"custom_ops": ["none"], "mode": 0}
+    assert options["block_size"] == 64 and options["load_format"] == "dummy"
+
+
 def test_names_of_a_machine(tmp_path: Path) -> None:
     file = tmp_path / "present.txt"
     file.write_text("Torch, pydantic_core\nregex\n", encoding="utf-8")
@@ -297,6 +447,28 @@ def test_what_travels_is_installed_and_needed() -> None:
         assert bundle.installed_files(name), name
     with pytest.raises(bundle.BundleError, match="no-such-package is not installed"):
         bundle.installed_files("no-such-package")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--python banana", "--python: must be 3.11 or newer, as 3.12, got banana"),
+        ("--python 3.9", "--python: must be 3.11 or newer"),
+        ("--output x.tgz", "--output: must end in one of .tar.xz, .tar.gz, .tar.bz2, .tar, got"),
+        ("--present nowhere", "--present: must be a file of names, got nowhere: No such file"),
+    ],
+)
+def test_bad_options_of_the_archive(
+    options: str,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["bundle.py", *options.split()])
+    with pytest.raises(SystemExit):
+        bundle.main()
+    (last,) = capsys.readouterr().err.splitlines()[-1:]
+    assert re.search(message, last), last
 
 
 def test_run_script_is_valid() -> None:
