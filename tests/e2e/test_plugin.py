@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+import gc
+import gzip
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -477,6 +480,55 @@ def test_bfloat16(tmp_path: Path, family: str) -> None:
         assert generate(llm, [PROMPT] * 4, params) == first
 
 
+@pytest.mark.parametrize(("family", "dtype"), [("llada", "float32"), ("dream", "bfloat16")])
+def test_weights_are_loaded_anew(tmp_path: Path, family: str, dtype: str) -> None:
+    """In their places, from where it is asked."""
+    paths = [write_checkpoint(tmp_path / str(n), family, **SMALL, seed=n) for n in range(2)]
+    expected = []
+    for path in paths:
+        with running_engine(str(path), dtype=dtype) as llm:
+            expected += generate(llm, [PROMPT], [sampling(12)])
+    assert expected[0] != expected[1]
+    with running_engine(str(paths[0]), dtype=dtype) as llm:
+        for number in (0, 1, 0):
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": str(paths[number])})
+            assert generate(llm, [PROMPT], [sampling(12)]) == [expected[number]]
+
+
+def test_memory_is_free_when_an_engine_has_ended(llada: Path) -> None:
+    """Though `LLM` is still there."""
+    with running_engine(str(llada)) as llm:
+        generate(llm, [PROMPT], [sampling(4)])
+        runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
+        held = [runner.model, runner.model.rotary, runner.backend, *runner.kv_caches]
+        held += [runner.model.layers[0].self_attn]
+        references = [weakref.ref(one) for one in held]
+        del held, runner
+        llm.llm_engine.engine_core.shutdown()
+        gc.collect()
+        assert [one() for one in references] == [None] * len(references)
+
+
+def test_a_profile_has_the_steps(llada: Path, tmp_path: Path) -> None:
+    """vLLM's profiler sees each step, and stops after as many as it was told."""
+    options = {
+        "profiler": "torch",
+        "torch_profiler_dir": str(tmp_path),
+        "torch_profiler_with_stack": False,
+        "max_iterations": 3,
+    }
+    with running_engine(str(llada), profiler_config=options) as llm:
+        llm.start_profile()
+        expected = [reference(load(llada), PROMPT, 12)]
+        assert generate(llm, [PROMPT], [sampling(12)]) == expected
+        llm.stop_profile()
+    (trace,) = tmp_path.glob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(trace.read_bytes()))["traceEvents"]
+    names = [event.get("name", "") for event in events]
+    steps = [name for name in names if name.startswith("execute_")]
+    assert 0 < len(steps) <= 3
+
+
 def test_config_class_is_ours_without_remote_code(llada: Path, dream: Path) -> None:
     for model in (llada, dream):
         config = config_of(model)
@@ -650,6 +702,9 @@ def test_dream_chats(dream_with_tokenizer: Path) -> None:
         ({"kv_cache_dtype": "fp8"}, "kv_cache_dtype"),
         ({"kv_cache_dtype": "bfloat16"}, "kv_cache_dtype"),
         ({"kv_offloading_size": 1.0}, "kv_offloading_size"),
+        ({"cpu_offload_gb": 1.0}, "cpu_offload_gb"),
+        ({"weight_transfer_config": {"backend": "ipc"}}, "weight_transfer_config"),
+        ({"offload_group_size": 2}, "offload_group_size"),
         ({"runner": "pooling"}, "runner"),
         ({"attention_backend": "FLASH_ATTN"}, "attention_backend must be auto"),
         ({"attention_config": {"flash_attn_version": 2}}, "attention_config.flash_attn_version"),

@@ -27,7 +27,9 @@ from vllm_sparse_dllm.engine import profiling
 from vllm_sparse_dllm.engine import runner as runner_module
 from vllm_sparse_dllm.engine.profiling import graph_bytes
 
-VOCAB, LAYERS, CONTEXT, BUDGET, BLOCK = 320, 2, 200, 512, 16
+VOCAB, LAYERS, CONTEXT, BUDGET, BLOCK = 320, 3, 200, 512, 16
+#: Layers that run: the first and the last.
+PROFILED = 2
 
 
 @pytest.fixture(scope="module", params=["llada", "dream"])
@@ -84,6 +86,16 @@ def test_what_is_profiled(engine: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
         if task.selection is not None:
             filled.append(int(task.num_kept[self.layer_index]))
 
+    run_model = runner._run_model
+    plans: list[int] = []
+
+    def noted_run(input_ids: Any, positions: Any, plan: Any) -> Any:
+        if plan.evictions:
+            plans.append(len({id(plan.cached.plan_of(layer)) for layer in range(LAYERS)}))
+        return run_model(input_ids, positions, plan)
+
+    monkeypatch.setattr(runner, "_run_model", noted_run)
+
     def noted_evict(self: Any, q: Any, k: Any, task: Any, backend: Any) -> None:
         evict(self, q, k, task, backend)
         evicted.append(int(task.num_kept[self.layer_index]))
@@ -116,9 +128,11 @@ def test_what_is_profiled(engine: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     assert passes == [1] + own + [most, 2 * CONTEXT, most] * guided
     # Everything that a context has outside its block is kept, and read back.
     assert max(filled) == max(moved) == max(evicted) == CONTEXT - BLOCK
-    assert len(evicted) == LAYERS * (num_saliencies + 2 * guided)
+    assert len(evicted) == PROFILED * (num_saliencies + 2 * guided)
     assert min(evicted) == CONTEXT - BLOCK
-    assert saliency.sizes.count(CONTEXT - BLOCK) >= 2 * LAYERS
+    # One plan for all layers, as in a step of requests.
+    assert plans == [1] * (num_saliencies + guided)
+    assert saliency.sizes.count(CONTEXT - BLOCK) >= 2 * PROFILED
     # As many logits as there may be, with as many unconditional ones, once more for their
     # log-probabilities.
     assert logits[-2 * (1 + guided) :] == [40] * 2 * (1 + guided)

@@ -115,11 +115,10 @@ def test_the_worker_captures_what_is_wanted(
 ) -> None:
     captured: list[Any] = []
 
-    @contextmanager
-    def profiler() -> Iterator[Any]:
-        yield SimpleNamespace(consumed_memory=1 << 30)
-
-    monkeypatch.setattr(worker, "DeviceMemoryProfiler", profiler)
+    free = iter([3 << 30, 1 << 30])
+    logged: list[str] = []
+    monkeypatch.setattr(worker, "_free_memory", lambda: next(free))
+    monkeypatch.setattr(worker.logger, "info", lambda text, *args: logged.append(text % args))
     monkeypatch.setattr(worker, "CudaCapture", lambda device: ("capture", device))
     monkeypatch.setattr(worker, "set_random_seed", lambda seed: captured.append(seed))
     own = object.__new__(DiffusionGPUWorker)
@@ -128,3 +127,6 @@ def test_the_worker_captures_what_is_wanted(
     own.model_runner = SimpleNamespace(graph_sizes=sizes, capture_graphs=captured.append)
     assert own.compile_or_warm_up_model().encoder == 0.0
     assert captured == [("capture", own.device), 5][0 if sizes else 1 :]
+    assert len(logged) == bool(sizes)
+    assert all(line.startswith("Captured block steps of 1, 2 sequences") for line in logged)
+    assert all(line.endswith("they take 2.00 GiB") for line in logged)

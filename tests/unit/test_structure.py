@@ -82,7 +82,10 @@ WALLS: dict[str, tuple[str, ...]] = {
         "numpy",
         *own("attention", "denoise.rules", "denoise.sampling", "denoise.step"),
         *own("engine.runner", "engine.batch", "engine.requests", "engine.worker"),
+        *own("engine.cpu_worker"),
     ),
+    # Of a GPU: vLLM's CPU worker replaces what `torch.cuda` has.
+    "engine/worker.py": ("vllm.v1.worker.cpu_worker", *own("engine.cpu_worker")),
     # Plain data, which every process reads.
     "engine/figures.py": ("torch", "numpy", "vllm", *own("models", "attention", "cache")),
     "engine/trace.py": ("torch", "vllm", *own("models", "attention", "cache", "denoise")),

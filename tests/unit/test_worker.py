@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a worker tells vLLM of itself."""
+"""What vLLM's workers ask of ours, and what comes with importing them."""
 
 from __future__ import annotations
 
+import ast
+import inspect
 import socket
+import subprocess
+import sys
 
 import pytest
+from vllm.v1.worker.gpu_worker import Worker
 
-from vllm_sparse_dllm.engine.worker import shared_memory_name
+from vllm_sparse_dllm.engine.cpu_worker import shared_memory_name
+from vllm_sparse_dllm.engine.runner import DiffusionModelRunner
+from vllm_sparse_dllm.engine.worker import DiffusionGPUWorker
 
 
 @pytest.mark.parametrize(
@@ -28,3 +35,88 @@ def test_memory_is_shared_by_the_ranks_of_a_machine(
     assert names == [f"{place}-a", f"{place}-a", f"{place}-b"]
     # The name of a file in /dev/shm.
     assert not any("/" in name for name in names)
+
+
+IMPORTED = """
+import importlib
+import torch
+import vllm.utils.torch_utils  # which has a `set_stream` of its own on every device
+
+def functions():
+    owners = (torch.cuda, torch.accelerator, torch.Tensor)
+    names = ("Stream", "Event", "stream", "current_stream", "set_stream", "synchronize")
+    names += ("empty_cache", "get_memory_info", "pin_memory", "record_stream")
+    found = [getattr(owner, name, None) for owner in owners for name in names]
+    return [*found, torch.Event]
+
+before = functions()
+import vllm_sparse_dllm.plugin
+from vllm_sparse_dllm.engine.config import _SCHEDULER, _WORKERS
+for path in (_WORKERS["{device}"], _SCHEDULER):
+    module, _, name = path.rpartition(".")
+    assert getattr(importlib.import_module(module), name)
+print("changed" if functions() != before else "the same")
+"""
+
+
+@pytest.mark.parametrize(("device", "found"), [("cuda", "the same"), ("cpu", "changed")])
+def test_the_gpu_worker_leaves_pytorch_alone(device: str, found: str) -> None:
+    """vLLM's CPU worker puts stand-ins in the places of streams, events and memory figures."""
+    program = IMPORTED.replace("{device}", device)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split("\n")[-2] == found
+
+
+#: What vLLM's worker would ask of a runner, and never does of ours.
+NEVER_ASKED = {
+    # Adapters, and vLLM's second runner, are refused.
+    *("add_lora", "remove_lora", "list_loras", "pin_lora"),
+    # Nor are weights that come piece by piece.
+    "reset_lora_state",
+    *("needs_cudagraph_capture", "sample_tokens"),
+    # vLLM's own CUDA graphs, drafts and encoders: switched off, or there are none.
+    *("profile_cudagraph_memory", "take_draft_token_ids", "get_encoder_timing_stats"),
+    # Only if it is there.
+    "_init_kv_zero_meta",
+}
+
+
+def is_of_the_runner(node: ast.expr) -> bool:
+    """Return whether an expression is an attribute of ``model_runner``."""
+    owner = getattr(node, "value", None)
+    return "model_runner" in (getattr(owner, "attr", None), getattr(owner, "id", None))
+
+
+def test_the_runner_has_what_vllm_asks_for() -> None:
+    """All that those methods of vLLM's worker which are not ours read of `model_runner`."""
+    tree = ast.parse(inspect.getsource(Worker))
+    (worker,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
+    nodes = [
+        node
+        for method in worker.body
+        if isinstance(method, ast.FunctionDef)
+        and getattr(DiffusionGPUWorker, method.name) is getattr(Worker, method.name)
+        for node in ast.walk(method)
+    ]
+    asked = {n.attr for n in nodes if isinstance(n, ast.Attribute) and is_of_the_runner(n)}
+    own = set(dir(DiffusionModelRunner)) | set(DiffusionModelRunner.__annotations__)
+    own |= {
+        node.attr
+        for node in ast.walk(ast.parse(inspect.getsource(DiffusionModelRunner.__init__).lstrip()))
+        if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
+    }
+    # A new one of vLLM's has to be looked at.
+    assert asked - own == NEVER_ASKED
+
+    bound = set()
+    for call in (node for node in nodes if isinstance(node, ast.Call)):
+        name = getattr(call.func, "attr", "")
+        method = getattr(DiffusionModelRunner, name, None)
+        if method is not None and is_of_the_runner(call.func):
+            given = [one for one in call.args if not isinstance(one, ast.Starred)]
+            named = {one.arg: one.value for one in call.keywords if one.arg is not None}
+            inspect.signature(method).bind(None, *given, **named)
+            bound.add(name)
+    assert bound >= {"load_model", "profile_run", "initialize_kv_cache", "_dummy_run"}

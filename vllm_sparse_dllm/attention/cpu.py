@@ -20,6 +20,7 @@ from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend, _get_attn_i
 from vllm_sparse_dllm.attention.cpu_rows import RowAttention, RowPlan
 from vllm_sparse_dllm.attention.cpu_tiles import why_not_pages_on_cpu
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
+from vllm_sparse_dllm.kernels import dtype_name
 from vllm_sparse_dllm.transfer import HostArrays
 
 
@@ -81,7 +82,7 @@ class CPUBackend(AttentionBackend):
         if shape.head_size not in head_sizes:
             return f"its head sizes are {', '.join(map(str, head_sizes))}, got {shape.head_size}"
         if dtype not in CPUAttentionBackend.supported_dtypes:
-            return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
+            return f"it has no kernels for {dtype_name(dtype)}"
         return None
 
     def _zeros(self, num_pages: int) -> torch.Tensor:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from vllm_sparse_dllm.attention.interface import AttentionBackend
+from vllm_sparse_dllm.kernels import dtype_name
 
 
 class SlotBackend(AttentionBackend):
@@ -53,5 +54,5 @@ def why_not_half_on_cuda(dtype: torch.dtype, device: torch.device) -> str | None
     if device.type != "cuda":
         return f"it runs on CUDA devices only, not on {device.type!r}"
     if dtype not in (torch.float16, torch.bfloat16):
-        return f"its dtypes are float16 and bfloat16, got {str(dtype).removeprefix('torch.')}"
+        return f"its dtypes are float16 and bfloat16, got {dtype_name(dtype)}"
     return None

@@ -19,7 +19,7 @@ from vllm_sparse_dllm.attention.packing import (
     starts_of,
 )
 from vllm_sparse_dllm.attention.slots import SlotBackend
-from vllm_sparse_dllm.kernels import interpreted, why_unavailable
+from vllm_sparse_dllm.kernels import dtype_name, interpreted, why_unavailable
 from vllm_sparse_dllm.kernels.plain import SelectionKernels
 from vllm_sparse_dllm.transfer import HostArrays
 
@@ -89,7 +89,7 @@ class TritonBackend(SlotBackend):
         cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> str | None:
         if dtype not in _DTYPES:
-            return f"it has no kernels for {str(dtype).removeprefix('torch.')}"
+            return f"it has no kernels for {dtype_name(dtype)}"
         if shape.head_size > _MOST_CHANNELS:
             return f"its head sizes are at most {_MOST_CHANNELS}, got {shape.head_size}"
         return why_unavailable(device)

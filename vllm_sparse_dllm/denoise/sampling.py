@@ -168,7 +168,9 @@ def restrict(logits: torch.Tensor, top_p: float, top_k: int, min_p: float = 0.0)
         logits = logits.masked_fill(probabilities < least, -torch.inf)
     if top_p < 1:
         ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-        reached = torch.softmax(ordered, dim=-1).cumsum(dim=-1)
+        # CUDA's scan of a single row is not deterministic; that of several rows is.
+        rows = ordered if ordered.shape[0] != 1 else ordered.expand(2, -1)
+        reached = torch.softmax(rows, dim=-1).cumsum(dim=-1)[: ordered.shape[0]]
         before = torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], dim=-1)
         removed = torch.zeros_like(logits, dtype=torch.bool)
         removed.scatter_(-1, order, before > top_p)

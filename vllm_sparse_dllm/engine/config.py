@@ -16,7 +16,7 @@ from vllm.platforms import current_platform
 from vllm_sparse_dllm.engine import cpu_cores
 from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
 from vllm_sparse_dllm.engine.waiting import wait_shortly, waiting_of
-from vllm_sparse_dllm.kernels import native
+from vllm_sparse_dllm.kernels import dtype_name, native
 from vllm_sparse_dllm.models.configs import check_config
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
 from vllm_sparse_dllm.settings import ATTENTION_BACKENDS, CONFIG_KEY, EngineSettings
@@ -28,7 +28,7 @@ logger = init_logger(__name__)
 
 _SCHEDULER = "vllm_sparse_dllm.engine.scheduler.DiffusionScheduler"
 _WORKERS = {
-    "cpu": "vllm_sparse_dllm.engine.worker.DiffusionCPUWorker",
+    "cpu": "vllm_sparse_dllm.engine.cpu_worker.DiffusionCPUWorker",
     "cuda": "vllm_sparse_dllm.engine.worker.DiffusionGPUWorker",
 }
 #: The smallest page that vLLM's CPU attention kernel runs at full speed.
@@ -146,7 +146,8 @@ def _refuse(vllm_config: VllmConfig) -> None:
         vllm_config.parallel_config,
     )
     attention = vllm_config.attention_config
-    dtype = str(model.dtype).removeprefix("torch.")
+    assert isinstance(model.dtype, torch.dtype)
+    dtype = dtype_name(model.dtype)
     options: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
         ("runner", model.runner_type, ("generate",)),
         ("pipeline_parallel_size", parallel.pipeline_parallel_size, (1,)),
@@ -156,6 +157,9 @@ def _refuse(vllm_config: VllmConfig) -> None:
         ("enable_lora", vllm_config.lora_config is not None, (False,)),
         ("kv_transfer_config", vllm_config.kv_transfer_config, (None,)),
         ("kv_offloading_size", cache.kv_offloading_size, (None,)),
+        ("weight_transfer_config", vllm_config.weight_transfer_config, (None,)),
+        ("cpu_offload_gb", vllm_config.offload_config.uva.cpu_offload_gb, (0,)),
+        ("offload_group_size", vllm_config.offload_config.prefetch.offload_group_size, (0,)),
         ("kv_cache_dtype", cache.cache_dtype, ("auto", dtype)),
         ("logprobs_mode", model.logprobs_mode, ("raw_logprobs",)),
         ("logits_processors", model.logits_processors, (None, [])),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
 from vllm.sampling_params import SamplingParams
 
 from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
@@ -44,12 +45,18 @@ def profile_steps(runner: DiffusionModelRunner) -> None:
     time, in the costliest way. Meanwhile as much memory is held as captured graphs will take.
 
     A pass of a single token goes before them: what `torch.compile` compiles for any number of
-    rows it compiles once more for one, and no request is to wait for that.
+    rows it compiles once more for one, and no request is to wait for that. The same goes for the
+    kernels that follow the logits, of either dtype.
+
+    Of the layers only the first and the last run: those between take no more memory than the
+    first, and a pass of 131,072 tokens through all of them would take a fast card a quarter of a
+    minute, by arithmetic.
     """
     run_full_pass(runner, 1)
+    _prepare_confidences(runner)
     budget = runner.vllm_config.scheduler_config.max_num_batched_tokens
     graphs = torch.empty(graph_bytes(runner), dtype=torch.uint8, device=runner.device)
-    with _one_page(runner):
+    with _one_page(runner), _two_layers(runner):
         for saliency in SALIENCIES:
             _refresh_and_evict(runner, budget, saliency, cfg_scale=0.0)
         if runner.traits.supports_guidance:
@@ -94,6 +101,32 @@ def _one_page(runner: DiffusionModelRunner) -> Iterator[None]:
         runner.backend.bind_pages(runner.kv_caches)
 
 
+@contextmanager
+def _two_layers(runner: DiffusionModelRunner) -> Iterator[None]:
+    """Have a pass run the first and the last layer alone, unless others may differ from them."""
+    model, layers = runner.model, runner.model.layers
+    if runner.vllm_config.quant_config is None:
+        model.layers = nn.ModuleList([layers[0], *layers[1:][-1:]])
+    try:
+        yield
+    finally:
+        model.layers = layers
+
+
+def _prepare_confidences(runner: DiffusionModelRunner) -> None:
+    """Launch the device's own kernels for confidences on each dtype that logits may have."""
+    if runner.greedy is None:
+        return
+    size, device = runner.model.shape.hidden_size, runner.device
+    hidden = torch.zeros(2, size, dtype=runner.dtype, device=device)
+    own = runner._head(hidden, torch.arange(2, device=device))
+    for logits in (own, own.float()):
+        distribution = runner.greedy(logits, runner.traits.mask_token_id)
+        for rule in RULES.values():
+            if rule.confidence is not None:
+                rule.confidence(distribution)
+
+
 def _refresh_and_evict(
     runner: DiffusionModelRunner, budget: int, saliency: str, cfg_scale: float
 ) -> None:
@@ -114,6 +147,9 @@ def _refresh_and_evict(
     evicted = refreshed(budget, eviction_delay=1)[0]
     runner.run_step([evicted], [evicted.next_step()])
     evicted.commit(_NOTHING, _NOTHING, None)
+    for sequence in evicted.sequences:
+        # Layers that did not run hold what the others do.
+        sequence.num_kept[:] = sequence.num_kept[0]
     step = evicted.next_step()
     assert step.kind is StepKind.EVICT
     num_tokens = len(evicted.sequences) * (step.queries[1] - step.queries[0])

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,12 +15,15 @@ from torch import nn
 from vllm.config import VllmConfig
 from vllm.forward_context import set_forward_context
 from vllm.logger import init_logger
+from vllm.model_executor.layers.rotary_embedding import _ROPE_DICT
 from vllm.model_executor.model_loader import get_model
+from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.outputs import LogprobsLists
+from vllm.v1.worker.workspace import reset_workspace_manager
 
 from vllm_sparse_dllm.attention.backends import make_backend
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
@@ -149,9 +153,43 @@ class DiffusionModelRunner:
         # Captured ones would write to the pages of before.
         self.graphs = None
 
+    def get_draft_model(self) -> None:
+        """Return None: there is no draft model."""
+
+    def reload_weights(
+        self,
+        weights_iterator: Iterable[tuple[str, torch.Tensor]] | None = None,
+        weights_path: str | None = None,
+        is_checkpoint_format: bool = True,
+    ) -> None:
+        """Load the weights anew, in their places, as vLLM's own runner does.
+
+        Args:
+            weights_iterator: Names and weights, all that a checkpoint has; None for a file's.
+            weights_path: Of that checkpoint, None for the model's own.
+            is_checkpoint_format: Whether they are as in a checkpoint, or as the layers have them.
+
+        Raises:
+            ValueError: If some are missing; the model is of no use then.
+        """
+        reload_weights(
+            self.vllm_config,
+            self.model,
+            weights_iterator=weights_iterator,
+            weights_path=weights_path,
+            is_checkpoint_format=is_checkpoint_format,
+        )
+
     def shutdown(self) -> None:
-        """Forget all requests; the worker releases the rest."""
+        """Forget all requests, and let go of what holds the device's memory."""
         self.requests.clear()
+        self.graphs = None
+        self.kv_caches = []
+        for name in ("backend", "model"):
+            self.__dict__.pop(name, None)
+        # What vLLM keeps for the next model of this process: tables of angles, work spaces.
+        _ROPE_DICT.clear()
+        reset_workspace_manager()
 
     def update_max_model_len(self, max_model_len: int) -> None:
         self.model_config.max_model_len = max_model_len

@@ -15,6 +15,11 @@ from importlib.util import find_spec
 import torch
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return a dtype's name as configurations have it, such as ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def interpreted() -> bool:
     """Return whether Triton's interpreter is asked for."""
     return os.environ.get("TRITON_INTERPRET") == "1"

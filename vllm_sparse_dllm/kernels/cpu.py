@@ -13,7 +13,7 @@ from functools import cache
 
 import torch
 
-from vllm_sparse_dllm.kernels import native
+from vllm_sparse_dllm.kernels import dtype_name, native
 
 _POINTER, _SIZE = ctypes.c_void_p, ctypes.c_int64
 _ROWS = (_POINTER, _SIZE)
@@ -274,7 +274,7 @@ def kernels_for(x: torch.Tensor, width: int, multiple: int) -> CPUKernels | None
 def why_no_cpu_kernels(dtype: torch.dtype) -> str | None:
     """Return what keeps `cpu_kernels`, or attention's among them, from being had; else None."""
     if dtype != torch.bfloat16:
-        return f"they are of bfloat16, not {str(dtype).removeprefix('torch.')}"
+        return f"they are of bfloat16, not {dtype_name(dtype)}"
     library = native.load()
     if isinstance(library, str):
         return library

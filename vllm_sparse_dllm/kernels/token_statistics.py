@@ -108,7 +108,9 @@ def join_pieces_kernel(
     )
 
 
-@triton.jit
+# `first` and `total` are rows of one tensor, `rows` lies among other arrays: their alignment
+# varies from step to step, and each would be compiled anew.
+@triton.jit(do_not_specialize_on_alignment=["rows", "first", "total"])
 def entropy_kernel(
     logits,
     rows,

@@ -361,7 +361,7 @@ class DiffusionDecoder(nn.Module):
         hidden = self.embed_tokens(input_ids)
         residual: torch.Tensor | None = None
         for index, layer in enumerate(self.layers):
-            last = index == self.shape.num_layers - 1
+            last = index == len(self.layers) - 1
             hidden, residual = layer(positions, hidden, residual, self.rotary, plan, last)
         assert residual is not None
         hidden, _ = self.norm.add_norm(hidden, residual)

@@ -1,35 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA worker with its tensors on a CPU: all that differs is where they are."""
+"""The CUDA worker, on a device that `apart` pretends."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
-from vllm.utils.torch_utils import set_random_seed
-from vllm.v1.worker.gpu_worker import init_worker_distributed_environment
+from apart import Captured, apart, move
+from vllm.v1.worker import gpu_worker
 
+from vllm_sparse_dllm.engine import runner, worker
 from vllm_sparse_dllm.engine.worker import DiffusionGPUWorker
+
+MEMORY = 8 << 30
+#: What asks the card.
+ANSWERS: dict[str, Any] = {
+    "device_count": 1,
+    "set_device_index": None,
+    "synchronize": None,
+    "empty_cache": None,
+    "empty_host_cache": None,
+    "get_memory_info": (MEMORY, MEMORY),
+    "memory_stats": {},
+    "memory_reserved": 0,
+    "max_memory_allocated": MEMORY // 2,
+    "reset_peak_memory_stats": None,
+}
+
+
+def answering(answer: Any) -> Callable[..., Any]:
+    return lambda *args, **kwargs: answer
 
 
 class PretendedWorker(DiffusionGPUWorker):
-    """As vLLM's `Worker.init_device` does, less what asks the card."""
+    """Does all that vLLM's `Worker` does, but where it asks the card."""
 
     def init_device(self) -> None:
-        self.device = torch.device("cpu")
-        # The model is made there.
-        self.device_config.device = self.device
-        torch.accelerator.max_memory_allocated = lambda device=None: 0  # type: ignore[assignment]
-        init_worker_distributed_environment(
-            self.vllm_config, self.rank, self.distributed_init_method, self.local_rank, "gloo"
-        )
-        set_random_seed(self.model_config.seed)
-        self.model_runner = self._make_model_runner()
+        # It would put stand-ins in the places of streams and memory figures, for a real card too.
+        assert "vllm.v1.worker.cpu_worker" not in sys.modules
+        for owner in (torch.accelerator, torch.cuda):
+            for name, answer in ANSWERS.items():
+                if hasattr(owner, name):
+                    setattr(owner, name, answering(answer))
+        # Profiling samples from as many logits as there may be, in Triton's interpreter.
+        runner._MAX_LOGITS = 1 << 13
+        connect = gpu_worker.init_worker_distributed_environment
+        gpu_worker.init_worker_distributed_environment = lambda *args: connect(*args[:-1], "gloo")
+        self.captured = Captured()
+        worker.CudaCapture = answering(self.captured)  # type: ignore[misc, assignment]
+        self._device = ExitStack()
+        self._device.enter_context(apart())
+        super().init_device()
+
+    def load_model(self, *args: Any, **kwargs: Any) -> None:
+        # Made on the host, as vLLM's parameters are none of our tensors, and moved.
+        there, self.device_config.device = self.device_config.device, torch.device("cpu")
+        super().load_model(*args, **kwargs)
+        self.device_config.device = there
+        move(self.model_runner.model)
+
+    def determine_available_memory(self) -> int:
+        # First as where nobody says how much: what is left of the card.
+        cache = self.cache_config
+        said, cache.kv_cache_memory_bytes = cache.kv_cache_memory_bytes, None
+        assert 0 < super().determine_available_memory() < MEMORY
+        cache.kv_cache_memory_bytes = said
+        return super().determine_available_memory()
+
+    def execute_model(self, scheduler_output: Any) -> Any:
+        before = self.captured.num_replayed
+        output = super().execute_model(scheduler_output)
+        if self.captured.num_replayed > before:
+            # At once: vLLM may kill this process when it has no more to do.
+            print(f"replayed {self.captured.num_replayed} steps", flush=True)
+        return output
 
     def _scoped_allocator_max_split(self, max_split_size_mb: int) -> AbstractContextManager[Any]:
         return nullcontext()
-
-    def determine_available_memory(self) -> int:
-        # Without the largest step, which takes Triton's interpreter minutes.
-        return self.cache_config.kv_cache_memory_bytes
