@@ -26,6 +26,7 @@ from tests.e2e.cases import (
     constrained_cases,
     drawn_cases,
     greedy_cases,
+    plain_cases,
     saliency_cases,
 )
 from tests.e2e.pretended.apart import CUDA, Apart, Captured, apart, move
@@ -36,15 +37,6 @@ from vllm_sparse_dllm.engine import runner as runner_module
 from vllm_sparse_dllm.engine.cpu_worker import DiffusionCPUWorker
 
 PAGE, BLOCK, CONTEXT = 16, 8, 200
-GREEDY: list[dict[str, Any]] = [
-    {"cache_policy": "none", "steps": 8},
-    {"cache_policy": "prefix", "threshold": 0.3},
-    {"cache_policy": "dual", "factor": 1.0},
-    {"keep_ratio": 0.5},
-    {"keep_ratio": 0.3, "delay_steps": 0, "eviction_delay": 2, "remasking": "entropy"},
-    {"saliency": "window", "remasking": "topk_margin"},
-    {"saliency": "attention", "keep_ratio": 0.4},
-]
 
 
 class ApartWorker(DiffusionCPUWorker):
@@ -148,7 +140,7 @@ def main(folder: Path, backend: str) -> int:
 
 def plain_steps(llm: LLM, device: Apart) -> str:
     """Return in how many steps greedy requests of all policies ran, and what went to and fro."""
-    cases = [Case([7 + i] * 60, 24, {"block_length": BLOCK, **o}) for i, o in enumerate(GREEDY)]
+    cases = plain_cases(BLOCK)
     params = [case.sampling() for case in cases]
     # The first round may be larger than any before it.
     generate(llm, [case.prompt for case in cases], params)

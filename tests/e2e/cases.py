@@ -132,6 +132,23 @@ def greedy_cases(seed: int, vocab: int) -> list[Case]:
     return cases
 
 
+def plain_cases(block_length: int) -> list[Case]:
+    """Return greedy cases of all policies, each of whose steps is a copy there and one back."""
+    options: list[dict[str, Any]] = [
+        {"cache_policy": "none", "steps": 8},
+        {"cache_policy": "prefix", "threshold": 0.3},
+        {"cache_policy": "dual", "factor": 1.0},
+        {"keep_ratio": 0.5},
+        {"keep_ratio": 0.3, "delay_steps": 0, "eviction_delay": 2, "remasking": "entropy"},
+        {"saliency": "window", "remasking": "topk_margin"},
+        {"saliency": "attention", "keep_ratio": 0.4},
+    ]
+    return [
+        Case([7 + i] * 60, 24, {"block_length": block_length, **own})
+        for i, own in enumerate(options)
+    ]
+
+
 def drawn_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
     """Return cases in which something is drawn, or guided."""
     rng = random.Random(seed)

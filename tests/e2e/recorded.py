@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
+from tests.e2e.pretended.apart import waits
 from vllm_sparse_dllm.attention.packing import PackedArrays, pad_sequences
 from vllm_sparse_dllm.attention.portable import PortableBackend
 from vllm_sparse_dllm.kernels import interpreted
@@ -32,14 +33,6 @@ ALLOCATING = {
     aten.empty_strided.default,
     aten.new_empty.default,
     aten.new_empty_strided.default,
-}
-#: What waits for a device that is not the host.
-WAITING = {
-    aten.item.default,
-    aten._local_scalar_dense.default,
-    aten.nonzero.default,
-    aten.masked_select.default,
-    aten.equal.default,
 }
 
 
@@ -66,7 +59,7 @@ class _Recorder(TorchDispatchMode):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        assert func not in WAITING, f"{func} while capturing"
+        assert not waits(func, args), f"{func} while capturing"
         results = func(*args, **kwargs)
         places = [leaf for leaf in tree_leaves(results) if isinstance(leaf, torch.Tensor)]
 

@@ -24,9 +24,11 @@ from tests.e2e.cases import (
     constrained_cases,
     drawn_cases,
     greedy_cases,
+    plain_cases,
     random_prompt,
     run_staggered,
 )
+from tests.e2e.pretended.apart import waits
 from tests.e2e.recorded import StaticPortableBackend
 from tests.e2e.server import clean_environment, run_program
 from tests.engines import generate, pool_is_whole, running_engine, sampling
@@ -329,16 +331,7 @@ def test_a_step_is_one_copy_there_and_one_back(
 
     monkeypatch.setattr(graphed, "replay", checked)
     monkeypatch.setattr(graphed.runner, "run_step", run_step)
-    options: list[dict[str, Any]] = [
-        {"cache_policy": "none", "steps": 8},
-        {"cache_policy": "prefix", "threshold": 0.3},
-        {"cache_policy": "dual", "factor": 1.0},
-        {"keep_ratio": 0.5},
-        {"keep_ratio": 0.3, "delay_steps": 0, "eviction_delay": 2, "remasking": "entropy"},
-        {"saliency": "window", "remasking": "topk_margin"},
-        {"saliency": "attention", "keep_ratio": 0.4},
-    ]
-    cases = [Case([7 + i] * 60, 24, {"block_length": BLOCK, **o}) for i, o in enumerate(options)]
+    cases = plain_cases(BLOCK)
     for own in (cases, cases[3:4]):
         prompts = [case.prompt for case in own]
         assert generate(graphed.llm, prompts, [c.sampling() for c in own]) == [
@@ -361,10 +354,7 @@ class Waiting(recorded.TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        by_mask = func is torch.ops.aten.index.Tensor and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if func in recorded.WAITING or by_mask:
+        if waits(func, args):
             self._noted.append(str(func))
         return func(*args, **(kwargs or {}))
 

@@ -38,6 +38,7 @@ C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CU
 """
 #: Read a number of the device, or make a tensor whose shape only the device knows.
 WAITING = {
+    aten.item.default,
     aten._local_scalar_dense.default,
     aten.nonzero.default,
     aten.masked_select.default,
@@ -112,6 +113,15 @@ def _name(func: Any, tensors: list[torch.Tensor]) -> str:
     return f"{func}({', '.join(f'{t.device.type} {tuple(t.shape)}' for t in tensors)})"
 
 
+def waits(func: Any, args: Any) -> bool:
+    """Return whether an operator waits for the device: `WAITING`, or an index by a mask."""
+    if func in WAITING:
+        return True
+    return func in (aten.index.Tensor, aten.index_put_.default) and any(
+        index is not None and index.dtype == torch.bool for index in args[1]
+    )
+
+
 def run(func: Any, args: Any, kwargs: dict[str, Any], noted: list[str]) -> Any:
     """Call an operator as a machine with such a device would.
 
@@ -135,10 +145,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], noted: list[str]) -> Any:
         takes_numbers = torch.Tag.pointwise in func.tags or func in TAKING_NUMBERS
         if there and any(tensor.dim() or not takes_numbers for tensor in here):
             raise RuntimeError(f"tensors of host and device: {_name(func, tensors)}")
-        by_mask = func in (aten.index.Tensor, aten.index_put_.default) and any(
-            index is not None and index.dtype == torch.bool for index in args[1]
-        )
-        if there and (func in WAITING or by_mask):
+        if there and waits(func, args):
             noted.append(_name(func, tensors))
         on_device = made_there or (bool(there) and target is None)
     own = {id(tensor.held): tensor for tensor in there}
