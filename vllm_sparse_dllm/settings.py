@@ -221,12 +221,18 @@ class EngineSettings:
         """Read ``additional_config["sparse_dllm"]``.
 
         Raises:
-            ValueError: On an unknown key or a bad value.
+            ValueError: On an unknown key, a bad value or a setting that lies beside that key.
         """
         if not isinstance(additional_config, Mapping):
             raise ValueError(
                 f"additional_config must be a mapping, got {type(additional_config).__name__}"
             )
+        for name, field in FIELDS.items():
+            if name in additional_config and field.scope != "request":
+                raise ValueError(
+                    f"additional_config[{name!r}] has no effect: settings go into "
+                    f"additional_config[{CONFIG_KEY!r}]"
+                )
         given = additional_config.get(CONFIG_KEY, {})
         if not isinstance(given, Mapping):
             raise ValueError(f"additional_config[{CONFIG_KEY!r}] must be a mapping, got {given!r}")

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from vllm import SamplingParams
+from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 
@@ -28,6 +28,7 @@ from tests.engines import generate, running_engine, sampling, scheduler_of
 from tests.reference import generate as reference
 from tests.reference import load, write_checkpoint
 from vllm_sparse_dllm.kernels import native
+from vllm_sparse_dllm.models import cpu_products
 
 SMALL: dict[str, Any] = {"d_model": 64, "layers": 2, "heads": 2, "mlp": 96, "vocab": 128}
 PROMPT = [7, 3, 20, 21, 9, 50, 11]
@@ -465,8 +466,24 @@ def test_sharded_checkpoint(tmp_path: Path, family: str) -> None:
         assert generate(llm, [PROMPT], [sampling(16)]) == [expected]
 
 
+@pytest.fixture(params=["products in half", "products in float32"])
+def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What a processor multiplies decides; both ways run on all."""
+    wanted = request.param == "products in float32"
+    wants = f"{cpu_products.__name__}.{cpu_products.wants_float32_products.__name__}"
+    monkeypatch.setattr(wants, lambda dtype: wanted)
+    return str(request.param)
+
+
+def methods_of(llm: LLM) -> list[str]:
+    """Return which classes multiply in a model of an engine in this process."""
+    model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
+    methods = (getattr(module, "quant_method", None) for module in model.modules())
+    return sorted({type(method).__name__ for method in methods if method is not None})
+
+
 @pytest.mark.parametrize("family", ["llada", "dream"])
-def test_bfloat16(tmp_path: Path, family: str) -> None:
+def test_bfloat16(tmp_path: Path, family: str, products: str) -> None:
     """The checkpoint's own dtype is taken; all policies run, and twice alike."""
     model = write_checkpoint(tmp_path, family, dtype=torch.bfloat16, **SMALL)
     params = [
@@ -475,13 +492,30 @@ def test_bfloat16(tmp_path: Path, family: str) -> None:
     ]
     with running_engine(str(model), dtype="auto") as llm:
         assert llm.llm_engine.vllm_config.model_config.dtype == torch.bfloat16
+        expected = {
+            "products in half": [
+                "LookupMethod",
+                "UnquantizedEmbeddingMethod",
+                "UnquantizedLinearMethod",
+            ],
+            "products in float32": ["Float32HeadMethod", "Float32LinearMethod", "LookupMethod"],
+        }
+        assert methods_of(llm) == expected[products]
         first = generate(llm, [PROMPT] * 4, params)
         assert [len(tokens) for tokens in first] == [24] * 4
         assert generate(llm, [PROMPT] * 4, params) == first
 
 
-@pytest.mark.parametrize(("family", "dtype"), [("llada", "float32"), ("dream", "bfloat16")])
-def test_weights_are_loaded_anew(tmp_path: Path, family: str, dtype: str) -> None:
+@pytest.mark.parametrize(
+    ("family", "dtype", "products"),
+    [
+        ("llada", "float32", "products in half"),
+        ("dream", "bfloat16", "products in half"),
+        ("dream", "bfloat16", "products in float32"),
+    ],
+    indirect=["products"],
+)
+def test_weights_are_loaded_anew(tmp_path: Path, family: str, dtype: str, products: str) -> None:
     """In their places, from where it is asked."""
     paths = [write_checkpoint(tmp_path / str(n), family, **SMALL, seed=n) for n in range(2)]
     expected = []

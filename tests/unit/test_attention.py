@@ -5,13 +5,14 @@ from __future__ import annotations
 
 import itertools
 import math
+import platform
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 
-from vllm_sparse_dllm.attention.backends import make_backend
+from vllm_sparse_dllm.attention.backends import choose_backend, make_backend
 from vllm_sparse_dllm.attention.cpu import CPUBackend
 from vllm_sparse_dllm.attention.cpu_tiles import TileBackend
 from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShape
@@ -289,7 +290,9 @@ def test_a_sequence_alone_is_the_same_as_in_company(
         assert torch.equal(part, alone)
 
 
-def test_the_backend_that_fits_is_made() -> None:
+def test_the_backend_that_fits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+
     def made(head_size: int, page: int = 32, dtype: torch.dtype = torch.float32) -> type:
         return type(make_backend(AttentionShape(4, 2, head_size), page, dtype, CPU))
 
@@ -297,3 +300,20 @@ def test_the_backend_that_fits_is_made() -> None:
     assert made(48) is PortableBackend  # a head size that the kernel has not
     assert made(64, page=16) is PortableBackend
     assert made(64, dtype=torch.float64) is PortableBackend
+
+
+@pytest.mark.parametrize(
+    ("machine", "avx512", "expected"),
+    [
+        ("x86_64", True, CPUBackend),
+        ("x86_64", False, PortableBackend),
+        ("aarch64", False, CPUBackend),
+    ],
+)
+def test_a_processor_gets_the_fastest_backend(
+    monkeypatch: pytest.MonkeyPatch, machine: str, avx512: bool, expected: type
+) -> None:
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
+    chosen = choose_backend("auto", AttentionShape(4, 2, 64), 32, torch.float32, CPU)
+    assert chosen is expected

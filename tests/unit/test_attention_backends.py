@@ -322,10 +322,11 @@ def test_what_keeps_a_cpu_backend_from_running(
     assert found is not None and re.fullmatch(reason, found)
 
 
-def test_the_devices_own() -> None:
+def test_the_devices_own(monkeypatch: pytest.MonkeyPatch) -> None:
     def auto(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> type[AttentionBackend]:
         return choose_backend("auto", SHAPE, 32, dtype, device)
 
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     assert auto(CPU, torch.float32) is CPUBackend
     has_tiles = why_no_cpu_kernels(torch.bfloat16) is None
     assert auto(CPU) is (TileBackend if has_tiles else CPUBackend)

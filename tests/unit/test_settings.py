@@ -266,6 +266,17 @@ def test_additional_config_must_be_a_mapping(config: Any) -> None:
         EngineSettings.from_additional_config({CONFIG_KEY: config})
 
 
+@pytest.mark.parametrize("name", FIELDS)
+def test_settings_that_lie_beside_their_key_are_refused(name: str) -> None:
+    """Only those that would mean something: what else is there is for others."""
+    if not in_scope(name, "engine"):
+        assert EngineSettings.from_additional_config({name: 1}) == EngineSettings()
+        return
+    message = rf"^additional_config\['{name}'\] has no effect: settings go into .*sparse_dllm"
+    with pytest.raises(ValueError, match=message):
+        EngineSettings.from_additional_config({name: 1, CONFIG_KEY: {}})
+
+
 @BOTH
 def test_the_rule_defaults_to_the_models_own(traits: Any) -> None:
     assert request_settings(engine(), traits, None).remasking == traits.default_remasking

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Iterator
 
 import torch
@@ -32,7 +33,7 @@ def choose_backend(
     """Return the backend of a name.
 
     `auto` is our own kernel or vLLM's on a CPU and Triton's on CUDA, plain PyTorch where they do
-    not fit.
+    not fit or are the slower ones.
 
     Raises:
         ValueError: If it cannot run here.
@@ -56,6 +57,10 @@ def _preferred(device: torch.device) -> Iterator[type[AttentionBackend]]:
         yield TritonBackend
         return
     yield TileBackend
+    if platform.machine() == "x86_64" and not torch.cpu._is_avx512_supported():
+        # With AVX2 vLLM's kernel takes twice as long as PyTorch's over whole sequences, and no
+        # less over a block's kept keys.
+        return
     # Only now: the module needs vLLM's CPU build.
     from vllm_sparse_dllm.attention.cpu import CPUBackend
 

@@ -34,6 +34,7 @@ from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.attention.module import BidirectionalAttention
 from vllm_sparse_dllm.attention.plan import ForwardPlan
 from vllm_sparse_dllm.kernels.cpu import kernels_for
+from vllm_sparse_dllm.models.cpu_products import choose_products
 from vllm_sparse_dllm.models.fused import FusedRMSNorm, silu_and_mul
 
 #: Rows that go through the feed-forward layer at a time on CPU: its intermediate results are the
@@ -325,6 +326,9 @@ class DiffusionDecoder(nn.Module):
         if shape.tie_embeddings:
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
         self.logits_processor = LogitsProcessor(shape.embedding_rows)
+        dtype = vllm_config.model_config.dtype
+        assert isinstance(dtype, torch.dtype)
+        choose_products(self, dtype)
 
     @classmethod
     def shape_of(cls, vllm_config: VllmConfig) -> DecoderShape:

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products in float32 of half-precision weights, for CPUs that have no others."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from vllm_sparse_dllm.kernels.native import VARIABLE
+from vllm_sparse_dllm.models.cpu_products import pack_in_float32, wants_float32_products
+
+HALVES = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_they_are_rounded_once(dtype: torch.dtype, bias: bool) -> None:
+    torch.manual_seed(5)
+    layer = nn.Linear(96, 80, bias=bias, dtype=dtype)
+    exact = nn.Linear(96, 80, bias=bias, dtype=torch.float64)
+    exact.load_state_dict(layer.state_dict())
+    pack_in_float32(layer)
+    layer.weight = nn.Parameter(torch.empty(0, dtype=dtype))  # What was packed is a copy.
+    for rows in (1, 40, 7):
+        x = torch.randn(rows, 96).to(dtype)
+        product = layer.cpu_linear(x, layer.weight, layer.bias)
+        expected = exact(x.double())
+        assert product.dtype == dtype and product.shape == (rows, 80)
+        # Half a unit in the last place, and what float32 sums are off by.
+        allowed = expected.abs() * torch.finfo(dtype).eps / 2 + 1e-5
+        assert ((product.double() - expected).abs() <= allowed).all()
+
+
+def test_rows_do_not_depend_on_their_company() -> None:
+    torch.manual_seed(6)
+    layer = nn.Linear(64, 48, dtype=torch.bfloat16)
+    pack_in_float32(layer)
+    x = torch.randn(33, 64).bfloat16()
+    together = layer.cpu_linear(x, layer.weight, layer.bias)
+    for start, end in ((0, 1), (1, 9), (9, 33)):
+        part = layer.cpu_linear(x[start:end], layer.weight, layer.bias)
+        torch.testing.assert_close(part, together[start:end])
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_who_wants_them(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
+    """A CPU whose library has no products in the dtype; a dtype's answer is its own."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    for asked, other in (HALVES, HALVES[::-1]):
+        for dtype in HALVES:
+            name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
+            answer = supported if dtype == asked else not supported
+            monkeypatch.setattr(
+                torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda a=answer: a
+            )
+        assert wants_float32_products(asked) is not supported
+        assert wants_float32_products(other) is supported
+    assert not wants_float32_products(torch.float32)
+    monkeypatch.setenv(VARIABLE, "0")
+    assert not any(map(wants_float32_products, HALVES))

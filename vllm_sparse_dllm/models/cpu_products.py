@@ -1,0 +1,103 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which matrix products a model has on a CPU: those of vLLM, or of float32 weights.
+
+oneDNN multiplies bfloat16 where the processor has AVX-512 and so on. Elsewhere vLLM goes on with
+PyTorch's products of such weights, which are up to seven times slower than oneDNN's in float32. So
+there the weights of linear layers and of the head are kept in float32 as oneDNN packs them, twice
+the memory, and their products are rounded once. Everything else stays in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from vllm import _custom_ops as ops
+from vllm.logger import init_logger
+from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+)
+from vllm.platforms import current_platform
+
+from vllm_sparse_dllm.kernels import dtype_name, native
+
+logger = init_logger(__name__)
+
+#: Numbers of rows that a layer's products are compiled for and kept, as in vLLM.
+_KEPT_SHAPES = 32
+
+
+def choose_products(model: nn.Module, dtype: torch.dtype) -> None:
+    """Say how the layers of a model multiply on a CPU; elsewhere vLLM's choice stands.
+
+    Must come before the weights are loaded: what is set here processes them afterwards.
+
+    Args:
+        model: Built from vLLM's layers; quantised ones are left as they are.
+        dtype: Of the weights.
+    """
+    if not current_platform.is_cpu():
+        return
+    in_float32 = wants_float32_products(dtype)
+    module: Any
+    for module in model.modules():
+        # Not subclasses, which have products of their own.
+        method = type(getattr(module, "quant_method", None))
+        if method is UnquantizedEmbeddingMethod and not isinstance(module, ParallelLMHead):
+            module.quant_method = LookupMethod()
+        elif in_float32 and method is UnquantizedEmbeddingMethod:
+            module.quant_method = Float32HeadMethod()
+        elif in_float32 and method is UnquantizedLinearMethod:
+            module.quant_method = Float32LinearMethod()
+    if in_float32:
+        logger.info(
+            "This processor multiplies no %s: weights are kept in float32, in twice the memory",
+            dtype_name(dtype),
+        )
+
+
+def wants_float32_products(dtype: torch.dtype) -> bool:
+    """Return whether products in ``dtype`` are slower on this CPU than in float32."""
+    if not ops._supports_onednn or native.switched_off():
+        return False
+    supported = {
+        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
+        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
+    }.get(dtype)
+    return supported is not None and not supported()
+
+
+def pack_in_float32(layer: Any) -> None:
+    """Give a layer, as vLLM's own methods do, a ``cpu_linear`` of its weight ``[out, in]``."""
+    packed = ops.create_onednn_mm(layer.weight.detach().float().t(), _KEPT_SHAPES)
+
+    def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        wide_bias = None if bias is None else bias.float()
+        return ops.onednn_mm(packed, x.float(), wide_bias).to(x.dtype)
+
+    layer.cpu_linear = multiply
+
+
+class Float32LinearMethod(UnquantizedLinearMethod):
+    """Linear layers; their weights go once they are packed."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        pack_in_float32(layer)
+        layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+
+
+class Float32HeadMethod(UnquantizedEmbeddingMethod):
+    """The head, whose weights may be an embedding's too, and stay."""
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        pack_in_float32(layer)
+
+
+class LookupMethod(UnquantizedEmbeddingMethod):
+    """The embedding, which multiplies nothing; vLLM would pack its weights for products."""
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Nothing to do."""
