@@ -20,7 +20,7 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, SchedulerStats
 
-from vllm_sparse_dllm.engine.config import DiffusionModelConfig
+from vllm_sparse_dllm.engine.config import DiffusionModelConfig, pages_of_an_engine
 from vllm_sparse_dllm.engine.figures import FAILURE_CAUSES, FIGURES, QUEUE_CAUSES
 
 # Under vLLM's name, whose loggers print at the level that its users set.
@@ -176,10 +176,8 @@ class DiffusionStatLogger(AggregateStatLoggerBase):
         self._add_by_cause("request_failures", min(self._intervals), {"refused": 1})
 
     def log_engine_initialized(self) -> None:
-        blocks = self.vllm_config.cache_config.num_gpu_blocks
-        if blocks:
-            # One block of the pool is vLLM's own; replicas have a pool each.
-            pages = blocks // self.vllm_config.parallel_config.data_parallel_size - 1
+        pages = pages_of_an_engine(self.vllm_config)
+        if pages is not None:
             for index in self._intervals:
                 self._series["vllm:diffusion_pages", index, ""].set(pages)
 

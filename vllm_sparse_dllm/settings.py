@@ -227,10 +227,14 @@ class EngineSettings:
             raise ValueError(
                 f"additional_config must be a mapping, got {type(additional_config).__name__}"
             )
-        for name, field in FIELDS.items():
-            if name in additional_config and field.scope != "request":
+        for key in map(str, additional_config):
+            name = key.removeprefix(REQUEST_PREFIX)
+            beside = key == name and name in FIELDS and FIELDS[name].scope != "request"
+            # Other plugins have keys there too, but none of these.
+            misspelt = key != CONFIG_KEY and key.lower().replace("-", "_") == CONFIG_KEY
+            if beside or misspelt or key != name:
                 raise ValueError(
-                    f"additional_config[{name!r}] has no effect: settings go into "
+                    f"additional_config[{key!r}] has no effect: settings go into "
                     f"additional_config[{CONFIG_KEY!r}]"
                 )
         given = additional_config.get(CONFIG_KEY, {})

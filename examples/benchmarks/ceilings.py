@@ -2,10 +2,11 @@
 """What the machine can do, measured, and the least time that a step can take on it.
 
 *Matrix products* run at the shapes of the model's layers and at the rows of its steps, with
-PyTorch's `linear` and, on a CPU, with the oneDNN handler that vLLM uses. `hot` repeats one weight,
-which the caches may hold: the arithmetic's ceiling. `walk` goes through as many weights as the
-model has, as a step must: what a step of nothing but matrix products takes. *Bandwidth* is the
-best of reading and of copying much more memory than the caches hold.
+PyTorch's `linear` and, on a CPU, with the oneDNN handler that vLLM uses, in float32 where the
+engine does that. `hot` repeats one weight, which the caches may hold: the arithmetic's ceiling.
+`walk` goes through as many weights as the model has, as a step must: what a step of nothing but
+matrix products takes. *Bandwidth* is the best of reading and of copying much more memory than the
+caches hold.
 
 A step's floor is max(bytes it must read / bandwidth, its operations / hot rate).
 """
@@ -173,14 +174,16 @@ def best_of(one: Job, other: Job) -> Job:
 def _onednn() -> Any:
     """Return vLLM's operators if its build has the handler, else None."""
     try:
-        import vllm._C  # noqa: F401
+        # Loads the library of this processor; the others end the process.
         from vllm import _custom_ops as ops
     except ImportError:
         return None
     return ops if getattr(ops, "_supports_onednn", False) else None
 
 
-def _backends(device: torch.device) -> dict[str, Callable[[torch.Tensor], Product]]:
+def _backends(
+    dtype: torch.dtype, device: torch.device
+) -> dict[str, Callable[[torch.Tensor], Product]]:
     """Return, for each way to multiply, what turns a weight ``[out, in]`` into a product."""
 
     def of_torch(weight: torch.Tensor) -> Product:
@@ -189,6 +192,11 @@ def _backends(device: torch.device) -> dict[str, Callable[[torch.Tensor], Produc
     backends: dict[str, Callable[[torch.Tensor], Product]] = {"torch": of_torch}
     ops = _onednn() if device.type == "cpu" else None
     if ops is not None:
+        # Only now: there may be no vLLM.
+        from vllm_sparse_dllm.models.cpu_products import float32_product, wants_float32_products
+
+        if wants_float32_products(dtype):
+            return backends | {"onednn, float32": float32_product}
 
         def of_onednn(weight: torch.Tensor) -> Product:
             handler = ops.create_onednn_mm(weight.t(), 32)
@@ -238,7 +246,7 @@ def measure(
     gemm: dict[int, Job] = {
         count: {"hot": {}, "walk": {}, "walk_flops": 2.0 * count * shape.weights} for count in rows
     }
-    for name, make in _backends(device).items():
+    for name, make in _backends(dtype, device).items():
         head = make(random(shape.vocab, shape.width).to(dtype))
         layers = [
             {
@@ -284,7 +292,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Job, Any]:
     shape = ModelShape.of(arguments.model)
     dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
     # Loaded with the rest: importing vLLM takes a while.
-    about = describe(device) | {"products": list(_backends(device))}
+    about = describe(device) | {"products": list(_backends(dtype, device))}
     return about, lambda job: measure(shape, dtype, job["rows"], job["budget"], device)
 
 

@@ -61,11 +61,13 @@ class Engine:
             self.recorder = StepRecorder(self.llm)
         self._device_memory = arguments.device_memory
         config = self.llm.llm_engine.vllm_config
-        without_kernels = None
+        without_kernels, float32_products = None, False
         if config.device_config.device_type == "cpu":
             from vllm_sparse_dllm.kernels.cpu import why_no_cpu_kernels
+            from vllm_sparse_dllm.models.cpu_products import wants_float32_products
 
             without_kernels = why_no_cpu_kernels(config.model_config.dtype)
+            float32_products = wants_float32_products(config.model_config.dtype)
         self.about: Job = {
             "vllm": vllm.__version__,
             "torch": torch.__version__,
@@ -74,6 +76,7 @@ class Engine:
             "max_num_seqs": config.scheduler_config.max_num_seqs,
             "page_size": config.cache_config.block_size,
             "without_cpu_kernels": without_kernels,
+            "float32_products": float32_products,
             "options": arguments.options,
             "memory": self._ask("memory_held"),
             "kernels": self._ask("kernels_in_use"),

@@ -178,6 +178,11 @@ def markdown(result: Job, measurements: list[Measurement], targets: list[Target]
     without = (program.get("without_cpu_kernels") for program in about["programs"].values())
     if reason := next(filter(None, without), None):
         parts.append(f"Without the plugin's own CPU kernels: {reason}.\n")
+    if any(program.get("float32_products") for program in about["programs"].values()):
+        parts.append(
+            f"This processor multiplies no {about['dtype']}: the engine does it in float32, plain "
+            "PyTorch several times slower. `--dtype float32` compares like with like.\n"
+        )
     if about["quick"]:
         parts.append("Quick mode: it shows that the benchmark works, its figures mean nothing.\n")
     if targets:

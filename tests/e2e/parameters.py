@@ -81,7 +81,7 @@ REFUSED_CHAT: dict[str, tuple[Fragment, str]] = {
 #: Offline: fields of `SamplingParams` with a value that is refused.
 REFUSED_OFFLINE: dict[str, tuple[Any, str]] = {
     "prompt_logprobs": (1, "prompt_logprobs"),
-    "prompt_logprob_token_ids": ([[7]], "prompt_logprob_token_ids"),
+    "prompt_logprob_token_ids": ([[7, 8]], "prompt_logprob_token_ids"),
     "prompt_logprob_start": (1, "prompt_logprob_start"),
     "logprob_token_ids": ([7], "logprob_token_ids"),
     "thinking_token_budget": (4, "thinking_token_budget"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -261,4 +262,23 @@ def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
         ):
             with pytest.raises(ValueError, match=r"needs 16 cache pages .* the pool has 10"):
                 generate(llm, [[7] * 200], [sampling(32, diffusion_cfg_scale=1.0, **own)])
+        assert pool_is_whole(llm)
+
+
+def test_a_request_that_a_smaller_pool_never_holds(checkpoints: dict[str, str]) -> None:
+    """As where a front end has several engines, whose pools are smaller than it takes them for."""
+    with running_engine(checkpoints["llada"], kv_cache_memory_bytes=1 << 20) as llm:
+        manager = scheduler_of(llm).block_manager
+        llm.llm_engine.vllm_config.cache_config.num_gpu_blocks = 1000
+        prompts = [[7] * 40, [9] * 400, [8] * 40]
+        params = [sampling(32, diffusion_cache_policy="dual") for _ in prompts]
+        outputs = llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False
+        )
+        completions = [output.outputs[0] for output in outputs]
+        assert [one.finish_reason for one in completions] == ["length", "error", "length"]
+        assert re.fullmatch(
+            rf"max_tokens=32 .* but the pool of this engine has {manager.num_pages}",
+            str(completions[1].stop_reason),
+        )
         assert pool_is_whole(llm)

@@ -506,6 +506,20 @@ def test_bfloat16(tmp_path: Path, family: str, products: str) -> None:
         assert generate(llm, [PROMPT] * 4, params) == first
 
 
+def tie(model: Path) -> None:
+    """Make a checkpoint's head its embedding, which the file may say twice."""
+    tensors = load_file(model / "model.safetensors")
+    for head, embedding, field in (
+        ("model.transformer.ff_out.weight", "model.transformer.wte.weight", "weight_tying"),
+        ("lm_head.weight", "model.embed_tokens.weight", "tie_word_embeddings"),
+    ):
+        if head in tensors:
+            tensors[head] = tensors[embedding].clone()
+            edit_config(model, **{field: True})
+    save_file(tensors, model / "model.safetensors", {"format": "pt"})
+
+
+@pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize(
     ("family", "dtype", "products"),
     [
@@ -515,18 +529,30 @@ def test_bfloat16(tmp_path: Path, family: str, products: str) -> None:
     ],
     indirect=["products"],
 )
-def test_weights_are_loaded_anew(tmp_path: Path, family: str, dtype: str, products: str) -> None:
+def test_weights_are_loaded_anew(
+    tmp_path: Path, family: str, dtype: str, products: str, tied: bool
+) -> None:
     """In their places, from where it is asked."""
     paths = [write_checkpoint(tmp_path / str(n), family, **SMALL, seed=n) for n in range(2)]
     expected = []
     for path in paths:
+        if tied:
+            tie(path)
         with running_engine(str(path), dtype=dtype) as llm:
             expected += generate(llm, [PROMPT], [sampling(12)])
+    if dtype == "float32":
+        assert expected == [reference(load(path), PROMPT, 12) for path in paths]
     assert expected[0] != expected[1]
     with running_engine(str(paths[0]), dtype=dtype) as llm:
         for number in (0, 1, 0):
             llm.collective_rpc("reload_weights", kwargs={"weights_path": str(paths[number])})
             assert generate(llm, [PROMPT], [sampling(12)]) == [expected[number]]
+
+
+def test_packed_weights_are_loaded_from_checkpoints_only(llada: Path) -> None:
+    message = "is_checkpoint_format must be True on a CPU, got False"
+    with running_engine(str(llada)) as llm, pytest.raises(ValueError, match=message):
+        llm.collective_rpc("reload_weights", kwargs={"is_checkpoint_format": False})
 
 
 def test_memory_is_free_when_an_engine_has_ended(llada: Path) -> None:

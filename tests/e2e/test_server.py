@@ -527,6 +527,11 @@ def test_other_endpoints_name_a_field_of_a_wrong_type(server: Server, path: str)
     assert "structured_outputs" in response.text
 
 
+@pytest.mark.parametrize("field", ["diffusion_steps", "min_tokens", "guided_json"])
+def test_responses_refuse_misplaced_fields(server: Server, field: str) -> None:
+    assert_refused(server, "responses", {"input": QUESTION, field: 4}, field)
+
+
 @pytest.mark.parametrize(("request_", "named"), BAD_SETTINGS + BAD_PARAMETERS + BAD_COMPLETIONS)
 def test_bad_completion_is_refused(server: Server, request_: dict[str, Any], named: str) -> None:
     assert_refused(server, "completions", {"prompt": ids(40, 6), **request_}, named)

@@ -303,17 +303,21 @@ def test_the_backend_that_fits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    ("machine", "avx512", "expected"),
+    ("machine", "avx512", "dtype", "expected"),
     [
-        ("x86_64", True, CPUBackend),
-        ("x86_64", False, PortableBackend),
-        ("aarch64", False, CPUBackend),
+        ("x86_64", True, torch.float32, CPUBackend),
+        ("x86_64", False, torch.float32, PortableBackend),
+        ("x86_64", False, torch.float16, CPUBackend),
+        ("aarch64", False, torch.float32, CPUBackend),
     ],
 )
 def test_a_processor_gets_the_fastest_backend(
-    monkeypatch: pytest.MonkeyPatch, machine: str, avx512: bool, expected: type
+    monkeypatch: pytest.MonkeyPatch,
+    machine: str,
+    avx512: bool,
+    dtype: torch.dtype,
+    expected: type,
 ) -> None:
     monkeypatch.setattr(platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: avx512)
-    chosen = choose_backend("auto", AttentionShape(4, 2, 64), 32, torch.float32, CPU)
-    assert chosen is expected
+    assert choose_backend("auto", AttentionShape(4, 2, 64), 32, dtype, CPU) is expected

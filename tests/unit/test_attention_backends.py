@@ -37,6 +37,9 @@ PAGE = 16
 def flash_attn_varlen_func(**given: Any) -> None:
     """What vLLM's FlashAttention is documented to do with the arguments that are used."""
     assert given["causal"] is False and given["fa_version"] == 2
+    if given["max_seqlen_q"] == 1 and given["q"].shape[1] > given["k"].shape[-2]:
+        # It folds the heads of a group into queries then, as many as there are sequences.
+        given["q"].view(len(given["cu_seqlens_q"]) - 1, given["k"].shape[-2], -1)
     queries = given["cu_seqlens_q"].tolist()
     if "block_table" in given:
         assert given["max_seqlen_k"] >= given["seqused_k"].max()
@@ -81,6 +84,10 @@ class Mask:
     ) -> Mask:
         return cls(q_seqlen, kv_seqlen, block_tables, page_size)
 
+    def __post_init__(self) -> None:
+        starts = np.cumsum([0, *self.q_seqlen]).tolist()
+        self.q_seqinfo = SimpleNamespace(max_seqlen=max(self.q_seqlen), seqstart_py=starts)
+
     def materialize(self, shape: tuple[int, ...]) -> torch.Tensor:
         if self.block_tables is not None:
             # As the package has it: given without pages, returned with them.
@@ -108,6 +115,9 @@ def memory_efficient_attention_forward(
     paged = getattr(attn_bias, "block_tables", None) is not None
     if paged and op is not SplitK:
         raise NotImplementedError("no operator for pages")
+    if not paged and q.dim() == 5 and attn_bias.q_seqinfo.max_seqlen == 1:
+        # PyTorch's kernel folds the heads of a group into queries, as many as sequences.
+        q.view(len(attn_bias.q_seqinfo.seqstart_py) - 1, q.shape[2], -1)
     shape = q.shape
     q, k, v = (x[0].reshape(x.shape[1], -1, x.shape[-1]).double() for x in (q, k, v))
     num_keys = attn_bias.block_tables.numel() * attn_bias.page_size if paged else k.shape[0]
@@ -135,6 +145,8 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     xformers = SimpleNamespace(
         memory_efficient_attention_forward=memory_efficient_attention_forward,
         attn_bias=masks(),
+        # One that is installed and does not read pages of this size.
+        flash3=SimpleNamespace(FwOp=object),
         triton_splitk=SimpleNamespace(FwOp=SplitK),
     )
     monkeypatch.setitem(sys.modules, "vllm.vllm_flash_attn", flash)
@@ -157,6 +169,20 @@ def test_full(backend: AttentionBackend) -> None:
     twin = PortableBackend(SHAPE, PAGE, torch.bfloat16, CPU)
     expected = torch.empty_like(q)
     twin.attend_full(q, k, v, expected, twin.plan_full(queries, keys))
+    torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("queries", [[1, 0], [0, 1, 0], [1, 1, 0]])
+def test_sequences_of_one_query_and_of_none(backend: AttentionBackend, queries: list[int]) -> None:
+    """A last layer's: some requests have a mask left, others none."""
+    generator = torch.Generator().manual_seed(4)
+    lengths, keys = np.array(queries), np.array([5, 7, 3][: len(queries)])
+    q = randn(generator, int(lengths.sum()), SHAPE.num_heads)
+    k, v = (randn(generator, int(keys.sum()), SHAPE.num_kv_heads) for _ in range(2))
+    twin = PortableBackend(SHAPE, PAGE, torch.bfloat16, CPU)
+    output, expected = torch.full_like(q, 77.0), torch.empty_like(q)
+    backend.attend_full(q, k, v, output, backend.plan_full(lengths, keys))
+    twin.attend_full(q, k, v, expected, twin.plan_full(lengths, keys))
     torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.scripts import EXAMPLES, load
+from vllm_sparse_dllm.models import cpu_products
 
 breakdown, ceilings, programs, run = load(
     EXAMPLES / "benchmarks", "breakdown", "ceilings", "programs", "run"
@@ -50,6 +52,22 @@ def test_bad_options_are_refused_before_anything_is_loaded(
     assert ended.value.code == 2
     (last,) = capsys.readouterr().err.splitlines()[-1:]
     assert re.search(message, last), last
+
+
+@pytest.mark.parametrize("in_float32", [True, None])
+def test_products_are_measured_as_the_engine_multiplies(
+    in_float32: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the processor has none in half precision, vLLM's are those of float32 weights."""
+    if in_float32 is not None:
+        monkeypatch.setattr(cpu_products, "wants_float32_products", lambda dtype: in_float32)
+    dtype, device = torch.bfloat16, torch.device("cpu")
+    wide = cpu_products.wants_float32_products(dtype)
+    shape = ceilings.ModelShape(width=32, kv_width=32, mlp=64, layers=1, vocab=64)
+    rates = ceilings.measure(shape, dtype, [3], 1e-3, device)["gemm"]["3"]
+    names = {"torch", "onednn, float32" if wide else "onednn"}
+    assert rates["hot"].keys() == rates["walk"].keys() == names
+    assert rates["rate"] > 0
 
 
 def test_only_the_sweeps_that_run_need_positions() -> None:

@@ -157,6 +157,18 @@ def test_edits_are_the_references(
     torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
 
 
+def test_an_end_of_text_that_the_model_has_not() -> None:
+    """A tokenizer may know more ids than the model."""
+    sampling = SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=[3])
+    sampling.update_from_generation_config({}, eos_token_id=VOCAB + 5)
+    constraints = RequestConstraints.of(sampling, np.array([1, 2]), torch.device("cpu"))
+    assert constraints is not None
+    logits = torch.zeros(2, VOCAB)
+    for edit in constraints.edits(masked([MASK] * 4), np.array([1, 2])):
+        edit.apply(logits, 0)
+    assert logits[0, 3] == -torch.inf and logits.isinf().sum() == 1
+
+
 @pytest.mark.parametrize(
     "options",
     [{}, {"temperature": 0.7, "top_p": 0.5}, {"stop_token_ids": [4]}, {"min_p": 0.1}],

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
+from vllm_sparse_dllm.kernels import native
 from vllm_sparse_dllm.kernels.native import VARIABLE
-from vllm_sparse_dllm.models.cpu_products import pack_in_float32, wants_float32_products
+from vllm_sparse_dllm.models.cpu_products import float32_product, wants_float32_products
 
 HALVES = [torch.bfloat16, torch.float16]
 
@@ -20,33 +21,31 @@ def test_they_are_rounded_once(dtype: torch.dtype, bias: bool) -> None:
     layer = nn.Linear(96, 80, bias=bias, dtype=dtype)
     exact = nn.Linear(96, 80, bias=bias, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
-    pack_in_float32(layer)
-    layer.weight = nn.Parameter(torch.empty(0, dtype=dtype))  # What was packed is a copy.
+    product = float32_product(layer.weight)
+    nn.init.zeros_(layer.weight)  # What was packed is a copy.
     for rows in (1, 40, 7):
         x = torch.randn(rows, 96).to(dtype)
-        product = layer.cpu_linear(x, layer.weight, layer.bias)
-        expected = exact(x.double())
-        assert product.dtype == dtype and product.shape == (rows, 80)
+        found, expected = product(x, layer.bias), exact(x.double())
+        assert found.dtype == dtype and found.shape == (rows, 80)
         # Half a unit in the last place, and what float32 sums are off by.
         allowed = expected.abs() * torch.finfo(dtype).eps / 2 + 1e-5
-        assert ((product.double() - expected).abs() <= allowed).all()
+        assert ((found.double() - expected).abs() <= allowed).all()
 
 
 def test_rows_do_not_depend_on_their_company() -> None:
     torch.manual_seed(6)
-    layer = nn.Linear(64, 48, dtype=torch.bfloat16)
-    pack_in_float32(layer)
+    product = float32_product(torch.randn(48, 64).bfloat16())
     x = torch.randn(33, 64).bfloat16()
-    together = layer.cpu_linear(x, layer.weight, layer.bias)
+    together = product(x)
     for start, end in ((0, 1), (1, 9), (9, 33)):
-        part = layer.cpu_linear(x[start:end], layer.weight, layer.bias)
-        torch.testing.assert_close(part, together[start:end])
+        assert torch.equal(product(x[start:end]), together[start:end])
 
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_who_wants_them(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
-    """A CPU whose library has no products in the dtype; a dtype's answer is its own."""
+    """An x86 processor without AVX-512, unless AVX2 multiplies the dtype: each for itself."""
     monkeypatch.delenv(VARIABLE, raising=False)
+    monkeypatch.setattr(native, "lacks_avx512", lambda: True)
     for asked, other in (HALVES, HALVES[::-1]):
         for dtype in HALVES:
             name = {torch.bfloat16: "bf16", torch.float16: "fp16"}[dtype]
@@ -58,4 +57,7 @@ def test_who_wants_them(monkeypatch: pytest.MonkeyPatch, supported: bool) -> Non
         assert wants_float32_products(other) is supported
     assert not wants_float32_products(torch.float32)
     monkeypatch.setenv(VARIABLE, "0")
+    assert not any(map(wants_float32_products, HALVES))
+    monkeypatch.delenv(VARIABLE)
+    monkeypatch.setattr(native, "lacks_avx512", lambda: False)
     assert not any(map(wants_float32_products, HALVES))

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
 
 from tests.unit.test_scheduler import Spec, World, base_config
+from vllm_sparse_dllm.engine.config import pages_of_an_engine
 from vllm_sparse_dllm.engine.figures import FIGURES, EngineFigures, StepCounts
 from vllm_sparse_dllm.metrics import METRICS, DiffusionStatLogger, install
 
@@ -173,3 +175,31 @@ def test_the_dashboard_is_a_dashboard() -> None:
     sizes = [panel["gridPos"]["w"] * panel["gridPos"]["h"] for panel in dashboard["panels"]]
     assert len(places) == sum(sizes)
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
+
+
+@pytest.mark.parametrize(
+    ("blocks", "replicas", "local", "local_only", "pages"),
+    [
+        (None, 1, 1, False, None),
+        (0, 1, 1, False, None),
+        (21, 1, 1, False, 20),
+        (84, 4, 4, False, 20),
+        # A front end of two of four engines sums those two.
+        (42, 4, 2, True, 20),
+        # One whose engines all run elsewhere sums them all.
+        (84, 4, 0, False, 20),
+    ],
+)
+def test_the_pages_of_one_engine(
+    blocks: int | None, replicas: int, local: int, local_only: bool, pages: int | None
+) -> None:
+    """Hybrid load balancing (`local_only`) has a front end for the engines of each machine."""
+    config: Any = SimpleNamespace(
+        cache_config=SimpleNamespace(num_gpu_blocks=blocks),
+        parallel_config=SimpleNamespace(
+            data_parallel_size=replicas,
+            data_parallel_size_local=local,
+            local_engines_only=local_only,
+        ),
+    )
+    assert pages_of_an_engine(config) == pages

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 import zlib
 from collections import Counter
 from collections.abc import Container
@@ -877,6 +878,30 @@ def test_failure_stops_one_request_with_an_error() -> None:
     assert world.finished == {broken: "error"}
     assert world.scheduler.block_manager.held_pages(broken) == 0
     world.drain()
+
+
+def test_what_no_pool_of_this_size_holds_ends_at_once() -> None:
+    """A front end of several engines knows only the mean of their pools."""
+    world = World(num_pages=3)
+    whole = {"cache_policy": "dual"}
+    before, large, behind = (
+        world.add(Spec(settings=whole)),
+        world.add(Spec(prompt=200, settings=whole)),
+        world.add(Spec(settings=whole)),
+    )
+    scheduler = world.scheduler
+    output = scheduler.schedule()
+    outputs = scheduler.update_from_output(output, world.runner.run(output))
+    (end,) = (one for one in outputs[0].outputs if one.request_id == large)
+    assert str(end.finish_reason) == "error"
+    assert re.fullmatch(
+        r"max_tokens=16 with this prompt needs \d+ cache pages \(cache policy dual\), but the "
+        r"pool of this engine has 3",
+        str(end.stop_reason),
+    )
+    assert scheduler.figures.failures == {"pages": 1}
+    world.drain()
+    assert world.finished.keys() == {before, behind}
 
 
 def test_a_failure_in_the_step_that_another_finishes() -> None:

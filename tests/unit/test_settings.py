@@ -266,15 +266,19 @@ def test_additional_config_must_be_a_mapping(config: Any) -> None:
         EngineSettings.from_additional_config({CONFIG_KEY: config})
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_settings_that_lie_beside_their_key_are_refused(name: str) -> None:
-    """Only those that would mean something: what else is there is for others."""
-    if not in_scope(name, "engine"):
-        assert EngineSettings.from_additional_config({name: 1}) == EngineSettings()
-        return
-    message = rf"^additional_config\['{name}'\] has no effect: settings go into .*sparse_dllm"
+BESIDE = [name for name in FIELDS if name not in REQUEST_ONLY]
+
+
+@pytest.mark.parametrize("key", [*BESIDE, "diffusion_steps", "sparse-dllm", "Sparse_dLLM"])
+def test_settings_that_lie_beside_their_key_are_refused(key: str) -> None:
+    message = rf"^additional_config\['{key}'\] has no effect: settings go into .*sparse_dllm"
     with pytest.raises(ValueError, match=message):
-        EngineSettings.from_additional_config({name: 1, CONFIG_KEY: {}})
+        EngineSettings.from_additional_config({key: 1, CONFIG_KEY: {}})
+
+
+@pytest.mark.parametrize("key", [*REQUEST_ONLY, "sparse", "dllm", 7])
+def test_what_else_lies_there_is_for_others(key: Any) -> None:
+    assert EngineSettings.from_additional_config({key: 1}) == EngineSettings()
 
 
 @BOTH

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Iterator
 
 import torch
@@ -15,6 +14,7 @@ from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShap
 from vllm_sparse_dllm.attention.portable import PortableBackend
 from vllm_sparse_dllm.attention.triton import TritonBackend
 from vllm_sparse_dllm.attention.xformers import XFormersBackend
+from vllm_sparse_dllm.kernels import native
 
 logger = init_logger(__name__)
 
@@ -44,7 +44,7 @@ def choose_backend(
         if reason is not None:
             raise ValueError(f"attention_backend {name} cannot be used here: {reason}")
         return backend
-    for backend in _preferred(device):
+    for backend in _preferred(dtype, device):
         reason = backend.why_not(shape, page_size, dtype, device)
         if reason is None:
             return backend
@@ -52,14 +52,14 @@ def choose_backend(
     return PortableBackend
 
 
-def _preferred(device: torch.device) -> Iterator[type[AttentionBackend]]:
+def _preferred(dtype: torch.dtype, device: torch.device) -> Iterator[type[AttentionBackend]]:
     if device.type != "cpu":
         yield TritonBackend
         return
     yield TileBackend
-    if platform.machine() == "x86_64" and not torch.cpu._is_avx512_supported():
-        # With AVX2 vLLM's kernel takes twice as long as PyTorch's over whole sequences, and no
-        # less over a block's kept keys.
+    if native.lacks_avx512() and dtype != torch.float16:
+        # vLLM's kernel takes twice as long as PyTorch's over whole sequences there, and no less
+        # over a block's kept keys; PyTorch's is the slower one in float16 only.
         return
     # Only now: the module needs vLLM's CPU build.
     from vllm_sparse_dllm.attention.cpu import CPUBackend

@@ -103,7 +103,8 @@ class FlashAttentionBackend(ZeroedSlotBackend):
             q=queries,
             k=keys,
             v=values,
-            max_seqlen_q=plan.num_queries,
+            # With 1 and grouped heads version 2 takes it that every sequence has a query.
+            max_seqlen_q=max(2, plan.num_queries),
             cu_seqlens_q=query_start,
             max_seqlen_k=plan.num_keys,
             softmax_scale=self.scale,

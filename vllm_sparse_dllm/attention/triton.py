@@ -128,8 +128,10 @@ class TritonBackend(SlotBackend):
         self.write(0, k, k, nowhere)
         self.move(0, k, k, nowhere, nowhere)
         scores = self.selection.scores(q, k, ((0, 1), (2, 4)))
-        self.selection.pool(scores, 3, 1)
-        self.selection.pool(scores, 3, self.page_size)
+        # Some saliencies are in float32 whatever the model's dtype.
+        for some in (scores, scores.float()):
+            for run in (1, self.page_size):
+                self.selection.pool(some, 3, run)
 
     @property
     def selection(self) -> SelectionKernels:

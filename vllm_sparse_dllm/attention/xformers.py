@@ -20,6 +20,8 @@ from vllm_sparse_dllm.attention.slots import ZeroedSlotBackend, why_not_half_on_
 from vllm_sparse_dllm.transfer import HostArrays
 
 _LIBRARY = "xformers.ops.fmha"
+#: Its modules whose operators may read pages, the fastest first.
+_PAGED_OPERATORS = ("flash3", "flash", "triton_splitk")
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,8 @@ class _Plan:
 class XFormersBackend(ZeroedSlotBackend):
     """`memory_efficient_attention` with the operator that xFormers prefers.
 
-    For pages it prefers FlashAttention, which pages of few slots do not suit, and does not try
-    its own split-K kernel for all shapes; so the first that takes pages of this size is looked
-    for once, at start.
+    What it prefers for pages depends on the step's shapes, and need not read pages of this size;
+    so the first operator that does is looked for once, at start, and asked for by name.
 
     Raises:
         ValueError: If no operator runs here.
@@ -59,22 +60,25 @@ class XFormersBackend(ZeroedSlotBackend):
         return None
 
     def _try_operators(self) -> Any:
-        """Run a query over a page, and one over keys, to see what xFormers has for them here."""
+        """Run queries over a page, and over keys, to see what xFormers has for them here."""
         shape = self.shape
-        one, page = np.array([1]), np.array([self.page_size])
+        two, page = np.array([2]), np.array([self.page_size])
         query = torch.zeros(
-            1, shape.num_heads, shape.head_size, dtype=self.dtype, device=self.device
+            2, shape.num_heads, shape.head_size, dtype=self.dtype, device=self.device
         )
         keys = query.new_zeros(self.page_size, shape.num_kv_heads, shape.head_size)
         try:
-            self._run(query, keys, keys, query.clone(), self.plan_full(one, page).mask, None)
+            self._run(query, keys, keys, query.clone(), self.plan_full(two, page).mask, None)
         except NotImplementedError as error:
             raise ValueError(
                 f"attention_backend xformers cannot run a full pass here: {error}"
             ) from error
-        mask = self.plan_paged(one, page, np.zeros((1, 1), dtype=np.int64)).mask
+        mask = self.plan_paged(two, page, np.zeros((1, 1), dtype=np.int64)).mask
         reasons = []
-        for operator in (None, self._library.triton_splitk.FwOp):
+        for name in _PAGED_OPERATORS:
+            operator = getattr(getattr(self._library, name, None), "FwOp", None)
+            if operator is None:
+                continue
             try:
                 self._run(query, keys, keys, query.clone(), mask, operator)
             except Exception as error:
@@ -118,6 +122,8 @@ class XFormersBackend(ZeroedSlotBackend):
         mask = self._library.attn_bias.BlockDiagonalMask.from_seqlens(
             query_lengths.tolist(), key_lengths.tolist(), device=self.device
         )
+        # With 1 and grouped heads PyTorch's kernel takes it that every sequence has a query.
+        mask.q_seqinfo.max_seqlen = max(2, mask.q_seqinfo.max_seqlen)
         return _Plan(mask)
 
     def attend_full(

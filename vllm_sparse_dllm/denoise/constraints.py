@@ -83,6 +83,8 @@ class Forbid:
 
     def apply(self, logits: torch.Tensor, first: int) -> None:
         own = (self.rows >= first) & (self.rows < first + logits.shape[0])
+        # A tokenizer's end of text may have an id that the model has not.
+        own &= self.token_ids < logits.shape[1]
         index = np.stack([self.rows[own] - first, self.token_ids[own]])
         rows, token_ids = torch.from_numpy(index).to(logits.device)
         logits[rows, token_ids] = -torch.inf

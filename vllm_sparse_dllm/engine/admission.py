@@ -27,7 +27,7 @@ from vllm_sparse_dllm import metrics
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine import answers, failures, server, structural_tag
-from vllm_sparse_dllm.engine.config import DiffusionModelConfig
+from vllm_sparse_dllm.engine.config import DiffusionModelConfig, pages_of_an_engine
 from vllm_sparse_dllm.engine.constraints import check_constraints
 from vllm_sparse_dllm.engine.structured_output import check_structured_output
 from vllm_sparse_dllm.models.configs import model_traits
@@ -63,7 +63,8 @@ def check_sampling(sampling: SamplingParams) -> None:
     """
     for name, neutral in _NEUTRAL.items():
         value = getattr(sampling, name)
-        if value not in neutral:
+        # vLLM turns some lists into arrays, which have no equality.
+        if not isinstance(value, int | None) or value not in neutral:
             # A field of the server that vLLM's front end turns into this one.
             echo = " (echo with logprobs asks for it)" if name == "prompt_logprobs" else ""
             raise RequestError(
@@ -167,10 +168,9 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             value=sampling.max_tokens,
         )
     cache = vllm_config.cache_config
-    if cache.num_gpu_blocks:
+    available = pages_of_an_engine(vllm_config)
+    if available is not None:
         pages = POLICIES[settings.cache_policy].peak_pages(canvas, settings, cache.block_size)
-        # One block of the pool is vLLM's own; replicas have a pool each.
-        available = cache.num_gpu_blocks // vllm_config.parallel_config.data_parallel_size - 1
         if pages > available:
             raise RequestError(
                 f"this request needs {pages} cache pages of {cache.block_size} slots ({lengths}, "
@@ -335,8 +335,9 @@ def _keep_unknown_fields() -> None:
     """Let `SamplingParams` from HTTP carry the fields that they were not made from."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
+    from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
-    for request_type in (ChatCompletionRequest, CompletionRequest):
+    for request_type in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
         original = request_type.to_sampling_params
         if hasattr(original, "__wrapped__"):
             continue

@@ -6,7 +6,7 @@ from scheduler to front end unread. There they are put together on the `Completi
 attribute ``diffusion_trace``, and taken out again, so that nobody else sees them. vLLM's OpenAI
 answers have that field once for all choices, and not at all when streamed; so the four methods
 that make answers of outputs are wrapped, and add ``diffusion_trace`` to each choice, in a stream
-to the chunk that ends it. Other endpoints refuse to trace. A request without
+to the chunk that ends it. Other OpenAI and Anthropic endpoints refuse to trace. A request without
 ``diffusion_trace`` passes through untouched.
 """
 

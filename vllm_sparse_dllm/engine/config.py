@@ -309,6 +309,21 @@ def _prepare_ray(parallel: ParallelConfig) -> None:
     parallel.ray_runtime_env = environment
 
 
+def pages_of_an_engine(vllm_config: VllmConfig) -> int | None:
+    """Return the pages of one engine's pool, as a front end knows them; None before they are made.
+
+    A front end has the sum over the engines that it manages, whose pools may differ: then this is
+    their mean.
+    """
+    blocks, parallel = vllm_config.cache_config.num_gpu_blocks, vllm_config.parallel_config
+    if not blocks:
+        return None
+    local = parallel.local_engines_only
+    engines = parallel.data_parallel_size_local if local else parallel.data_parallel_size
+    # One block of each pool is vLLM's own.
+    return blocks // max(1, engines) - 1
+
+
 def _use_all_cores(parallel: ParallelConfig) -> None:
     """Let the workers have every core: the front end of a diffusion model is mostly idle.
 

@@ -42,7 +42,10 @@ def install() -> None:
         told = finish_reason == FinishReason.ERROR and isinstance(stop_reason, str)
         if not told or self.queue is None:
             return output
-        refusal = VLLMValidationError(str(stop_reason), parameter="structured_outputs")
+        assert isinstance(stop_reason, str)
+        # A reason begins with what is wrong: the length, or what a grammar allows.
+        parameter = "max_tokens" if stop_reason.startswith("max_tokens") else "structured_outputs"
+        refusal = VLLMValidationError(stop_reason, parameter=parameter)
         # Of the errors that reach a client as they are, the one that also ends the request's
         # other samples.
         self.queue.put(InputStreamError(refusal))

@@ -15,7 +15,9 @@ FIGURES = "sparse_dllm"
 #: What the first of the waiting requests waits for, and all others with it.
 QUEUE_CAUSES = ("pages", "token_budget", "max_num_seqs")
 #: Why a request ends without an answer.
-FAILURE_CAUSES = ("refused", "grammar", "logits")
+FAILURE_CAUSES = ("refused", "pages", "grammar", "logits")
+#: Those of them that the engine finds and that are the request's own fault.
+TOLD_CAUSES = ("pages", "grammar")
 
 
 @dataclass

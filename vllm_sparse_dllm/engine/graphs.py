@@ -30,6 +30,9 @@ Forward = Callable[[torch.Tensor, torch.Tensor, ForwardPlan], torch.Tensor]
 #: Tokens of the largest step that is captured by default: one of a few more keeps a GPU busy
 #: for longer than its launches take.
 _MOST_TOKENS = 1024
+#: Slots of a captured sequence at the most. Each replay sends the page tables, 4 bytes a page of
+#: all sequences; one that keeps more has enough to read to hide its launches.
+MOST_SLOTS = 16_384
 
 
 def ladder(

@@ -35,7 +35,7 @@ class Failure:
 
     Attributes:
         cause: One of `FAILURE_CAUSES`.
-        reason: In words. Those of a grammar are told to whoever sent it.
+        reason: In words. Those of `TOLD_CAUSES` are told to whoever sent it.
     """
 
     cause: str

@@ -37,7 +37,7 @@ from vllm_sparse_dllm.denoise.step import Commits, denoise
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import LogitsRows, build_batch
 from vllm_sparse_dllm.engine.figures import StepCounts
-from vllm_sparse_dllm.engine.graphs import BlockGraphs, Capture, ladder
+from vllm_sparse_dllm.engine.graphs import MOST_SLOTS, BlockGraphs, Capture, ladder
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
 from vllm_sparse_dllm.engine.profiling import profile_steps, run_full_pass
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState
@@ -167,11 +167,15 @@ class DiffusionModelRunner:
         Args:
             weights_iterator: Names and weights, all that a checkpoint has; None for a file's.
             weights_path: Of that checkpoint, None for the model's own.
-            is_checkpoint_format: Whether they are as in a checkpoint, or as the layers have them.
+            is_checkpoint_format: Whether they are as in a checkpoint, or as the layers have them,
+                which on a CPU keep no weights but packed ones.
 
         Raises:
-            ValueError: If some are missing; the model is of no use then.
+            ValueError: If they cannot be loaded so, or some are missing: then the model is of no
+                use any more.
         """
+        if not is_checkpoint_format and self.device.type == "cpu":
+            raise ValueError("is_checkpoint_format must be True on a CPU, got False")
         reload_weights(
             self.vllm_config,
             self.model,
@@ -179,6 +183,7 @@ class DiffusionModelRunner:
             weights_path=weights_path,
             is_checkpoint_format=is_checkpoint_format,
         )
+        self.model.process_tied_head()
 
     def shutdown(self) -> None:
         """Forget all requests, and let go of what holds the device's memory."""
@@ -232,13 +237,14 @@ class DiffusionModelRunner:
         """
         sizes = self.graph_sizes if sizes is None else sizes
         if sizes:
+            most_slots = min(self.model_config.max_model_len, MOST_SLOTS)
             self.graphs = BlockGraphs(
                 self._run_model,
                 capture,
                 self.backend,
                 sizes,
                 self.engine_settings.decoding.block_length,
-                -(-self.model_config.max_model_len // self.cache_config.block_size),
+                -(-most_slots // self.cache_config.block_size),
                 self.model.shape.hidden_size,
             )
 

@@ -35,7 +35,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_sparse_dllm.cache.block_manager import SparseBlockManager
 from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind, step_tokens
 from vllm_sparse_dllm.denoise.timetable import Canvas
-from vllm_sparse_dllm.engine.figures import FIGURES, EngineFigures
+from vllm_sparse_dllm.engine.figures import FIGURES, TOLD_CAUSES, EngineFigures
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput, Failure
 from vllm_sparse_dllm.engine.structured_output import AllowedTokens
 from vllm_sparse_dllm.engine.trace import TRACE
@@ -113,6 +113,8 @@ class DiffusionScheduler(Scheduler):
         )
         self.figures = EngineFigures()
         self.tracked: dict[str, Tracked] = {}
+        # Admitted by a front end that knows only the mean of several engines' pools.
+        self._too_large: dict[str, Failure] = {}
         # Step since which the head of the waiting queue, whoever it is, is passed over.
         self._head_ticket: int | None = None
         # Whether somebody lacked pages in this step.
@@ -127,13 +129,20 @@ class DiffusionScheduler(Scheduler):
         settings = request_settings(self.engine_settings, self.traits, sampling.extra_args)
         canvas = Canvas(request.num_prompt_tokens, sampling.max_tokens, settings.block_length)
         policy, page_size = POLICIES[settings.cache_policy], self.block_manager.block_size
-        self.tracked[request.request_id] = Tracked(
+        self.tracked[request.request_id] = tracked = Tracked(
             settings,
             canvas,
             policy.num_pages(canvas, settings, page_size),
             policy.peak_pages(canvas, settings, page_size),
             Progress(self._first_block(canvas, settings)),
         )
+        if tracked.peak_pages > self.block_manager.num_pages:
+            self._too_large[request.request_id] = Failure(
+                "pages",
+                f"max_tokens={sampling.max_tokens} with this prompt needs {tracked.peak_pages} "
+                f"cache pages (cache policy {settings.cache_policy}), but the pool of this engine "
+                f"has {self.block_manager.num_pages}",
+            )
         super().add_request(request)
 
     def _first_block(self, canvas: Canvas, settings: DecodingSettings) -> int:
@@ -329,7 +338,7 @@ class DiffusionScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        failed: dict[str, Failure] = {}
+        failed, self._too_large = self._too_large, {}
         traces: dict[str, dict[str, Any]] = {}
         constrained = {
             request_id: request
@@ -340,12 +349,9 @@ class DiffusionScheduler(Scheduler):
             if (request := self.requests.get(request_id)) is not None
         }
         if isinstance(model_runner_output, DiffusionRunnerOutput):
-            failed = model_runner_output.failed
+            failed |= model_runner_output.failed
             traces = model_runner_output.traces
             self.figures.steps.add(model_runner_output.counts)
-            for request_id, failure in failed.items():
-                if request_id in self.requests:
-                    self.figures.fail(failure.cause)
             elapsed = time.monotonic() - self._scheduled_at
             self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
             for request_id, progress in model_runner_output.progress.items():
@@ -354,6 +360,9 @@ class DiffusionScheduler(Scheduler):
                     tracked.progress = progress
                     if not progress.whole:
                         self.block_manager.shrink(request_id, tracked.num_pages)
+        for request_id, failure in failed.items():
+            if request_id in self.requests:
+                self.figures.fail(failure.cause)
         outputs = super().update_from_output(scheduler_output, model_runner_output)
         if traces:
             for client_outputs in outputs.values():
@@ -373,7 +382,7 @@ class DiffusionScheduler(Scheduler):
                     new_token_ids=[],
                     finish_reason=request.get_finished_reason(),
                     # The front end tells it to the client.
-                    stop_reason=reason if failed[request.request_id].cause == "grammar" else None,
+                    stop_reason=reason if failed[request.request_id].cause in TOLD_CAUSES else None,
                     events=request.take_events(),
                     trace_headers=request.trace_headers,
                 )

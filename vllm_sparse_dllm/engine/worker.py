@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from vllm.logger import init_logger
+from vllm.utils.gc_utils import freeze_gc_heap, maybe_attach_gc_debug_callback
 from vllm.utils.torch_utils import set_random_seed
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
@@ -73,6 +74,11 @@ class DiffusionGPUWorker(DiffusionWorker):
                 (free - _free_memory()) / (1 << 30),
             )
         set_random_seed(self.model_config.seed)
+        # As vLLM's own, once all is warm: what compiles or waits from here on is told, and the
+        # model and the graphs are no garbage to look through.
+        self._maybe_activate_jit_monitor()
+        freeze_gc_heap()
+        maybe_attach_gc_debug_callback()
         return CompilationTimes(language_model=time.perf_counter() - start, encoder=0.0)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import tempfile
@@ -49,6 +50,11 @@ def why_not() -> str | None:
     if _openmp() is None:
         return "PyTorch uses no OpenMP library"
     return None
+
+
+def lacks_avx512() -> bool:
+    """Return whether this is an x86 processor whose widest instructions are AVX2's."""
+    return platform.machine() == "x86_64" and not torch.cpu._is_avx512_supported()
 
 
 def switched_off() -> bool:

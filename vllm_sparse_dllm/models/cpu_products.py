@@ -1,14 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which matrix products a model has on a CPU: those of vLLM, or of float32 weights.
 
-oneDNN multiplies bfloat16 where the processor has AVX-512 and so on. Elsewhere vLLM goes on with
-PyTorch's products of such weights, which are up to seven times slower than oneDNN's in float32. So
-there the weights of linear layers and of the head are kept in float32 as oneDNN packs them, twice
-the memory, and their products are rounded once. Everything else stays in the model's dtype.
+oneDNN multiplies half precision with AVX-512. On an x86 processor without it vLLM goes on with
+PyTorch's products, which are up to seven times slower than oneDNN's in float32. So there the
+weights of linear layers and of the head are kept in float32 as oneDNN packs them, twice the
+memory, and their products are rounded once. Everything else stays in the model's dtype.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,17 +43,17 @@ def choose_products(model: nn.Module, dtype: torch.dtype) -> None:
     if not current_platform.is_cpu():
         return
     in_float32 = wants_float32_products(dtype)
+    num_chosen = 0
     module: Any
     for module in model.modules():
         # Not subclasses, which have products of their own.
         method = type(getattr(module, "quant_method", None))
         if method is UnquantizedEmbeddingMethod and not isinstance(module, ParallelLMHead):
             module.quant_method = LookupMethod()
-        elif in_float32 and method is UnquantizedEmbeddingMethod:
-            module.quant_method = Float32HeadMethod()
-        elif in_float32 and method is UnquantizedLinearMethod:
-            module.quant_method = Float32LinearMethod()
-    if in_float32:
+        elif in_float32 and method in _IN_FLOAT32:
+            module.quant_method = _IN_FLOAT32[method]()
+            num_chosen += 1
+    if num_chosen:
         logger.info(
             "This processor multiplies no %s: weights are kept in float32, in twice the memory",
             dtype_name(dtype),
@@ -61,8 +62,9 @@ def choose_products(model: nn.Module, dtype: torch.dtype) -> None:
 
 def wants_float32_products(dtype: torch.dtype) -> bool:
     """Return whether products in ``dtype`` are slower on this CPU than in float32."""
-    if not ops._supports_onednn or native.switched_off():
+    if not native.lacks_avx512() or not ops._supports_onednn or native.switched_off():
         return False
+    # Some processors without AVX-512 have instructions of AVX2 for it.
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -70,30 +72,40 @@ def wants_float32_products(dtype: torch.dtype) -> bool:
     return supported is not None and not supported()
 
 
-def pack_in_float32(layer: Any) -> None:
-    """Give a layer, as vLLM's own methods do, a ``cpu_linear`` of its weight ``[out, in]``."""
-    packed = ops.create_onednn_mm(layer.weight.detach().float().t(), _KEPT_SHAPES)
+def float32_product(weight: torch.Tensor) -> Callable[..., torch.Tensor]:
+    """Return what multiplies rows by a weight in float32, and rounds to the rows' dtype.
 
-    def multiply(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    Args:
+        weight: ``[out, in]``; a copy of it is packed.
+
+    Returns:
+        A function of ``x`` ``[rows, in]`` and an optional bias ``[out]`` that returns
+        ``[rows, out]``.
+    """
+    packed = ops.create_onednn_mm(weight.detach().float().t(), _KEPT_SHAPES)
+
+    def multiply(x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         wide_bias = None if bias is None else bias.float()
         return ops.onednn_mm(packed, x.float(), wide_bias).to(x.dtype)
 
-    layer.cpu_linear = multiply
+    return multiply
 
 
-class Float32LinearMethod(UnquantizedLinearMethod):
-    """Linear layers; their weights go once they are packed."""
+class _Float32Method:
+    """Packs a layer's weights, which go then; an embedding that shares them keeps its own."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        pack_in_float32(layer)
+        multiply = float32_product(layer.weight)
+        layer.cpu_linear = lambda x, weight, bias: multiply(x, bias)
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
 
 
-class Float32HeadMethod(UnquantizedEmbeddingMethod):
-    """The head, whose weights may be an embedding's too, and stay."""
+class Float32LinearMethod(_Float32Method, UnquantizedLinearMethod):
+    """Linear layers."""
 
-    def process_weights_after_loading(self, layer: Any) -> None:
-        pack_in_float32(layer)
+
+class Float32HeadMethod(_Float32Method, UnquantizedEmbeddingMethod):
+    """The head."""
 
 
 class LookupMethod(UnquantizedEmbeddingMethod):
@@ -101,3 +113,9 @@ class LookupMethod(UnquantizedEmbeddingMethod):
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
         """Nothing to do."""
+
+
+_IN_FLOAT32: dict[type, Callable[[], _Float32Method]] = {
+    UnquantizedLinearMethod: Float32LinearMethod,
+    UnquantizedEmbeddingMethod: Float32HeadMethod,
+}

@@ -429,6 +429,15 @@ class DiffusionDecoder(nn.Module):
             raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         return loaded
 
+    def process_tied_head(self) -> None:
+        """Let a head without weights of its own take over those that were loaded anew.
+
+        To vLLM's reloading it is a layer that was not loaded, and keeps what it has packed.
+        """
+        if self.shape.tie_embeddings and not self.quantised:
+            self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
+            self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
+
     def _check_shape(
         self, name: str, tensor: torch.Tensor, parameter_name: str, shard: int | str | None
     ) -> None:
