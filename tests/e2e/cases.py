@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from dataclasses import dataclass, field
 from typing import Any
@@ -50,11 +51,18 @@ class Case:
         params._bad_words_token_ids = bad_words
         return params
 
-    def expected(self, model: Model, page: int = 32) -> list[int]:
+    def expected(self, model: Model, page: int = 32, **more: Any) -> list[int]:
         generator = None if self.seed is None else torch.Generator().manual_seed(self.seed)
+        options = {**self.options, **more}
         return generate(
-            model, self.prompt, self.max_tokens, page=page, generator=generator, **self.options
+            model, self.prompt, self.max_tokens, page=page, generator=generator, **options
         )
+
+    def closest_call(self, model: Model) -> float:
+        """Return by how much of a confidence the closest of all choices of places was decided."""
+        leads: list[float] = []
+        self.expected(model, leads=leads)
+        return min(leads, default=math.inf)
 
 
 def run_staggered(

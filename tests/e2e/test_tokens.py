@@ -107,11 +107,18 @@ class _Runs(dict[str, Run]):
         return self[name]
 
 
+#: Of a confidence; float32 has 24 bits, and sums of some hundred numbers lose a few.
+ROUNDING = 2e-6
+
+
 @pytest.mark.parametrize(("name", "number"), PARAMETERS)
 def test_equals_reference(runs: dict[str, Run], name: str, number: int) -> None:
     case = CHECKPOINTS[name].cases[number]
     run = runs[name]
-    assert run.outputs[number] == case.expected(run.reference)
+    expected = case.expected(run.reference)
+    if run.outputs[number] != expected and case.closest_call(run.reference) < ROUNDING:
+        pytest.skip("two places are as good up to rounding, which differs between processors")
+    assert run.outputs[number] == expected
 
 
 def test_embedded_model_equals_reference() -> None:

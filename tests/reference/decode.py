@@ -58,6 +58,7 @@ class Options:
     repetition_penalty: float = 1.0
     canvas: Sequence[int] | None = None  # the response's first ids, masks among them
     allowed: Callable[[list[int]], Tensor] | None = None  # response so far -> [vocab], a grammar
+    leads: list[float] | None = None  # gets by how much, relatively, each order was decided
 
     def __post_init__(self) -> None:
         if self.cache_policy not in POLICIES:
@@ -463,7 +464,10 @@ def choose(
     if o.alg_temp > 0:  # k positions without replacement, as an exponential race
         e = torch.empty(m, dtype=torch.float64).exponential_(generator=o.generator)
         conf = torch.softmax(conf.double() / o.alg_temp, dim=-1) / e
-    return tokens, conf.sort(descending=True, stable=True).indices[:k]
+    values, order = conf.sort(descending=True, stable=True)
+    if o.leads is not None and k < m:
+        o.leads.append(float((values[k - 1] - values[k]) / values[k - 1].abs()))
+    return tokens, order[:k]
 
 
 def confidence(probs: Tensor, tokens: Tensor, rule: str, o: Options) -> Tensor:
