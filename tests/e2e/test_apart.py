@@ -26,7 +26,7 @@ def printed_by(folder: Path, backend: str) -> str:
 
 def test_requests_of_all_kinds(tmp_path: Path) -> None:
     printed = printed_by(tmp_path, "portable")
-    assert "40 requests, 0 different" in printed
+    assert "20 requests, 0 different" in printed
     for model in ("llada", "dream"):
         assert f"{model} PortableBackend FusedDistribution cuda:0" in printed
         # Greedy requests: a copy that nobody waits for in every step, and one that is waited for.
@@ -41,7 +41,7 @@ def test_requests_of_all_kinds(tmp_path: Path) -> None:
 
 def test_kernels_for_the_gpu_and_replayed_steps(tmp_path: Path) -> None:
     printed = printed_by(tmp_path, "triton")
-    assert "18 requests, 0 different" in printed
+    assert "10 requests, 0 different" in printed
     for model in ("llada", "dream"):
         assert f"{model} TritonBackend FusedDistribution cuda:0" in printed
         assert f"{model} replayed" in printed
