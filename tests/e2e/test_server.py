@@ -527,9 +527,14 @@ def test_other_endpoints_name_a_field_of_a_wrong_type(server: Server, path: str)
     assert "structured_outputs" in response.text
 
 
-@pytest.mark.parametrize("field", ["diffusion_steps", "min_tokens", "guided_json"])
+@pytest.mark.parametrize("field", ["diffusion_steps", "min_tokens", "guided_json", "max_tokens"])
 def test_responses_refuse_misplaced_fields(server: Server, field: str) -> None:
-    assert_refused(server, "responses", {"input": QUESTION, field: 4}, field)
+    """Their length is `max_output_tokens`."""
+    response = server.post("responses", input=QUESTION, max_output_tokens=8, **{field: 4})
+    assert response.status_code == 400, response.text
+    assert response.json()["error"]["message"].startswith(f"{field} ")
+    response = server.post("responses", input=QUESTION, max_output_tokens=8)
+    assert response.status_code == 200, response.text
 
 
 @pytest.mark.parametrize(("request_", "named"), BAD_SETTINGS + BAD_PARAMETERS + BAD_COMPLETIONS)

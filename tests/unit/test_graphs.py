@@ -121,12 +121,18 @@ def test_the_worker_captures_what_is_wanted(
     monkeypatch.setattr(worker.logger, "info", lambda text, *args: logged.append(text % args))
     monkeypatch.setattr(worker, "CudaCapture", lambda device: ("capture", device))
     monkeypatch.setattr(worker, "set_random_seed", lambda seed: captured.append(seed))
+    # As vLLM's own worker ends its warming up.
+    ends = ("freeze_gc_heap", "maybe_attach_gc_debug_callback")
+    for name in ends:
+        monkeypatch.setattr(worker, name, lambda name=name: captured.append(name))
+    monitor = "_maybe_activate_jit_monitor"
+    monkeypatch.setattr(DiffusionGPUWorker, monitor, lambda self: captured.append(monitor))
     own = object.__new__(DiffusionGPUWorker)
     own.device = torch.device("cuda:1")
     own.model_config = SimpleNamespace(seed=5)
     own.model_runner = SimpleNamespace(graph_sizes=sizes, capture_graphs=captured.append)
     assert own.compile_or_warm_up_model().encoder == 0.0
-    assert captured == [("capture", own.device), 5][0 if sizes else 1 :]
+    assert captured == [("capture", own.device), 5, monitor, *ends][0 if sizes else 1 :]
     assert len(logged) == bool(sizes)
     assert all(line.startswith("Captured block steps of 1, 2 sequences") for line in logged)
     assert all(line.endswith("they take 2.00 GiB") for line in logged)

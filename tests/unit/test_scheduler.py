@@ -30,6 +30,7 @@ import vllm_sparse_dllm
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind
 from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine.figures import FIGURES
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, Failure
 from vllm_sparse_dllm.engine.requests import RequestState
 from vllm_sparse_dllm.engine.scheduler import DiffusionScheduler
@@ -899,9 +900,14 @@ def test_what_no_pool_of_this_size_holds_ends_at_once() -> None:
         r"pool of this engine has 3",
         str(end.stop_reason),
     )
-    assert scheduler.figures.failures == {"pages": 1}
+    stats = outputs[0].scheduler_stats
+    assert stats is not None and stats.kv_connector_stats is not None
+    assert stats.kv_connector_stats[FIGURES]["failures"] == {"pages": 1}
+    for one in outputs[0].outputs:
+        world.delivered[one.request_id] += one.new_token_ids
+    world.finished[large] = str(end.finish_reason)
     world.drain()
-    assert world.finished.keys() == {before, behind}
+    assert world.finished == {before: "length", large: "error", behind: "length"}
 
 
 def test_a_failure_in_the_step_that_another_finishes() -> None:
