@@ -228,11 +228,10 @@ class EngineSettings:
                 f"additional_config must be a mapping, got {type(additional_config).__name__}"
             )
         for key in map(str, additional_config):
-            name = key.removeprefix(REQUEST_PREFIX)
-            beside = key == name and name in FIELDS and FIELDS[name].scope != "request"
             # Other plugins have keys there too, but none of these.
+            beside = key in FIELDS and FIELDS[key].scope != "request"
             misspelt = key != CONFIG_KEY and key.lower().replace("-", "_") == CONFIG_KEY
-            if beside or misspelt or key != name:
+            if beside or misspelt or key.startswith(REQUEST_PREFIX):
                 raise ValueError(
                     f"additional_config[{key!r}] has no effect: settings go into "
                     f"additional_config[{CONFIG_KEY!r}]"

@@ -27,6 +27,8 @@ import torch.nn.functional as F
 from devices import describe, median_seconds
 from programs import Job, num_cores, serve_model
 
+from vllm_sparse_dllm.kernels import dtype_name
+
 #: Multiplies activations ``[rows, in]`` by a weight.
 Product = Callable[[torch.Tensor], torch.Tensor]
 
@@ -279,7 +281,7 @@ def measure(
         entry["rate"] = 2.0 * count * shape.weights / seconds
     return {
         "shape": asdict(shape),
-        "dtype": str(dtype).removeprefix("torch."),
+        "dtype": dtype_name(dtype),
         "threads": torch.get_num_threads(),
         "bandwidth": max(memory.values()),
         "bandwidths": memory,

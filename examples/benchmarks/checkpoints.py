@@ -28,6 +28,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from vllm_sparse_dllm.kernels import dtype_name
+
 ATTENTION_STD = 3.0
 ATTENTION_GAIN = 1.5
 FEED_FORWARD_GAIN = 0.7
@@ -143,7 +145,7 @@ def write_checkpoint(path: Path, family: str, size: Size, dtype: torch.dtype, se
 def write_configuration(path: Path, family: str, size: Size, dtype: torch.dtype) -> None:
     """Write the configuration files into an existing directory."""
     config = _llada_config(size) if family == "llada" else _dream_config(size)
-    config["torch_dtype"] = str(dtype).removeprefix("torch.")
+    config["torch_dtype"] = dtype_name(dtype)
     ids = size.special_ids
     generation = {
         "bos_token_id": ids["bos"],
