@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import os
+import re
 
+#: The release of vLLM whose internals this package knows.
+VLLM_RELEASE = "0.32"
 #: Environment variable that puts workers on Ray where there is no GPU; ``1`` or unset.
 RAY_ON_CPU = "VLLM_SPARSE_DLLM_RAY_ON_CPU"
 
@@ -34,13 +37,38 @@ def announce(variable: str) -> None:
     envs.environment_variables.setdefault(variable, lambda: os.getenv(variable))
 
 
+def supports_this_vllm() -> bool:
+    """Return whether the installed vLLM is of the release that this package is made for.
+
+    What is registered rests on vLLM's internals, and vLLM loads plugins whatever it serves: in
+    another release an error here would take all models and the whole command line down.
+    """
+    import vllm
+    from vllm.logger import init_logger
+
+    release = re.match(r"(\d+\.\d+)(\.|$)", vllm.__version__)
+    # A build from source may not know its version.
+    if release is None or release[1] in (VLLM_RELEASE, "0.0"):
+        return True
+    init_logger("vllm." + __name__).error(
+        "vllm_sparse_dllm is made for vLLM %s.x and stays out of vLLM %s: diffusion models are "
+        "not available. Install vllm==%s.*",
+        VLLM_RELEASE,
+        vllm.__version__,
+        VLLM_RELEASE,
+    )
+    return False
+
+
 def register() -> None:
     """Register models, configurations, cache and admission with vLLM.
 
     The ``vllm.general_plugins`` entry point. vLLM calls it in every process it starts, possibly
     more than once.
     """
-    from transformers import AutoConfig, AutoTokenizer
+    if not supports_this_vllm():
+        return
+    from transformers import AutoConfig
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
@@ -54,12 +82,12 @@ def register() -> None:
         DreamConfig,
         LLaDAConfig,
     )
-    from vllm_sparse_dllm.models.tokenizer import DreamTokenizer
+    from vllm_sparse_dllm.models.tokenizer import register_tokenizer
 
     announce(VARIABLE)
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
     AutoConfig.register(DreamConfig.model_type, DreamConfig, exist_ok=True)
-    AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
+    register_tokenizer()
     # By name, so that nothing of the models is imported before one is used.
     models = {
         LLADA_ARCHITECTURE: "vllm_sparse_dllm.models.llada:LLaDAModelLM",

@@ -16,7 +16,7 @@ from vllm_sparse_dllm.attention.triton import TritonBackend
 from vllm_sparse_dllm.attention.xformers import XFormersBackend
 from vllm_sparse_dllm.kernels import native
 
-logger = init_logger(__name__)
+logger = init_logger("vllm." + __name__)
 
 #: By their names in the settings, where `auto` stands for the best of a device.
 BACKENDS: dict[str, type[AttentionBackend]] = {

@@ -24,7 +24,7 @@ from vllm_sparse_dllm.settings import ATTENTION_BACKENDS, CONFIG_KEY, EngineSett
 if TYPE_CHECKING:
     from vllm.config import ParallelConfig, VllmConfig
 
-logger = init_logger(__name__)
+logger = init_logger("vllm." + __name__)
 
 _SCHEDULER = "vllm_sparse_dllm.engine.scheduler.DiffusionScheduler"
 _WORKERS = {

@@ -48,7 +48,7 @@ from vllm_sparse_dllm.models.layers import DiffusionDecoder
 from vllm_sparse_dllm.settings import EngineSettings, request_settings
 from vllm_sparse_dllm.transfer import HostArrays
 
-logger = init_logger(__name__)
+logger = init_logger("vllm." + __name__)
 
 #: Logits that exist at a time; sampling needs a few float64 copies of them.
 _MAX_LOGITS = 1 << 26

@@ -42,7 +42,7 @@ from vllm_sparse_dllm.engine.trace import TRACE
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import DecodingSettings, EngineSettings, request_settings
 
-logger = init_logger(__name__)
+logger = init_logger("vllm." + __name__)
 
 #: How long the runner may go on by itself, in seconds: what a request that comes in or is
 #: aborted meanwhile waits at the most, and how coarse a stream may get.

@@ -22,7 +22,7 @@ from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
 
-logger = init_logger(__name__)
+logger = init_logger("vllm." + __name__)
 
 _ENTRY = "vllm.entrypoints.launchers.api_server.entry"
 _FIELD = "structured_outputs"

@@ -22,7 +22,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_sparse_dllm.engine.graphs import CudaCapture
 from vllm_sparse_dllm.engine.runner import DiffusionModelRunner
 
-logger = init_logger(__name__)
+logger = init_logger("vllm." + __name__)
 
 #: Each layer's pages lie together: what the attention kernels and `allocate_pages` expect.
 _KV_CACHE_LAYOUT = "LBHNC"

@@ -7,6 +7,7 @@ them. `model_traits` is what the decoding code reads of a configuration.
 
 from __future__ import annotations
 
+import math
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -19,7 +20,32 @@ LLADA_ARCHITECTURE = "LLaDAModelLM"
 DREAM_ARCHITECTURE = "DreamModel"
 
 
-class LLaDAConfig(PreTrainedConfig):
+class _RotaryConfig(PreTrainedConfig):
+    """A configuration with one rotary base, which has two names that always agree.
+
+    Checkpoints call it ``rope_theta``; transformers 5 keeps it in ``rope_parameters``, which
+    ``rope_scaling`` is another name of. A ``config.json`` or an override may use any of them.
+    """
+
+    def __init__(self, rope_theta: float, **kwargs: Any) -> None:
+        scaling = kwargs.pop("rope_scaling", None)
+        self._rope_theta = rope_theta
+        self.rope_parameters = kwargs.pop("rope_parameters", None) or scaling
+        super().__init__(**kwargs)
+
+    @property
+    def rope_theta(self) -> float:
+        parameters = self.rope_parameters
+        given = parameters.get("rope_theta") if isinstance(parameters, dict) else None
+        return self._rope_theta if given is None else given
+
+    @rope_theta.setter
+    def rope_theta(self, value: float) -> None:
+        self._rope_theta = value
+        self.rope_parameters = {**(self.rope_parameters or {}), "rope_theta": value}
+
+
+class LLaDAConfig(_RotaryConfig):
     """LLaDA-8B Base / Instruct and LLaDA-1.5 (``model_type: llada``).
 
     LLaDA-MoE uses the same ``model_type``; it is told apart by ``architectures``.
@@ -83,7 +109,6 @@ class LLaDAConfig(PreTrainedConfig):
         self.embedding_size = vocab_size if embedding_size is None else embedding_size
         self.max_sequence_length = max_sequence_length
         self.rope = rope
-        self.rope_theta = rope_theta
         self.rope_full_precision = rope_full_precision
         self.rms_norm_eps = rms_norm_eps
         self.layer_norm_type = layer_norm_type
@@ -104,10 +129,10 @@ class LLaDAConfig(PreTrainedConfig):
         self.mask_token_id = mask_token_id
         kwargs.setdefault("tie_word_embeddings", weight_tying)
         kwargs.update(eos_token_id=eos_token_id, pad_token_id=pad_token_id)
-        super().__init__(**kwargs)
+        super().__init__(rope_theta, **kwargs)
 
 
-class DreamConfig(PreTrainedConfig):
+class DreamConfig(_RotaryConfig):
     """Dream-v0 Base / Instruct 7B and Dream-Coder (``model_type: Dream``)."""
 
     model_type = "Dream"
@@ -124,7 +149,6 @@ class DreamConfig(PreTrainedConfig):
         max_position_embeddings: int = 131072,
         rms_norm_eps: float = 1e-6,
         rope_theta: float = 1000000.0,
-        rope_scaling: dict[str, Any] | None = None,
         use_sliding_window: bool = False,
         sliding_window: int | None = None,
         tie_word_embeddings: bool = False,
@@ -143,15 +167,14 @@ class DreamConfig(PreTrainedConfig):
         self.hidden_act = hidden_act
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
-        self.rope_theta = rope_theta
-        # Not `rope_scaling`: transformers turns that name into `rope_parameters`.
-        self.rope_scaling_setting = rope_scaling
         self.use_sliding_window = use_sliding_window
         # vLLM reads `sliding_window` as one that is in force.
         self.sliding_window = sliding_window if use_sliding_window else None
         self.mask_token_id = mask_token_id
+        # Read where tokenizer_config.json names no class.
+        kwargs.setdefault("tokenizer_class", "DreamTokenizer")
         kwargs.update(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id)
-        super().__init__(**kwargs)
+        super().__init__(rope_theta, **kwargs)
 
 
 def _require(config: PreTrainedConfig, name: str, value: Any, allowed: tuple[Any, ...]) -> None:
@@ -205,10 +228,6 @@ def check_dream_config(config: DreamConfig) -> None:
     """
     _require(config, "hidden_act", config.hidden_act, ("silu",))
     _require(config, "use_sliding_window", config.use_sliding_window, (False,))
-    scaling = config.rope_scaling_setting
-    kind = (scaling or {}).get("rope_type", (scaling or {}).get("type", "default"))
-    if kind != "default":
-        _require(config, "rope_scaling", scaling, (None,))
     _require_sizes(
         config,
         "hidden_size",
@@ -221,7 +240,26 @@ def check_dream_config(config: DreamConfig) -> None:
     _check_common(config)
 
 
-def _check_common(config: PreTrainedConfig) -> None:
+def _check_rotary(config: _RotaryConfig) -> None:
+    """Refuse rotary positions that are scaled, partial, or different from layer to layer."""
+    parameters = config.rope_parameters or {}
+    plain = isinstance(parameters, dict) and not any(
+        isinstance(value, dict) for value in parameters.values()
+    )
+    kind = parameters.get("rope_type", parameters.get("type", "default")) if plain else None
+    if kind != "default" or parameters.get("partial_rotary_factor") not in (None, 1):
+        raise ValueError(
+            f"this {config.model_type} checkpoint, or an override, sets rope_parameters "
+            f"(rope_scaling) to {parameters!r}, which is not supported; rope_type must be "
+            "'default', with no partial_rotary_factor"
+        )
+    base = config.rope_theta
+    if isinstance(base, bool) or not isinstance(base, int | float) or not 0 < base < math.inf:
+        raise ValueError(f"config.json sets rope_theta={base!r}; it must be a number above 0")
+
+
+def _check_common(config: _RotaryConfig) -> None:
+    _check_rotary(config)
     if config.hidden_size % config.num_attention_heads:
         raise ValueError(
             f"config.json: hidden size {config.hidden_size} must be a multiple of the "

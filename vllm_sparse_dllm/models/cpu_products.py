@@ -25,7 +25,7 @@ from vllm.platforms import current_platform
 
 from vllm_sparse_dllm.kernels import dtype_name, native
 
-logger = init_logger(__name__)
+logger = init_logger("vllm." + __name__)
 
 #: Numbers of rows that a layer's products are compiled for and kept, as in vLLM.
 _KEPT_SHAPES = 32

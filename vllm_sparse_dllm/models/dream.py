@@ -3,34 +3,24 @@
 
 from __future__ import annotations
 
-import re
-
 from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_sparse_dllm.models.configs import DreamConfig, check_dream_config
 from vllm_sparse_dllm.models.layers import DecoderShape, DiffusionDecoder
 
-_OUTER = {
-    "model.embed_tokens.weight": "embed_tokens.weight",
-    "model.norm.weight": "norm.weight",
-    "lm_head.weight": "lm_head.weight",
-}
-_INNER: dict[str, tuple[str, int | str | None]] = {
-    "input_layernorm": ("input_norm", None),
-    "post_attention_layernorm": ("post_attention_norm", None),
-    "self_attn.q_proj": ("self_attn.qkv_proj", "q"),
-    "self_attn.k_proj": ("self_attn.qkv_proj", "k"),
-    "self_attn.v_proj": ("self_attn.qkv_proj", "v"),
-    "self_attn.o_proj": ("self_attn.o_proj", None),
-    "mlp.gate_proj": ("mlp.gate_up_proj", 0),
-    "mlp.up_proj": ("mlp.gate_up_proj", 1),
-    "mlp.down_proj": ("mlp.down_proj", None),
-}
-_LAYER = re.compile(r"model\.layers\.(\d+)\.([\w.]+)\.(\w+)")
-
 
 class DreamModel(DiffusionDecoder):
     """The public Dream layout (``architectures: ["DreamModel"]``)."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_prefix={"model.": ""},
+        orig_to_new_substr={
+            "rotary_emb.inv_freq": None,
+            ".input_layernorm.": ".input_norm.",
+            ".post_attention_layernorm.": ".post_attention_norm.",
+        },
+    )
 
     @classmethod
     def shape_of(cls, vllm_config: VllmConfig) -> DecoderShape:
@@ -54,15 +44,3 @@ class DreamModel(DiffusionDecoder):
             qkv_bias=True,
             tie_embeddings=config.tie_word_embeddings,
         )
-
-    @classmethod
-    def rename_weight(cls, name: str) -> tuple[str, int | str | None] | None:
-        if name.endswith("rotary_emb.inv_freq"):
-            return None
-        if name in _OUTER:
-            return _OUTER[name], None
-        match = _LAYER.fullmatch(name)
-        if match is None or match[2] not in _INNER:
-            return name, None
-        target, shard = _INNER[match[2]]
-        return f"layers.{match[1]}.{target}.{match[3]}", shard

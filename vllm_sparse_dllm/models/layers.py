@@ -7,14 +7,16 @@ the last layer keeps is all in the step's `ForwardPlan`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group, get_tensor_model_parallel_world_size
+from vllm.logger import init_logger
 from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
@@ -25,10 +27,11 @@ from vllm.model_executor.layers.quantization import QuantizationConfig
 from vllm.model_executor.layers.rotary_embedding import get_rope
 from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
+    UnquantizedEmbeddingMethod,
     VocabParallelEmbedding,
 )
 from vllm.model_executor.model_loader.weight_utils import default_weight_loader
-from vllm.model_executor.models.utils import maybe_prefix
+from vllm.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 from vllm_sparse_dllm.attention.interface import AttentionShape
 from vllm_sparse_dllm.attention.module import BidirectionalAttention
@@ -37,10 +40,24 @@ from vllm_sparse_dllm.kernels.cpu import kernels_for
 from vllm_sparse_dllm.models.cpu_products import choose_products
 from vllm_sparse_dllm.models.fused import FusedRMSNorm, silu_and_mul
 
+logger = init_logger("vllm." + __name__)
+
 #: Rows that go through the feed-forward layer at a time on CPU: its intermediate results are the
 #: widest. Where SwiGLU takes several passes over memory they cost more than their products once
 #: they leave the caches; where it is one pass they only take memory.
 _CACHED_ROWS, _MOST_ROWS = 512, 4096
+
+#: The fused module and vLLM's name of the shard that a checkpoint's projection becomes.
+_PLACES: dict[str, tuple[str, int | str]] = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+#: Tensors of quantised checkpoints that say nothing to this model: an order of channels that
+#: vLLM's kernels do not use, and scales of a quantised KV cache, while pages are not quantised.
+_UNUSED = re.compile(r".*\.(g_idx|(?P<cache>([qkv]|kv|prob)_(scale|zero_point)))")
 
 
 @dataclass(frozen=True)
@@ -295,8 +312,20 @@ class DecoderLayer(nn.Module):
 class DiffusionDecoder(nn.Module):
     """Embedding, bidirectional decoder layers, final norm and head.
 
-    Subclasses say how a checkpoint is read: `shape_of` and `rename_weight`.
+    Subclasses say how a checkpoint is read: `shape_of` and `hf_to_vllm_mapper`.
+
+    Attributes:
+        packed_modules_mapping: The modules that a fused one is made of. vLLM hands it to
+            quantisers, whose configurations name modules as a checkpoint does.
+        hf_to_vllm_mapper: From a checkpoint's names to those of modules here, before they are
+            fused; for tensors, and for quantisers' lists of modules.
     """
+
+    packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
+        "qkv_proj": ["q_proj", "k_proj", "v_proj"],
+        "gate_up_proj": ["gate_proj", "up_proj"],
+    }
+    hf_to_vllm_mapper: ClassVar[WeightsMapper]
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__()
@@ -336,9 +365,17 @@ class DiffusionDecoder(nn.Module):
         raise NotImplementedError
 
     @classmethod
-    def rename_weight(cls, name: str) -> tuple[str, int | str | None] | None:
+    def place_of(cls, name: str) -> tuple[str, int | str | None] | None:
         """Map a checkpoint's tensor to (parameter, shard of a fused one), None to skip it."""
-        raise NotImplementedError
+        mapped = cls.hf_to_vllm_mapper.map_name(name)
+        if mapped is None:
+            return None
+        path, _, kind = mapped.rpartition(".")
+        parent, _, module = path.rpartition(".")
+        if module not in _PLACES:
+            return mapped, None
+        fused, shard = _PLACES[module]
+        return f"{parent}.{fused}.{kind}", shard
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
         return self.embed_tokens(input_ids)
@@ -388,14 +425,19 @@ class DiffusionDecoder(nn.Module):
         tied: dict[str, torch.Tensor] = {}
         shards: dict[str, set[int | str]] = {}
         for name, tensor in weights:
-            target = self.rename_weight(name)
+            target = self.place_of(name)
             if target is None:
                 continue
             parameter_name, shard = target
             head = parameter_name.startswith("lm_head.")
             parameter = parameters.get(parameter_name)
+            if parameter is None and self.quantised and self._is_unused(name, tensor):
+                continue
             if parameter is None and not (head and self.shape.tie_embeddings):
-                raise ValueError(f"the checkpoint has a tensor {name} that this model has not")
+                raise ValueError(
+                    f"the checkpoint has a tensor {name} that this model has not"
+                    + self._hint(parameter_name, parameters)
+                )
             self._check_shape(name, tensor, parameter_name, shard)
             if self.shape.tie_embeddings and (head or parameter_name.startswith("embed_tokens.")):
                 tied[name] = tensor
@@ -429,12 +471,34 @@ class DiffusionDecoder(nn.Module):
             raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         return loaded
 
+    def _hint(self, parameter_name: str, parameters: dict[str, nn.Parameter]) -> str:
+        """Return what to do about a tensor of a quantised module that is not quantised here."""
+        module = parameter_name.rpartition(".")[0]
+        if not self.quantised or f"{module}.weight" not in parameters:
+            return ""
+        return f": {module} is not quantised in vLLM, so the quantiser has to leave it out"
+
+    @staticmethod
+    def _is_unused(name: str, tensor: torch.Tensor) -> bool:
+        """Return whether a tensor that has no place here may be left out."""
+        # Some tools write biases of zeros to layers that have none.
+        if name.endswith(".bias"):
+            return not tensor.any()
+        match = _UNUSED.fullmatch(name)
+        if match is not None and match["cache"]:
+            logger.warning_once(
+                "The checkpoint's scales of a quantised KV cache are not used: pages are in the "
+                "model's dtype"
+            )
+        return match is not None
+
     def process_tied_head(self) -> None:
         """Let a head without weights of its own take over those that were loaded anew.
 
         To vLLM's reloading it is a layer that was not loaded, and keeps what it has packed.
         """
-        if self.shape.tie_embeddings and not self.quantised:
+        method = self.lm_head.quant_method
+        if self.shape.tie_embeddings and isinstance(method, UnquantizedEmbeddingMethod):
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
             self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
 

@@ -6,31 +6,35 @@ from __future__ import annotations
 import re
 
 from vllm.config import VllmConfig
+from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_sparse_dllm.models.configs import LLaDAConfig, check_llada_config
 from vllm_sparse_dllm.models.layers import DecoderShape, DiffusionDecoder
 
-_OUTER = {
-    "model.transformer.wte.weight": "embed_tokens.weight",
-    "model.transformer.ln_f.weight": "norm.weight",
-    "model.transformer.ff_out.weight": "lm_head.weight",
+_NAMES = {
+    # Quantisers leave out `lm_head` by default; LLaDA has none, so that its head is quantised.
+    r"^lm_head\b": "no.lm_head",
+    r"^model\.transformer\.wte\b": "embed_tokens",
+    r"^model\.transformer\.ln_f\b": "norm",
+    r"^model\.transformer\.ff_out\b": "lm_head",
+    r"^model\.transformer\.blocks\.": "layers.",
+    # Also where a quantiser names them without the block that they are in.
+    r"(^|\.)attn_norm\b": r"\1input_norm",
+    r"(^|\.)ff_norm\b": r"\1post_attention_norm",
+    r"(^|\.)([qkv]_proj)\b": r"\1self_attn.\2",
+    r"(^|\.)attn_out\b": r"\1self_attn.o_proj",
+    r"(^|\.)ff_proj\b": r"\1mlp.gate_proj",
+    r"(^|\.)up_proj\b": r"\1mlp.up_proj",
+    r"(^|\.)ff_out\b": r"\1mlp.down_proj",
 }
-_INNER: dict[str, tuple[str, int | str | None]] = {
-    "attn_norm": ("input_norm", None),
-    "ff_norm": ("post_attention_norm", None),
-    "q_proj": ("self_attn.qkv_proj", "q"),
-    "k_proj": ("self_attn.qkv_proj", "k"),
-    "v_proj": ("self_attn.qkv_proj", "v"),
-    "attn_out": ("self_attn.o_proj", None),
-    "ff_proj": ("mlp.gate_up_proj", 0),
-    "up_proj": ("mlp.gate_up_proj", 1),
-    "ff_out": ("mlp.down_proj", None),
-}
-_BLOCK = re.compile(r"model\.transformer\.blocks\.(\d+)\.(\w+)\.(\w+)")
 
 
 class LLaDAModelLM(DiffusionDecoder):
     """The public LLaDA layout (``architectures: ["LLaDAModelLM"]``)."""
+
+    hf_to_vllm_mapper = WeightsMapper(
+        orig_to_new_regex={re.compile(name): new for name, new in _NAMES.items()}
+    )
 
     @classmethod
     def shape_of(cls, vllm_config: VllmConfig) -> DecoderShape:
@@ -52,13 +56,3 @@ class LLaDAModelLM(DiffusionDecoder):
             qkv_bias=bool(config.include_qkv_bias),
             tie_embeddings=config.weight_tying,
         )
-
-    @classmethod
-    def rename_weight(cls, name: str) -> tuple[str, int | str | None] | None:
-        if name in _OUTER:
-            return _OUTER[name], None
-        match = _BLOCK.fullmatch(name)
-        if match is None or match[2] not in _INNER:
-            return name, None
-        target, shard = _INNER[match[2]]
-        return f"layers.{match[1]}.{target}.{match[3]}", shard

@@ -3,8 +3,22 @@
 
 from __future__ import annotations
 
-from transformers import Qwen2Tokenizer
+from transformers import AutoTokenizer, PreTrainedConfig, Qwen2Tokenizer
 
 
 class DreamTokenizer(Qwen2Tokenizer):
     """Byte-level BPE with Qwen2's vocabulary; the special tokens are in the checkpoint."""
+
+
+class _NoModel(PreTrainedConfig):
+    """Stands for a model where only a tokenizer's name is to be registered."""
+
+
+def register_tokenizer() -> None:
+    """Have transformers find `DreamTokenizer` by its name.
+
+    Not by Dream's configuration: with ``trust_remote_code``, transformers prefers a checkpoint's
+    code to a tokenizer that belongs to a configuration. Dream's code is a slow tokenizer, which
+    structured output cannot use.
+    """
+    AutoTokenizer.register(_NoModel, DreamTokenizer, exist_ok=True)
