@@ -1,19 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to vLLM's registries: the entry points of the package."""
+"""Entry points through which the package registers with vLLM."""
 
 from __future__ import annotations
 
 import os
 
-#: Environment variable that puts workers on Ray where there is no GPU; ``1`` or unset.
+#: Environment variable that enables Ray workers without a GPU; ``1`` or unset.
 RAY_ON_CPU = "VLLM_SPARSE_DLLM_RAY_ON_CPU"
 
 
 def platform() -> str | None:
     """Return the platform to use in place of vLLM's own, None for vLLM's.
 
-    The ``vllm.platform_plugins`` entry point. vLLM calls it in every process, before it knows
-    what it runs on; what it raises is lost in a debug log.
+    The ``vllm.platform_plugins`` entry point. vLLM calls it in every process before it has chosen
+    a platform; an exception raised here appears only in a debug log.
     """
     if os.environ.get(RAY_ON_CPU) != "1":
         return None
@@ -25,9 +25,9 @@ def platform() -> str | None:
 
 
 def announce(variable: str) -> None:
-    """Have vLLM know an environment variable of ours.
+    """Register one of the package's environment variables with vLLM.
 
-    It then neither warns of the name nor leaves it behind when it starts workers.
+    vLLM then does not warn about the name and passes the variable on to its workers.
     """
     from vllm import envs
 
@@ -60,7 +60,7 @@ def register() -> None:
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
     AutoConfig.register(DreamConfig.model_type, DreamConfig, exist_ok=True)
     AutoTokenizer.register(DreamConfig, DreamTokenizer, exist_ok=True)
-    # By name, so that nothing of the models is imported before one is used.
+    # By name, so that model code is imported only when a model is used.
     models = {
         LLADA_ARCHITECTURE: "vllm_sparse_dllm.models.llada:LLaDAModelLM",
         DREAM_ARCHITECTURE: "vllm_sparse_dllm.models.dream:DreamModel",

@@ -2,7 +2,7 @@
 """Configurations of the public checkpoints, read without remote code.
 
 The classes keep the field names of the checkpoints' ``config.json`` and map vLLM's names onto
-them. `model_traits` is what the decoding code reads of a configuration.
+them. `model_traits` returns what the decoding code needs from a configuration.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DREAM_ARCHITECTURE = "DreamModel"
 class LLaDAConfig(PreTrainedConfig):
     """LLaDA-8B Base / Instruct and LLaDA-1.5 (``model_type: llada``).
 
-    LLaDA-MoE uses the same ``model_type``; it is told apart by ``architectures``.
+    LLaDA-MoE uses the same ``model_type``; it is distinguished by ``architectures``.
     """
 
     model_type = "llada"
@@ -147,7 +147,7 @@ class DreamConfig(PreTrainedConfig):
         # Not `rope_scaling`: transformers turns that name into `rope_parameters`.
         self.rope_scaling_setting = rope_scaling
         self.use_sliding_window = use_sliding_window
-        # vLLM reads `sliding_window` as one that is in force.
+        # vLLM takes a `sliding_window` that is set as one in use.
         self.sliding_window = sliding_window if use_sliding_window else None
         self.mask_token_id = mask_token_id
         kwargs.update(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id)
@@ -171,7 +171,7 @@ def _require_sizes(config: PreTrainedConfig, *names: str) -> None:
 
 
 def check_llada_config(config: LLaDAConfig) -> None:
-    """Refuse what the LLaDA model here does not compute.
+    """Reject a configuration that this package's LLaDA model does not support.
 
     Raises:
         ValueError: Naming the field, its value and what is supported.
@@ -198,7 +198,7 @@ def check_llada_config(config: LLaDAConfig) -> None:
 
 
 def check_dream_config(config: DreamConfig) -> None:
-    """Refuse what the Dream model here does not compute.
+    """Reject a configuration that this package's Dream model does not support.
 
     Raises:
         ValueError: Naming the field, its value and what is supported.
@@ -246,7 +246,7 @@ def _check_common(config: PreTrainedConfig) -> None:
 
 
 def model_traits(config: PreTrainedConfig) -> ModelTraits:
-    """Return what the decoding rules have to know of a checkpoint."""
+    """Return what the decoding code has to know about a checkpoint."""
     if isinstance(config, DreamConfig):
         assert config.mask_token_id is not None
         return ModelTraits(
@@ -270,7 +270,7 @@ def model_traits(config: PreTrainedConfig) -> ModelTraits:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Refuse a checkpoint that its model here does not compute.
+    """Reject a configuration that this package's models do not support.
 
     Raises:
         ValueError: Naming the field, its value and what is supported.

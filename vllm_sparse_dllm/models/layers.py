@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bidirectional decoder that LLaDA and Dream share, built from vLLM's parallel layers.
 
-A layer computes and decides nothing: which tokens are run, which keys they see and which rows
-the last layer keeps is all in the step's `ForwardPlan`.
+The layers make no decisions: which tokens are run, which keys they see and which rows the last
+layer keeps is all in the step's `ForwardPlan`.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ from vllm_sparse_dllm.kernels.cpu import kernels_for
 from vllm_sparse_dllm.models.cpu_products import choose_products
 from vllm_sparse_dllm.models.fused import FusedRMSNorm, silu_and_mul
 
-#: Rows that go through the feed-forward layer at a time on CPU: its intermediate results are the
-#: widest. Where SwiGLU takes several passes over memory they cost more than their products once
-#: they leave the caches; where it is one pass they only take memory.
+#: Most rows that go through the feed-forward layer at a time on CPU, where its intermediate
+#: results are the widest. If SwiGLU takes several passes over memory, these cost more than the
+#: matrix products once the results no longer fit the caches (`_CACHED_ROWS`); if it is one pass,
+#: only their memory matters (`_MOST_ROWS`).
 _CACHED_ROWS, _MOST_ROWS = 512, 4096
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """What the shared decoder has to know of a checkpoint.
+    """What the shared decoder has to know about a checkpoint.
 
     Attributes:
         hidden_size: Width of the residual stream.
@@ -57,7 +58,7 @@ class DecoderShape:
         embedding_rows: Rows of the checkpoint's embedding and head, at least ``vocab_size``.
         max_positions: Positions of the rotary table.
         rope_theta: Base of the rotary frequencies.
-        rope_full_precision: Rotate queries and keys in float32.
+        rope_full_precision: Whether to rotate queries and keys in float32.
         rms_norm_eps: Epsilon of the norms.
         qkv_bias: Whether the q, k, v projections have biases.
         tie_embeddings: Whether the head is the embedding table.
@@ -86,7 +87,7 @@ class DecoderShape:
 
         Args:
             parameter: Name of the ``weight`` or ``bias`` that the tensor is loaded into.
-            shard: Which part of it the tensor is, where it is fused.
+            shard: Which part of a fused parameter the tensor is, else None.
         """
         hidden = self.hidden_size
         heads = self.num_heads if shard == "q" else self.num_kv_heads
@@ -105,7 +106,7 @@ class DecoderShape:
 
 
 class Rotary(nn.Module):
-    """Rotary positions, in float32 where the checkpoint asks for full precision."""
+    """Rotary position embedding, in float32 where the checkpoint asks for full precision."""
 
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
@@ -123,7 +124,7 @@ class Rotary(nn.Module):
     def forward(
         self, positions: torch.Tensor, qk: torch.Tensor, q_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate queries and keys that lie side by side; may be done in place.
+        """Rotate queries and keys that are stored side by side; may overwrite them.
 
         Args:
             positions: ``[tokens]``.
@@ -142,7 +143,7 @@ class Rotary(nn.Module):
             q, k = qk.split(sizes, dim=-1)
             return q, k
         if self.full_precision and qk.dtype != torch.float32:
-            # Copied as one, there and back.
+            # Queries and keys are widened by one copy, and narrowed by one.
             wide = qk.float()
             q, k = wide.split(sizes, dim=-1)
             rotated = self.rope(positions, q, k)
@@ -295,7 +296,7 @@ class DecoderLayer(nn.Module):
 class DiffusionDecoder(nn.Module):
     """Embedding, bidirectional decoder layers, final norm and head.
 
-    Subclasses say how a checkpoint is read: `shape_of` and `rename_weight`.
+    Subclasses define how a checkpoint is read: `shape_of` and `rename_weight`.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
@@ -337,7 +338,7 @@ class DiffusionDecoder(nn.Module):
 
     @classmethod
     def rename_weight(cls, name: str) -> tuple[str, int | str | None] | None:
-        """Map a checkpoint's tensor to (parameter, shard of a fused one), None to skip it."""
+        """Map a tensor's name to (parameter, shard of a fused parameter), None to skip it."""
         raise NotImplementedError
 
     def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -354,7 +355,7 @@ class DiffusionDecoder(nn.Module):
         Args:
             input_ids: ``[tokens]`` token ids of all sequences, one after the other.
             positions: ``[tokens]`` positions of the tokens in their sequences.
-            plan: What attends to what; required.
+            plan: The step's plan; required.
 
         Returns:
             ``[len(plan.last_rows), hidden]`` normalised hidden states of the rows that the
@@ -380,8 +381,9 @@ class DiffusionDecoder(nn.Module):
         """Load a checkpoint.
 
         Raises:
-            ValueError: If a tensor is unknown or of another shape than the configuration says,
-                a parameter is not in the checkpoint, or a head that should be tied is not.
+            ValueError: If a tensor is unknown or does not have the shape that the configuration
+                implies, a parameter is missing from the checkpoint, or a tied head differs from
+                the embedding.
         """
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
@@ -430,9 +432,10 @@ class DiffusionDecoder(nn.Module):
         return loaded
 
     def process_tied_head(self) -> None:
-        """Let a head without weights of its own take over those that were loaded anew.
+        """Let a head tied to the embedding take over weights that were reloaded.
 
-        To vLLM's reloading it is a layer that was not loaded, and keeps what it has packed.
+        vLLM's reloading sees such a head as a layer that was not loaded, which would keep its old
+        packed weights.
         """
         if self.shape.tie_embeddings and not self.quantised:
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
@@ -441,7 +444,7 @@ class DiffusionDecoder(nn.Module):
     def _check_shape(
         self, name: str, tensor: torch.Tensor, parameter_name: str, shard: int | str | None
     ) -> None:
-        # vLLM's loaders take the part of a tensor that they need, so one that is too large
+        # vLLM's loaders take only the part of a tensor that they need, so one that is too large
         # would go unnoticed. Quantised weights have shapes of their own.
         if self.quantised:
             return
