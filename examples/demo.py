@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answer a batch of prompts with a diffusion model in vLLM, without and with a sparse cache.
 
-The embedded models (3 million parameters) were trained on made-up tasks. Two of them they do
-well: *retrieval* (a long list of words, each with a number; which numbers have these words?) and
-*copy* (a long text with a bracketed list in it; what is in the brackets?). The prompts are drawn
-at random from a seed, so the right answers are known and counted.
+The embedded models (3 million parameters) were trained on synthetic tasks. They do well on two of
+them: *retrieval* (a long list of words, each with a number; which numbers do these words have?) and
+*copy* (a long text that contains a bracketed list; what is in the brackets?). The prompts are drawn
+at random from a seed, so the right answers are known and can be counted.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Only errors, unless asked for more. Must be set before vLLM and PyTorch are imported.
+# Log only errors by default. Must be set before vLLM and PyTorch are imported.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 os.environ.setdefault("PYTHONWARNINGS", "ignore")
@@ -35,19 +35,19 @@ if TYPE_CHECKING:
     from vllm import LLM
 
 POLICIES = ("none", "sparse")
-#: What the embedded models do well.
+#: The tasks that the embedded models do well.
 KINDS = ("retrieval", "copy")
 
 
 def make_items(num: int, seed: int) -> list[Item]:
-    """Return items of both kinds in turn, of 256 to 512 tokens."""
+    """Return items of alternating kinds, with prompts of 256 to 512 tokens."""
     rng = random.Random(seed)
     return [make_item(rng, KINDS[i % 2], rng.randint(256, 512)) for i in range(num)]
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one policy gave: an answer for each task, and how fast."""
+    """Results of one policy: an answer for each item, and the time taken."""
 
     policy: str
     answers: list[str]
@@ -72,7 +72,7 @@ def run(llm: LLM, prompts: list[list[int]], policy: str, keep_ratio: float, max_
     extra_args: dict[str, Any] = {"diffusion_cache_policy": policy}
     if policy == "sparse":
         extra_args["diffusion_keep_ratio"] = keep_ratio
-    # With `ignore_eos` both policies do the same work: every position of every response.
+    # With `ignore_eos` both policies fill every position of every response: the same work.
     params = SamplingParams(
         temperature=0, max_tokens=max_tokens, ignore_eos=True, extra_args=extra_args
     )
@@ -89,13 +89,13 @@ def run(llm: LLM, prompts: list[list[int]], policy: str, keep_ratio: float, max_
 
 
 def _progress_bar(policy: str, *prompts: Any, **options: Any) -> tqdm:
-    """Make vLLM's bars: one that goes through the prompts is not shown, one that counts is."""
+    """Make a progress bar for vLLM: hide the one that iterates over prompts, show the counter."""
     options |= {"desc": f"cache policy {policy:<6}", "unit": "prompt", "disable": bool(prompts)}
     return tqdm(*prompts, **options)
 
 
 def shorten(text: str, width: int) -> str:
-    """Return the start and the end of a text."""
+    """Return a text shortened to ``width``: its start and its end."""
     text = " ".join(text.split())
     if len(text) <= width:
         return text

@@ -1,18 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
 """Answer a file of prompts with several replicas of the engine, on Ray Data.
 
-INPUT is JSON lines, a request each: ``prompt`` (text), ``prompt_token_ids`` or ``messages``; and,
-all optional, ``id`` (anything, it comes back), ``diffusion_*`` and the names of `PARAMETERS`.
-OUTPUT is a folder. While the job runs it holds a file for each finished batch; at the end
-``results.jsonl``: a line for each request, in the order of the input, with ``line`` (where it
-stands there, from 1), ``id``, and either ``text``, ``token_ids`` and ``finish_reason`` (and
-``diffusion_trace`` if it was asked for), or ``error``. A request that fails harms no other. What
-is ``null`` counts as left out, except an ``id`` and a ``diffusion_*``.
+INPUT is a file of JSON lines, one request per line: ``prompt`` (text), ``prompt_token_ids`` or
+``messages``, and optionally ``id`` (any value, returned with the result), ``diffusion_*`` and the
+names in `PARAMETERS`. OUTPUT is a folder. While the job runs it holds a file for each finished
+batch; at the end it holds ``results.jsonl``: a line for each request, in the order of the input,
+with ``line`` (its line number in the input, from 1), ``id``, and either ``text``, ``token_ids`` and
+``finish_reason`` (and ``diffusion_trace`` if the request asked for it), or ``error``. A request
+that fails does not affect others. A field that is ``null`` counts as absent, except ``id`` and
+``diffusion_*``.
 
-The job can be ended at any moment, also by a crash: the same command goes on where it was, and
-does nothing if all is done. Only this process writes, a batch at a time by renaming a whole file,
-so no request is answered twice or lost. A replica that dies is started again by Ray, and its
-batches run once more; each request has its own seed, so in float32 they give the same tokens.
+The job can stop at any moment, even by a crash: running the same command again resumes it, and
+does nothing if the job is complete. Only this process writes, one batch at a time by renaming a
+complete file, so every request has exactly one result. Ray restarts a replica that dies, and its
+batches run again; each request has its own seed, so in float32 they yield the same tokens.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ import ray.data
 from ray_cluster import REPLICA_ENVIRONMENT, connect
 from tqdm import tqdm
 
-#: Parameters of vLLM that a request may name.
+#: Sampling parameters of vLLM that a request can set.
 PARAMETERS = (
     *("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "seed"),
     *("stop", "stop_token_ids", "include_stop_str_in_output", "ignore_eos", "bad_words"),
@@ -45,11 +46,11 @@ PARAMETERS = (
 )
 PROMPTS = ("prompt", "prompt_token_ids", "messages")
 PREFIX = "diffusion_"
-#: Under which a request asks for its trace, and gets it.
+#: The field in which a request asks for its trace, and in which its result has it.
 TRACE = "diffusion_trace"
-#: How a request ends that was answered; vLLM's names.
+#: vLLM's finish reasons of requests that were answered.
 ANSWERED = ("stop", "length")
-#: Batches in a replica at once: the next one takes the places that the last one leaves free.
+#: Batches in a replica at once: requests of the next batch take the places that the last one frees.
 BATCHES_AT_ONCE = 2
 
 RESULTS = "results.jsonl"
@@ -58,17 +59,17 @@ JOB = "job.json"
 Row = dict[str, Any]
 
 
-# In the replicas.
+# Code that runs in the replicas.
 
 
 @dataclass
 class Batch:
-    """Requests that were handed in together.
+    """Requests that were submitted together.
 
     Attributes:
-        requests: JSON of each, by line.
-        identities: What each result says of its request, by line.
-        results: What was found so far, by line.
+        requests: JSON of each request, by line.
+        identities: Fields of each request that its result repeats (``id``), by line.
+        results: Results so far, by line.
         answered: All results as JSON, in the order of the requests.
     """
 
@@ -78,18 +79,18 @@ class Batch:
     answered: Future[list[str]] = field(default_factory=Future)
 
     def answer(self, line: int, result: Row) -> None:
-        """Note a result; the last one completes the batch."""
+        """Record a result; the last one completes the batch."""
         self.results[line] = {"line": line, **self.identities.get(line, {}), **result}
         if len(self.results) == len(self.requests):
             self.answered.set_result([json.dumps(self.results[line]) for line in self.requests])
 
 
 class Replica:
-    """An engine, in an actor of Ray's.
+    """An engine in a Ray actor.
 
-    One thread owns the engine and runs it. Calls hand batches to it and wait, so the requests of
-    several batches share the engine's steps. The engine core is in the same process
-    (``VLLM_ENABLE_V1_MULTIPROCESSING=0``): when that is killed, nothing is left over.
+    One thread owns and runs the engine. Calls hand batches to it and wait, so requests of several
+    batches share the engine's steps. The engine core runs in the same process
+    (``VLLM_ENABLE_V1_MULTIPROCESSING=0``), so killing that process leaves nothing behind.
     """
 
     def __init__(self, model: str | None, engine: dict[str, Any], defaults: Row) -> None:
@@ -113,7 +114,7 @@ class Replica:
         return pa.table({"line": table["line"], "result": batch.answered.result()})
 
     def _run(self) -> None:
-        """Start the engine and run it for ever."""
+        """Start the engine and run it forever."""
         try:
             from vllm import LLM
 
@@ -124,7 +125,7 @@ class Replica:
             self._ready.set_exception(error)
             return
         self._ready.set_result(None)
-        #: Batch and line of each request in the engine, by the engine's name for it.
+        #: Batch and line of each request in the engine, by its request id.
         batches: dict[str, tuple[Batch, int]] = {}
         unanswered: list[Batch] = []
         try:
@@ -138,7 +139,7 @@ class Replica:
                         batch, line = batches.pop(output.request_id)
                         batch.answer(line, result_of(output))
         except BaseException as error:
-            # The engine is broken, which is no fault of single requests: the job ends.
+            # The engine itself failed, not a single request: fail all batches, so the job ends.
             for batch in unanswered:
                 if not batch.answered.done():
                     batch.answered.set_exception(error)
@@ -153,28 +154,28 @@ class Replica:
                 batch.identities[line] = {"id": request["id"]} if "id" in request else {}
                 name = self._enqueue(request, sampling(request, self._defaults, line))
             except Exception as error:
-                # Whatever it is: vLLM's renderers raise all kinds of errors for odd messages.
+                # vLLM's renderers raise all kinds of exceptions for malformed messages.
                 batch.answer(line, {"error": str(error) or type(error).__name__})
             else:
                 batches[name] = (batch, line)
 
     def _enqueue(self, request: Row, params: Any) -> str:
-        """Give the engine a request, return the name that its output will have."""
+        """Add a request to the engine, return the request id that its output will have."""
         if "messages" in request:
             (name,) = self._llm.enqueue_chat(request["messages"], params, use_tqdm=False)
         else:
             ids = request.get("prompt_token_ids")
             prompt = request["prompt"] if ids is None else {"prompt_token_ids": ids}
             (name,) = self._llm.enqueue(prompt, params, use_tqdm=False)
-        # The engine's own name has a random end, which outputs are without.
+        # The engine's internal id has a random suffix, which the id in outputs lacks.
         return name.partition("-")[0]
 
 
 def parse(text: bytes) -> Row:
-    """Return the request of a line.
+    """Return the request on a line.
 
     Raises:
-        ValueError: If it is not an object with one kind of prompt and known names.
+        ValueError: If it is not a JSON object with exactly one kind of prompt and known fields.
     """
     try:
         request = json.loads(text)
@@ -200,10 +201,10 @@ def parse(text: bytes) -> Row:
 
 
 def _check_text(prompt: Any) -> None:
-    """Refuse a prompt that is no text.
+    """Check that a prompt is valid text.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not.
     """
     if not isinstance(prompt, str):
         raise ValueError(f"prompt must be a text, got {prompt!r:.80}")
@@ -214,20 +215,20 @@ def _check_text(prompt: Any) -> None:
 
 
 def _check_ids(ids: Any) -> None:
-    """Refuse a prompt that is not a list of ids; the engine knows how large they may be.
+    """Check that a prompt is a list of token ids; the engine checks their range.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is not.
     """
     if not isinstance(ids, list) or any(type(number) is not int for number in ids):
         raise ValueError(f"prompt_token_ids must be a list of integers, got {ids!r:.80}")
 
 
 def _check_messages(messages: Any) -> None:
-    """Refuse what is not one conversation; vLLM would take a list of lists for several.
+    """Check that messages are one conversation; vLLM would take a list of lists for several.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If they are not.
     """
     if not isinstance(messages, list) or not messages:
         raise ValueError(f"messages must be a list of at least one object, got {messages!r:.80}")
@@ -237,10 +238,10 @@ def _check_messages(messages: Any) -> None:
 
 
 def sampling(request: Row, defaults: Row, line: int) -> Any:
-    """Return vLLM's parameters for a request.
+    """Return vLLM's sampling parameters for a request.
 
-    One without a ``seed``, or with vLLM's word for none, -1, has the job's plus its line: its own,
-    and the same in every run.
+    A request without a ``seed``, or with -1, by which vLLM means none, gets the job's seed plus its
+    line number: a seed of its own that is the same in every run.
 
     Raises:
         ValueError: If a value has the wrong type or is not allowed.
@@ -257,7 +258,7 @@ def sampling(request: Row, defaults: Row, line: int) -> Any:
 
 
 def result_of(output: Any) -> Row:
-    """Return what is told of a finished request (vLLM's ``RequestOutput``)."""
+    """Return the result of a finished request (vLLM's ``RequestOutput``)."""
     completion = output.outputs[0]
     if completion.finish_reason not in ANSWERED:
         return {"error": f"the engine ended it: {completion.finish_reason}; its log says why"}
@@ -270,17 +271,17 @@ def result_of(output: Any) -> Row:
     return result if trace is None else {**result, TRACE: trace}
 
 
-# In this process.
+# Code that runs in this process.
 
 
 def read_requests(path: Path) -> dict[int, bytes]:
-    """Return the lines of a file that are not blank, by number, from 1."""
+    """Return the non-blank lines of a file by line number, from 1."""
     lines = enumerate(path.read_bytes().split(b"\n"), start=1)
     return {number: line for number, line in lines if line.strip()}
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file whole or not at all, also if the machine stops."""
+    """Write a file atomically, even if the machine crashes."""
     partial = path.with_suffix(".partial")
     with partial.open("w", encoding="utf-8") as file:
         file.write(text)
@@ -295,17 +296,18 @@ def write(path: Path, text: str) -> None:
 
 
 class Output:
-    """The folder of a job.
+    """The output folder of a job.
 
     Attributes:
-        results: What was found so far: a line of JSON for each request, by line of the input.
+        results: Results so far: a line of JSON for each request, by line of the input.
     """
 
     def __init__(self, folder: Path, job: Row) -> None:
-        """Open a folder, or make it.
+        """Open the folder, or create it.
 
         Raises:
-            SystemExit: If it is another job's, or another process is at work in it.
+            SystemExit: If it belongs to another job, another process is at work in it, or its
+                contents are damaged.
         """
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
@@ -348,19 +350,19 @@ class Output:
         return (self._folder / RESULTS).exists()
 
     def add(self, lines: list[int], results: list[str]) -> None:
-        """Keep the results of a batch."""
-        # Named by its first line, a batch that came twice would replace itself.
+        """Add the results of a batch and write them to a file."""
+        # The file is named after the batch's first line, so a repeated batch replaces itself.
         write(self._folder / f"part-{lines[0]:09d}.jsonl", "".join(f"{r}\n" for r in results))
         self.results.update(zip(lines, results, strict=True))
 
     def finish(self) -> None:
-        """Make one file of all results, in the order of the input."""
+        """Write all results into one file, in the order of the input."""
         lines = "".join(f"{self.results[line]}\n" for line in sorted(self.results))
         write(self._folder / RESULTS, lines)
         self._remove_parts()
 
     def _remove_parts(self) -> None:
-        """Remove what is in the one file, also where a job ended before it could."""
+        """Remove the batches' files, whose results the final file has."""
         for part in self._folder.glob("part-*"):
             part.unlink()
 
@@ -368,7 +370,7 @@ class Output:
 def answers(
     requests: dict[int, bytes], options: argparse.Namespace, defaults: Row
 ) -> Iterator[tuple[list[int], list[str]]]:
-    """Yield lines and results of each batch, as batches are finished."""
+    """Yield lines and results of each batch as it finishes."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     lines = list(requests)
@@ -376,7 +378,7 @@ def answers(
     for start in range(0, len(lines), options.batch_size):
         chosen = lines[start : start + options.batch_size]
         tables.append(pa.table({"line": chosen, "request": [requests[line] for line in chosen]}))
-    # A batch is a task and gives one block, so a task that is repeated gives all of it again.
+    # A batch is one task that yields one block, so a repeated task yields the whole batch again.
     results = ray.data.from_blocks(tables).map_batches(
         Replica,
         fn_constructor_args=(options.model, options.engine_args, defaults),

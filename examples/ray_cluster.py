@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the Ray examples have in common: the cluster, and the environment of a replica."""
+"""Code shared by the Ray examples: the cluster connection and the environment of a replica."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 
 import ray
 
-#: Bytes of a local cluster's object store: prompts and answers are small.
+#: Size of a local cluster's object store in bytes; prompts and answers are small.
 OBJECT_STORE = 256 << 20
 
-#: For the processes of a replica. On a CPU it has as many threads as Ray gave it cores (Ray sets
-#: ``OMP_NUM_THREADS``), on any of them: vLLM by itself would bind each to all cores. They share
-#: the machine with each other and with Ray, so threads that wait sleep at once.
+#: Environment of a replica's processes. On a CPU, a replica runs as many threads as Ray gave it
+#: cores (Ray sets ``OMP_NUM_THREADS``) and does not pin them: by default vLLM would bind the
+#: threads of every replica to all cores. Replicas share the machine with each other and with Ray,
+#: so waiting threads sleep at once instead of spinning.
 REPLICA_ENVIRONMENT = {
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "OMP_WAIT_POLICY": "PASSIVE",
@@ -29,5 +30,5 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS"):
         ray.init()
     else:
-        # vLLM waits for nothing in Ray's dashboard, and it costs a process.
+        # vLLM does not need Ray's dashboard, which would cost a process.
         ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE)

@@ -1,16 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OpenAI API on Ray Serve, with as many replicas of the engine as there is work for.
+"""The OpenAI API on Ray Serve, with as many replicas of the engine as the load requires.
 
-``python examples/ray_serve.py [options] MODEL [options of vllm serve]``. Each replica has vLLM's
-own server in it, routes, checks and answers included, so a request may have whatever it may have
-with ``vllm serve``. Ray Serve spreads requests over the replicas, starts and ends them as load
-comes and goes, and replaces one whose engine has failed.
+``python examples/ray_serve.py [options] MODEL [options of vllm serve]``. Each replica contains
+vLLM's own server, with its routes, validation and responses, so it accepts every request that
+``vllm serve`` accepts. Ray Serve spreads requests over the replicas, starts and stops replicas as
+load rises and falls, and replaces a replica whose engine has failed.
 
-In a configuration of Serve's (KubeRay's too) the import path is ``ray_serve:application``, its
-``args`` the fields of `Settings`.
+In a Serve configuration (also for KubeRay) the import path is ``ray_serve:application`` and
+``args`` are the fields of `Settings`.
 
-Ray's own LLM deployments are not used: they take requests apart in a router of their own, whose
-types lag behind vLLM's, and ask Ray for a GPU for every worker.
+Ray's own LLM deployments are not used: their router parses requests with its own types, which lag
+behind vLLM's, and they ask Ray for a GPU for every worker.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from ray import serve
 from ray.serve.config import AutoscalingConfig
 from ray_cluster import REPLICA_ENVIRONMENT, connect
 
-#: Seconds between the checks of a replica. Serve ends one that failed three of them; until then a
-#: dead engine draws requests, since it answers fastest.
+#: Seconds between health checks of a replica. Serve stops a replica after three failed checks;
+#: until then a dead engine attracts requests, because it answers fastest.
 HEALTH_CHECK_PERIOD_S = 1
 
 
@@ -36,16 +36,16 @@ class Settings(BaseModel, extra="forbid", allow_inf_nan=False, validate_default=
     """Settings of the deployment.
 
     Attributes:
-        vllm: Command line of ``vllm serve``, model first; what concerns its own socket
-            (``--host``, ``--port``, ...) has no effect here. Empty: the embedded model.
-        min_replicas: Replicas that are always there; 0 lets the first request wait for a start.
-        max_replicas: And at most so many.
-        target_ongoing_requests: Requests of a replica, running and waiting, that Serve aims at.
-        max_ongoing_requests: Requests that a replica takes; others wait outside it.
+        vllm: Arguments of ``vllm serve``, model first; options for its own socket (``--host``,
+            ``--port``, ...) have no effect here. Empty: the embedded model.
+        min_replicas: Minimum number of replicas; with 0, the first request waits for a start.
+        max_replicas: Maximum number of replicas.
+        target_ongoing_requests: Running and waiting requests per replica that Serve aims at.
+        max_ongoing_requests: Requests that a replica accepts; further ones wait outside it.
         upscale_delay_s: Seconds of too much load before a replica is added.
-        downscale_delay_s: Seconds of too little before one is taken away.
-        num_cpus: Cores of a replica.
-        num_gpus: GPUs of a replica: one for each of its tensor-parallel ranks.
+        downscale_delay_s: Seconds of too little load before a replica is removed.
+        num_cpus: Cores per replica.
+        num_gpus: GPUs per replica, one for each of its tensor-parallel ranks.
     """
 
     vllm: list[str] = []
@@ -68,10 +68,10 @@ class Settings(BaseModel, extra="forbid", allow_inf_nan=False, validate_default=
 
 
 def vllm_arguments(arguments: list[str]) -> argparse.Namespace:
-    """Return what vLLM makes of a command line of ``vllm serve``.
+    """Return the parsed arguments of a ``vllm serve`` command line.
 
     Raises:
-        SystemExit: If it is none.
+        SystemExit: If vLLM's parser rejects the command line.
     """
     from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -89,7 +89,7 @@ def vllm_arguments(arguments: list[str]) -> argparse.Namespace:
 @serve.deployment(name="vllm")
 @serve.ingress()
 class OpenAIServer:
-    """A replica: an engine, and vLLM's HTTP application before it."""
+    """A replica: an engine behind vLLM's HTTP application."""
 
     async def __init__(self, arguments: list[str]) -> None:
         from vllm.entrypoints.launchers.api_server.entry import build_async_engine_client
@@ -101,15 +101,15 @@ class OpenAIServer:
         )
 
     async def __serve_build_asgi_app__(self) -> Any:
-        """Return the application that Serve sends requests to, after `__init__`."""
+        """Return the application that Serve sends requests to; called after `__init__`."""
         from vllm.entrypoints.launchers.api_server.app_state import init_app_state
         from vllm.entrypoints.launchers.app import build_app
 
         tasks = await self._engine.get_supported_tasks()
         app = build_app(self._arguments, tasks, self._engine.model_config)
         await init_app_state(self._engine, app.state, self._arguments, tasks)
-        # vLLM tells the server it started to stop when the engine is dead. There is none here:
-        # Serve learns of that in `check_health`.
+        # When the engine is dead, vLLM stops the server that it finds here. In a replica there is
+        # none; Serve learns of the failure from `check_health`.
         app.state.server = SimpleNamespace()
         return app
 
@@ -130,7 +130,8 @@ def application(args: dict[str, Any]) -> serve.Application:
     from vllm.platforms import current_platform
 
     settings = Settings(**args)
-    # A head without a GPU cannot read them: vLLM asks for a device first. The replicas do.
+    # A head node without a GPU cannot parse vLLM's arguments, since vLLM first needs a device.
+    # The replicas parse them in any case.
     if not current_platform.is_unspecified():
         vllm_arguments(settings.vllm)
     return OpenAIServer.options(
@@ -177,7 +178,7 @@ def main() -> None:
     own, settings = parse_arguments(sys.argv[1:])
     deployed = application(settings.model_dump())
     connect()
-    # As Ctrl-C; Ray's own way is to abort.
+    # Shut down as on Ctrl-C; Ray's default on SIGTERM is to abort.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit())
     serve.start(http_options={"host": own.serve_host, "port": own.serve_port})
     serve.run(deployed, route_prefix="/", blocking=True)

@@ -19,15 +19,15 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def names() -> list[str]:
-    """Return the patches that there are."""
+    """Return the names of the available patches."""
     return sorted(path.stem for path in FOLDER.glob("*.patch"))
 
 
 def installed_in() -> Path:
-    """Return the folder that the package ``vllm`` lies in.
+    """Return the folder that contains the package ``vllm``.
 
     Raises:
-        SystemExit: If there is none.
+        SystemExit: If there is no such package.
     """
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
@@ -42,9 +42,9 @@ def apply(patches: list[str], target: Path, revert: bool, check: bool) -> str | 
         Why they do not fit, None if they do.
     """
     command = ["git", "apply", *(["--reverse"] if revert else []), *(["--check"] if check else [])]
-    # As one patch: of several git writes the first before it looks at the second.
+    # As one patch: given several, git applies the first before it checks the second.
     together = "".join((FOLDER / f"{name}.patch").read_text("utf-8") for name in patches)
-    # An environment inside a repository is no part of it.
+    # Do not take an environment inside a repository as part of it.
     environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(target.parent)}
     for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE"):
         environment.pop(name, None)

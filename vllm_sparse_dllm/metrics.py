@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a diffusion engine publishes beside vLLM's own metrics, and its log line.
+"""Metrics and a log line of a diffusion engine, in addition to vLLM's own.
 
-vLLM's `vllm.stat_logger_plugins` entry points are not used: one such plugin, of whatever model,
-switches statistics on where ``--disable-log-stats`` switched them off, and `LLM` does not read
-them. So `install` wraps the constructor of `StatLoggerManager`, in the front end of a diffusion
-model only.
+vLLM's `vllm.stat_logger_plugins` entry points are not used: one such plugin enables statistics for
+every model, even with ``--disable-log-stats``, and `LLM` does not load them. So `install` wraps the
+constructor of `StatLoggerManager`, and only the front end of a diffusion model calls it.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig, pages_of_an_engine
 from vllm_sparse_dllm.engine.figures import FAILURE_CAUSES, FIGURES, QUEUE_CAUSES
 
-# Under vLLM's name, whose loggers print at the level that its users set.
+# A child of vLLM's logger, so that it logs at the level set for vLLM.
 logger = init_logger("vllm." + __name__)
 
 
@@ -34,7 +33,7 @@ class Metric:
     Attributes:
         name: On ``/metrics``; Prometheus adds ``_total`` to a counter's.
         kind: ``counter`` or ``gauge``.
-        text: What it counts, as on ``/metrics`` and in the documentation.
+        text: Description, as on ``/metrics``.
         causes: Values of the label ``cause``; empty without the label.
     """
 
@@ -45,7 +44,7 @@ class Metric:
 
     @property
     def sample(self) -> str:
-        """Its name in a query."""
+        """The metric's name in a query."""
         return self.name + "_total" if self.kind == "counter" else self.name
 
 
@@ -57,8 +56,8 @@ def _gauge(name: str, text: str) -> Metric:
     return Metric("vllm:diffusion_" + name, "gauge", text)
 
 
-# The first three are what `vllm bench serve` reads. It takes one step a block off, the commit of
-# a canvas in vLLM's own diffusion models, so that is counted in.
+# `vllm bench serve` reads the first three. It subtracts one step per block, which in vLLM's own
+# diffusion models commits the canvas, so each finished block counts as one more step here.
 METRICS: tuple[Metric, ...] = (
     _counter("num_denoising_steps", "Full passes, block steps, and one for each finished block."),
     _counter("num_canvas_positions", "Positions of the current block, for each of those steps."),
@@ -81,7 +80,7 @@ METRICS: tuple[Metric, ...] = (
 
 
 def _increments(figures: dict[str, Any]) -> dict[str, int]:
-    """Return by how much each counter without causes grows."""
+    """Return the increment of each counter without causes."""
     steps = figures["steps"]
     runs = steps["full_passes"] + steps["block_steps"]
     values = {
@@ -116,7 +115,7 @@ class DiffusionStatLogger(AggregateStatLoggerBase):
 
     Args:
         vllm_config: The configuration of a diffusion model.
-        engine_indexes: The engines whose figures come here.
+        engine_indexes: The engines whose figures it publishes.
         logs: Whether to print log lines.
     """
 
@@ -127,7 +126,7 @@ class DiffusionStatLogger(AggregateStatLoggerBase):
         self._logs = logs
         self._intervals = {index: _Interval() for index in engine_indexes}
         self._pages = dict.fromkeys(engine_indexes, (0, 0))
-        # (metric, engine, cause); all exist from the start, so that a query finds them.
+        # Keyed by (metric, engine, cause); all exist from the start, so that queries find them.
         self._series: dict[tuple[str, int, str], Any] = {}
         model_name = vllm_config.model_config.served_model_name
         for metric in METRICS:
@@ -136,7 +135,7 @@ class DiffusionStatLogger(AggregateStatLoggerBase):
             if metric.kind == "counter":
                 family = Counter(metric.name, metric.text, labels)
             else:
-                # Of several API servers the one that heard last is right.
+                # With several API servers, the most recently set value is the current one.
                 family = Gauge(metric.name, metric.text, labels, multiprocess_mode="mostrecent")
             for index in engine_indexes:
                 for cause in metric.causes or ("",):
@@ -155,7 +154,7 @@ class DiffusionStatLogger(AggregateStatLoggerBase):
         figures = scheduler_stats.kv_connector_stats.get(FIGURES)
         if figures is None:
             return
-        # vLLM's own loggers, which come next, take this for a KV connector's.
+        # vLLM's own loggers run next and would take these for a KV connector's statistics.
         scheduler_stats.kv_connector_stats = None
         for name, number in _increments(figures).items():
             if number:
@@ -172,7 +171,7 @@ class DiffusionStatLogger(AggregateStatLoggerBase):
             self._series["vllm:diffusion_" + name, engine_idx, cause].inc(number)
 
     def record_refusal(self) -> None:
-        """Count a request that admission refused; it has reached no engine, so the first's."""
+        """Count a request that admission refused, under the first engine as none has seen it."""
         self._add_by_cause("request_failures", min(self._intervals), {"refused": 1})
 
     def log_engine_initialized(self) -> None:
@@ -204,7 +203,7 @@ class DiffusionStatLogger(AggregateStatLoggerBase):
             )
 
 
-#: The logger of this process's front end, to be told of refusals.
+#: The logger of this process's front end, which counts refusals.
 _front_end: DiffusionStatLogger | None = None
 
 
@@ -215,7 +214,7 @@ def record_refusal(vllm_config: VllmConfig) -> None:
 
 
 def install() -> None:
-    """Put the logger into the front ends of diffusion models; may be repeated."""
+    """Add the logger to the front ends of diffusion models; may be called repeatedly."""
     if getattr(StatLoggerManager, "publishes_diffusion_metrics", False):
         return
     StatLoggerManager.publishes_diffusion_metrics = True  # type: ignore[attr-defined]
@@ -230,8 +229,8 @@ def install() -> None:
         vllm_config = given.arguments["vllm_config"]
         if not isinstance(vllm_config.model_config, DiffusionModelConfig):
             return
-        # Behind vLLM's own, which forgets all metrics of a former engine as it is made; but
-        # before it when figures come in.
+        # Constructed after vLLM's own logger, whose constructor unregisters all metrics of an
+        # earlier engine, but inserted before it, to receive the statistics first.
         logs = given.arguments["enable_default_loggers"] and given.arguments["client_count"] == 1
         own = DiffusionStatLogger(vllm_config, self.engine_indexes, logs=logs)
         self.stat_loggers.insert(0, own)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one door to vLLM's registries: the entry points of the package."""
+"""Entry points through which the package registers with vLLM."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import re
 
 #: The release of vLLM whose internals this package knows.
 VLLM_RELEASE = "0.32"
-#: Environment variable that puts workers on Ray where there is no GPU; ``1`` or unset.
+#: Environment variable that enables Ray workers without a GPU; ``1`` or unset.
 RAY_ON_CPU = "VLLM_SPARSE_DLLM_RAY_ON_CPU"
 
 
 def platform() -> str | None:
     """Return the platform to use in place of vLLM's own, None for vLLM's.
 
-    The ``vllm.platform_plugins`` entry point. vLLM calls it in every process, before it knows
-    what it runs on; what it raises is lost in a debug log.
+    The ``vllm.platform_plugins`` entry point. vLLM calls it in every process before it has chosen
+    a platform; an exception raised here appears only in a debug log.
     """
     if os.environ.get(RAY_ON_CPU) != "1":
         return None
@@ -28,9 +28,9 @@ def platform() -> str | None:
 
 
 def announce(variable: str) -> None:
-    """Have vLLM know an environment variable of ours.
+    """Register one of the package's environment variables with vLLM.
 
-    It then neither warns of the name nor leaves it behind when it starts workers.
+    vLLM then does not warn about the name and passes the variable on to its workers.
     """
     from vllm import envs
 
@@ -40,8 +40,8 @@ def announce(variable: str) -> None:
 def supports_this_vllm() -> bool:
     """Return whether the installed vLLM is of the release that this package is made for.
 
-    What is registered rests on vLLM's internals, and vLLM loads plugins whatever it serves: in
-    another release an error here would take all models and the whole command line down.
+    What is registered depends on vLLM's internals, and vLLM loads plugins for every model and
+    command: with another release, an error here would break all of them.
     """
     import vllm
     from vllm.logger import init_logger
@@ -88,7 +88,7 @@ def register() -> None:
     AutoConfig.register(LLaDAConfig.model_type, LLaDAConfig, exist_ok=True)
     AutoConfig.register(DreamConfig.model_type, DreamConfig, exist_ok=True)
     register_tokenizer()
-    # By name, so that nothing of the models is imported before one is used.
+    # By name, so that model code is imported only when a model is used.
     models = {
         LLADA_ARCHITECTURE: "vllm_sparse_dllm.models.llada:LLaDAModelLM",
         DREAM_ARCHITECTURE: "vllm_sparse_dllm.models.dream:DreamModel",

@@ -33,7 +33,7 @@ REMASKING_RULES = (
     "origin",
 )
 GRANULARITIES = ("token", "page")
-#: Those of the package; `cache.saliency` may be given others.
+#: The package's own; `cache.saliency` can register others.
 SALIENCIES = ("paper", "attention", "window")
 ATTENTION_BACKENDS = ("auto", "triton", "flash_attn", "xformers", "portable")
 
@@ -45,19 +45,19 @@ def _is_int(value: Any) -> bool:
 def _is_real(value: Any) -> bool:
     try:
         return (_is_int(value) or isinstance(value, float)) and math.isfinite(value)
-    except OverflowError:  # an integer that no float holds
+    except OverflowError:  # an integer too large for a float
         return False
 
 
 @dataclass(frozen=True)
 class Field:
-    """One setting: what it may be, in words and as a check.
+    """One setting: its allowed values, in words and as a check.
 
     Attributes:
-        allowed: The sentence that error messages and the README give.
-        check: True if a value (already known not to be null) is allowed.
+        allowed: The allowed values in words, as in error messages and the README.
+        check: Returns whether a value other than ``None`` is allowed.
         convert: Normalises an allowed value.
-        nullable: Whether ``None`` (in a request also the string ``"none"``) is allowed.
+        nullable: Whether ``None`` is allowed; the string ``"none"`` then means the same.
         scope: ``"both"``, ``"engine"`` or ``"request"``.
     """
 
@@ -159,22 +159,22 @@ class DecodingSettings:
         kernel_size: Odd width of the max-pool over saliency (Sparse-dLLM, section 3.2).
         delay_steps: Full forwards of a block before the one that fills the sparse cache.
         saliency: What ``sparse`` ranks keys by.
-        granularity: ``token`` selects positions, ``page`` runs of a page of positions.
+        granularity: ``token`` selects single positions, ``page`` runs as long as a page.
         eviction_delay: Block steps that ``sparse`` runs on the whole cache before it evicts;
             0 evicts at the refresh.
         refresh_interval: Blocks that one refresh serves; a finished block's keys join the cache.
-        suffix_window: Positions behind the block that take part, or None for all.
+        suffix_window: Positions after the block that take part, or None for all.
         block_length: Positions of a block.
-        steps: Denoising steps for the whole response, or None for one per token.
+        steps: Denoising steps for the whole response, or None for one per masked position.
         remasking: Unmasking rule, or None for the model's own.
         threshold: Commit everything at least this probable (Fast-dLLM), or None.
         factor: Fast-dLLM's factor rule, or None.
-        alg_temp: Noise on the order of commits, 0 for none (Dream's ``alg_temp``).
+        alg_temp: Temperature of the noise on the order of commits, 0 for none (Dream).
         cfg_scale: Classifier-free guidance weight, 0 for none (LLaDA).
-        canvas: First ids of the response: the mask id where the model is to write, other ids
-            are fixed. None for masks only.
-        trace: What is told of how the response came about: 0 nothing, 1 the step and the
-            confidence of each token, 2 also which positions each refresh kept.
+        canvas: First token ids of the response: the mask id where the model is to write; other
+            ids are fixed. None for masks only.
+        trace: What is reported about decoding: 0 nothing, 1 the step and the confidence of each
+            token, 2 also the positions kept after each change of the cache.
     """
 
     cache_policy: str = "sparse"
@@ -198,7 +198,7 @@ class DecodingSettings:
 
     @property
     def num_sequences(self) -> int:
-        """Sequences a request runs: two under classifier-free guidance."""
+        """Number of sequences a request runs: two under classifier-free guidance."""
         return 2 if self.cfg_scale > 0 else 1
 
 
@@ -207,9 +207,9 @@ class EngineSettings:
     """The engine's defaults.
 
     Attributes:
-        decoding: What a request gets that overrides nothing.
+        decoding: Settings of a request that overrides nothing.
         default_response_length: Response length when a request names no ``max_tokens``.
-        attention_backend: Whose kernels compute attention; ``auto`` for the device's own.
+        attention_backend: Backend that computes attention; ``auto`` picks one for the device.
     """
 
     decoding: DecodingSettings = DecodingSettings()
@@ -221,14 +221,14 @@ class EngineSettings:
         """Read ``additional_config["sparse_dllm"]``.
 
         Raises:
-            ValueError: On an unknown key, a bad value or a setting that lies beside that key.
+            ValueError: On an unknown key, a bad value or a setting next to that key, not under it.
         """
         if not isinstance(additional_config, Mapping):
             raise ValueError(
                 f"additional_config must be a mapping, got {type(additional_config).__name__}"
             )
         for key in map(str, additional_config):
-            # Other plugins have keys there too, but none of these.
+            # Other plugins may have keys there, but none of these.
             beside = key in FIELDS and FIELDS[key].scope != "request"
             misspelt = key != CONFIG_KEY and key.lower().replace("-", "_") == CONFIG_KEY
             if beside or misspelt or key.startswith(REQUEST_PREFIX):
@@ -276,7 +276,7 @@ def request_settings(
 
 
 def allow_saliencies(names: Iterable[str]) -> None:
-    """Let settings name these saliencies; `cache.saliency` calls it when its registry changes."""
+    """Set the allowed saliencies; `cache.saliency` calls it when its registry changes."""
     FIELDS["saliency"] = _one_of(tuple(names))
 
 

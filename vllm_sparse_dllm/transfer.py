@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Between host and device: many arrays by one copy there, many tensors by one copy back."""
+"""Packed transfers between host and device: many arrays or tensors in one copy."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-#: Each array starts at a multiple of this many bytes, so that a kernel may load four numbers of
-#: 32 bits at once.
+#: Each array starts at a multiple of this many bytes, so that a kernel can load four 32-bit
+#: numbers at once.
 _ALIGNMENT = 16
-#: NumPy's dtypes as PyTorch has them.
+#: The PyTorch dtype of each supported NumPy dtype.
 _DTYPES = {
     np.dtype(np.bool_): torch.bool,
     np.dtype(np.int32): torch.int32,
@@ -23,17 +23,17 @@ _DTYPES = {
 
 
 def aligned_bytes(shape: tuple[int, ...], dtype: Any) -> int:
-    """Return the bytes that an array takes among others."""
+    """Return the bytes that an array occupies in a buffer, padded to the alignment."""
     size = int(np.prod(shape)) * np.dtype(dtype).itemsize
     return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class _Buffer:
-    """Bytes on the device, and those on the host that are to replace them."""
+    """A buffer on the device, and the host bytes that are to replace its contents."""
 
     def __init__(self, device: torch.device, capacity: int) -> None:
         self.tensor = torch.empty(max(capacity, _ALIGNMENT), dtype=torch.uint8, device=device)
-        #: Where the next array goes, and up to where all have been sent.
+        #: Offset of the next array, and end of the part that has been sent.
         self.used = self.sent = 0
         #: End of the arrays that never move.
         self.fixed = 0
@@ -61,7 +61,7 @@ class _Buffer:
         place.view(array.dtype).reshape(array.shape)[...] = array
 
     def begin(self) -> None:
-        # PyTorch gives pinned memory to another only when the copy from it is done.
+        # PyTorch reuses this pinned memory only once the copy from it is done.
         self._host = None
         self.used = self.fixed
         self.sent = 0
@@ -74,7 +74,7 @@ class _Buffer:
 
 
 class FixedArray:
-    """An array of `HostArrays` whose place never changes.
+    """An array of `HostArrays` that never moves.
 
     Attributes:
         view: The array on the device.
@@ -87,7 +87,7 @@ class FixedArray:
         self._start = start
 
     def write(self, array: np.ndarray) -> None:
-        """Have `HostArrays.send` put these numbers in place of those on the device.
+        """Set the values that the next `HostArrays.send` copies to the device.
 
         Raises:
             ValueError: If the array has another shape.
@@ -104,17 +104,17 @@ class FixedArray:
 
 
 class HostArrays:
-    """Host arrays on their way to the device: one copy for all, which nobody waits for.
+    """Host arrays that go to the device together, in one asynchronous copy.
 
-    Where an array will be is known at once; it is there for whatever is launched on the current
-    stream after `send`. A round begins with `begin`; then the views that `put` returned hold
-    other numbers, in the order of the stream. On a CPU arrays are where they belong already:
-    views of themselves, and nothing is copied.
+    `put` returns an array's place on the device at once; its values are there for everything
+    launched on the current stream after `send`. `begin` starts a round, whose values replace
+    those in the views returned before, in stream order. On a CPU nothing is copied: the views
+    are the arrays themselves.
 
     Args:
-        device: Where they go.
-        capacity: Bytes of a round. Where they are too few, one round needs more copies.
-        staged: Whether arrays are copied at all; None: on every device but the host.
+        device: Device that the arrays go to.
+        capacity: Bytes of a round. A round that exceeds them needs more than one copy.
+        staged: Whether arrays are copied at all; None for every device but the CPU.
     """
 
     def __init__(
@@ -127,9 +127,9 @@ class HostArrays:
         self._fixed: list[FixedArray] = []
 
     def reserve(self, shape: tuple[int, ...], dtype: Any) -> FixedArray:
-        """Return an array that keeps its place; it has to be written in every round.
+        """Return an array that never moves and has to be written in every round.
 
-        Before the first round.
+        Must be called before the first round.
         """
         if not self._staged:
             fixed = FixedArray(torch.zeros(shape, dtype=_DTYPES[np.dtype(dtype)]), None, 0)
@@ -141,12 +141,12 @@ class HostArrays:
         return fixed
 
     def begin(self) -> None:
-        """Begin a round: arrays of the last one may be overwritten."""
+        """Begin a round: arrays of the last one will be overwritten."""
         for fixed in self._fixed:
             fixed.written = False
         others = [buffer for buffer in self._buffers if not buffer.fixed]
         if len(others) > 1:
-            # The last round was larger than any before: have room for such a one.
+            # The last round did not fit one buffer: make room for another as large.
             self._capacity = 2 * sum(buffer.used for buffer in others)
             self._buffers = [buffer for buffer in self._buffers if buffer.fixed]
             self._buffers.append(_Buffer(self.device, self._capacity))
@@ -173,7 +173,7 @@ class HostArrays:
         return buffer, buffer.take(size)
 
     def send(self) -> None:
-        """Copy what was put or written since the last time.
+        """Copy what was put or written since the last call.
 
         Raises:
             RuntimeError: If a fixed array was not written in this round.
@@ -185,19 +185,19 @@ class HostArrays:
 
 
 def read_back(tensors: Sequence[torch.Tensor], packed: bool | None = None) -> list[np.ndarray]:
-    """Return tensors of one device as host arrays: one copy, and one wait for the device.
+    """Return tensors of one device as host arrays, with one copy and one wait for the device.
 
-    On a CPU they are views.
+    On a CPU the arrays are views of the tensors.
 
     Args:
-        tensors: Of the dtypes of `HostArrays`.
-        packed: Whether they are copied as one; None: on every device but the host.
+        tensors: Tensors of the dtypes that `HostArrays` supports.
+        packed: Whether they are copied as one; None for every device but the CPU.
     """
     if packed is None:
         packed = tensors[0].device.type != "cpu"
     if not packed:
         return [tensor.numpy() for tensor in tensors]
-    # The widest first, so that each begins at a multiple of its own width.
+    # The widest dtypes first, so that each tensor begins at a multiple of its item size.
     order = sorted(range(len(tensors)), key=lambda number: -tensors[number].element_size())
     parts = [_bytes_of(tensors[number]) for number in order]
     numbers = torch.cat(parts).cpu().numpy()

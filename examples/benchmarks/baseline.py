@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Decoding as research code has it: plain PyTorch, one request at a time.
+"""Decoding as in research code: plain PyTorch, one request at a time.
 
-Written from the published algorithms for the benchmark to compare with: LLaDA (arXiv 2502.09992)
-and Dream (2508.15487) without a cache, with Fast-dLLM's dual cache (2505.22618) and with
-Sparse-dLLM's (2508.02558), each by fixed steps or by Fast-dLLM's threshold. As in the published
-scripts, every forward computes logits of all its rows over the whole vocabulary. LLaDA's take the
-softmax of all of them: in the model's dtype, for the dual cache in float64; Dream's of the rows
-of the candidates. It is no slower than they are; where they do avoidable work that is not part of
-the method, this does not: rotary tables are computed once, cached keys are kept rotated, and a
-block that holds no mask ends.
+Written from the published algorithms, as the benchmark's baseline: LLaDA (arXiv 2502.09992) and
+Dream (2508.15487) without a cache, with Fast-dLLM's dual cache (2505.22618) and with Sparse-dLLM's
+cache (2508.02558), each with fixed steps or with Fast-dLLM's threshold. As in the published
+scripts, every forward computes the logits of all its rows over the whole vocabulary. LLaDA's
+scripts take the softmax of all rows, in the model's dtype or, with the dual cache, in float64;
+Dream's take it of the candidates' rows. The baseline is no slower than the scripts: it avoids work
+of theirs that is not part of the method. Rotary tables are computed once, cached keys are kept
+rotated, and a block ends as soon as it has no masks.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ from baseline_network import Decoding, LayerCache, Network, Pass
 from devices import peak_memory, reset_peak_memory
 from programs import Job, num_cores, serve_model
 
-#: Lower end of Dream's times.
+#: The last of Dream's diffusion times.
 DREAM_EPS = 1e-3
 
 
 @dataclass
 class Response:
-    """What a request gave.
+    """The result of a request.
 
     Attributes:
         token_ids: The response.
-        num_full: Passes over all positions.
-        num_block: Passes over a block.
-        cache_bytes: Most bytes that the caches held.
+        num_full: Number of passes over all positions.
+        num_block: Number of passes over a block.
+        cache_bytes: Maximum bytes that the caches held.
     """
 
     token_ids: list[int]
@@ -80,13 +80,13 @@ def generate(model: Network, prompt: list[int], decoding: Decoding) -> Response:
 
 
 def _surest(confidence: torch.Tensor, threshold: float) -> torch.Tensor:
-    """Return the candidates that reach a threshold, and the surest in any case."""
+    """Return the candidates that reach a threshold, at least the most confident one."""
     num_sure = int((confidence >= threshold).sum())
     return torch.topk(confidence, max(1, num_sure)).indices
 
 
 class LLaDARule:
-    """The most probable tokens first, equally many each step."""
+    """Fills in the most probable tokens first, equally many in each step."""
 
     def __init__(self, decoding: Decoding) -> None:
         self.decoding = decoding
@@ -97,7 +97,7 @@ class LLaDARule:
         """Return the candidates' tokens and confidences.
 
         Args:
-            logits: ``[rows, vocab]`` of the pass.
+            logits: Logits of the pass, ``[rows, vocab]``.
             candidates: Masked positions of the block.
             first: Position of the first row.
         """
@@ -117,10 +117,10 @@ class LLaDARule:
 
 
 class DreamRule:
-    """The lowest entropy first, a share of the candidates each step.
+    """Fills in the tokens of lowest entropy first, a share of the candidates in each step.
 
-    A row's logits are of the next position. With a cache, the first step of a block fills in
-    only the first position: the later ones lack the row before it.
+    A row's logits predict the next position. With a cache, the first step of a block fills in only
+    the block's first position, since later steps do not run the row before it.
     """
 
     def __init__(self, decoding: Decoding) -> None:
@@ -132,7 +132,7 @@ class DreamRule:
     def rank(
         self, logits: torch.Tensor, candidates: torch.Tensor, first: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `LLaDARule.rank`; the first row stands for its own position too."""
+        """As `LLaDARule.rank`; the first row also predicts its own position."""
         rows = (candidates - first - 1).clamp(min=0)
         probabilities = F.softmax(logits[rows], dim=-1)
         best, tokens = probabilities.max(dim=-1)
@@ -173,7 +173,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Job, Any]:
             "num_full": sum(response.num_full for response in responses),
             "num_block": sum(response.num_block for response in responses),
             "cache_bytes": max(response.cache_bytes for response in responses),
-            # Reading the tokens has waited for the device.
+            # The device is done: reading the tokens has waited for it.
             "peak_memory": peak_memory(device),
         }
 

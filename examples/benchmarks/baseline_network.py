@@ -20,14 +20,15 @@ class Decoding:
     """How a response is denoised.
 
     Attributes:
-        response: Positions of the response; `block_length` divides it.
+        response: Positions of the response, a multiple of `block_length`.
         cache_policy: ``none``, ``dual`` or ``sparse``.
         block_length: Positions of a block.
-        steps: Denoising steps of the response; None for one a position. The number of blocks
-            divides it.
-        keep_ratio: ``sparse``: part of the keys outside the block that is kept.
-        kernel_size: ``sparse``: width of the max-pool over saliency.
-        threshold: Commit all positions at least this probable, instead of fixed steps.
+        steps: Denoising steps of the response, a multiple of the number of blocks; None for one
+            step per position.
+        keep_ratio: For ``sparse``: share of the keys outside the block that is kept.
+        kernel_size: For ``sparse``: width of the max-pool over saliency.
+        threshold: Commit all positions that are at least this probable, instead of taking fixed
+            steps.
     """
 
     response: int
@@ -73,8 +74,8 @@ class Pass:
     Attributes:
         start: Position of its first token.
         block: Positions [start, end) of the current block.
-        fill: Fill the caches from this pass.
-        cached: Attend to the caches too.
+        fill: Whether to fill the caches from this pass.
+        cached: Whether to attend to the caches too.
     """
 
     start: int
@@ -85,20 +86,20 @@ class Pass:
 
 @dataclass(frozen=True)
 class Shape:
-    """What the network has to know of a checkpoint.
+    """The values that the network needs from a checkpoint's configuration.
 
     Attributes:
         family: ``llada`` or ``dream``.
-        width: Of the residual stream.
+        width: Width of the residual stream.
         heads: Query heads.
         kv_heads: Key/value heads.
         mlp: Width of the feed-forward layer.
         layers: Decoder layers.
         vocab: Rows of the embedding and of the head.
-        positions: Of the rotary tables.
+        positions: Positions of the rotary tables.
         theta: Base of the rotary frequencies.
-        eps: Of the norms.
-        mask_token_id: The mask.
+        eps: Epsilon of the norms.
+        mask_token_id: The mask's token id.
     """
 
     family: str
@@ -115,10 +116,10 @@ class Shape:
 
     @classmethod
     def of(cls, path: Path) -> Shape:
-        """Read a configuration.
+        """Read a checkpoint's configuration.
 
         Raises:
-            ValueError: If it is neither LLaDA's nor Dream's.
+            ValueError: If it is neither LLaDA's nor Dream's with a head of its own.
         """
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
         architectures = config.get("architectures")
@@ -165,7 +166,7 @@ class RMSNorm(nn.Module):
 
 
 class Rotary(nn.Module):
-    """Rotary positions from tables, in float32 (LLaDA) or in the model's dtype (Dream)."""
+    """Rotary embedding from tables, in float32 (LLaDA) or in the model's dtype (Dream)."""
 
     def __init__(self, shape: Shape, dtype: torch.dtype) -> None:
         super().__init__()
@@ -225,7 +226,7 @@ class Block(nn.Module):
         if this.cached:
             assert cache.keys is not None and cache.values is not None
             if decoding.cache_policy == "dual":
-                # The block's own place in the cache takes its fresh keys.
+                # The fresh keys and values replace those of the block in the cache.
                 start, end = this.block
                 cache.keys[:, :, start:end] = k
                 cache.values[:, :, start:end] = v
@@ -249,7 +250,7 @@ class Block(nn.Module):
     def _select(
         self, q: torch.Tensor, k: torch.Tensor, block: tuple[int, int], decoding: Decoding
     ) -> torch.Tensor:
-        """Return the positions outside the block that are kept, the most salient first."""
+        """Return the positions outside the block to keep, the most salient first."""
         start, end = block
         length = k.shape[2]
         positions = torch.arange(length, device=k.device)
@@ -265,7 +266,7 @@ class Block(nn.Module):
         return others[torch.topk(saliency, keep).indices[0]]
 
 
-#: Dream's names of what LLaDA's checkpoints call otherwise.
+#: Dream's tensor names, mapped to LLaDA's.
 DREAM_NAMES = {
     "model.embed_tokens": "wte",
     "model.norm": "ln_f",
@@ -283,7 +284,7 @@ DREAM_NAMES = {
 
 
 def _rename(name: str, family: str) -> str:
-    """Return the network's name of a checkpoint's tensor."""
+    """Return the name in `Network` of a checkpoint's tensor."""
     if family == "llada":
         return name.removeprefix("model.transformer.")
     module, _, kind = name.rpartition(".")
@@ -294,7 +295,7 @@ def _rename(name: str, family: str) -> str:
 
 
 class Network(nn.Module):
-    """The network, batch 1."""
+    """The network, for a batch of 1."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -321,9 +322,9 @@ class Network(nn.Module):
 
         Args:
             path: Its directory.
-            dtype: Of the weights.
+            dtype: Dtype of the weights.
             device: Where the network runs.
-            dummy: Take random weights, which it need not hold.
+            dummy: Use random weights; the checkpoint then needs a configuration only.
 
         Raises:
             ValueError: If it is neither a LLaDA nor a Dream checkpoint.
@@ -347,7 +348,7 @@ class Network(nn.Module):
             _rename(name, self.shape.family): tensor.to(device, dtype)
             for file in sorted(path.glob("*.safetensors"))
             for name, tensor in load_file(file).items()
-            # Made here, below.
+            # `Rotary` computes them itself.
             if not name.endswith("rotary_emb.inv_freq")
         }
         self.load_state_dict(tensors, strict=True, assign=True)
@@ -355,7 +356,7 @@ class Network(nn.Module):
     def forward(
         self, ids: torch.Tensor, this: Pass, caches: list[LayerCache], decoding: Decoding
     ) -> torch.Tensor:
-        """Return ``[1, rows, vocab]`` logits of every row."""
+        """Return the logits of all rows, ``[1, rows, vocab]``."""
         x = self.wte(ids)
         for block, cache in zip(self.blocks, caches, strict=True):
             x = block(x, self.rotary, this, cache, decoding)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What steps and responses must take on this machine, by the costs and rates of `ceilings`."""
+"""Minimum times of steps and responses on this machine, from the costs and rates of `ceilings`."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from ceilings import StepCost, floor_of, step_cost
 from programs import Job
 from session import Session, Settings
 
-#: More rows than these multiply no faster.
+#: Number of rows from which on matrix products are no longer faster per row.
 MANY_ROWS = 2048
 
 
 def block_step_cost(session: Session, settings: Settings, prompt: int, requests: int) -> StepCost:
-    """Return what a block step of `sparse` or `dual` must cost."""
+    """Return the minimum cost of a block step of `sparse` or `dual`."""
     block_length = settings["block_length"]
     cached = kept_keys(settings, prompt + session.options.response - block_length)
     return cached_step_cost(session, settings, requests, block_length, cached)
@@ -31,21 +31,21 @@ def kept_keys(settings: Settings, others: int) -> int:
 def cached_step_cost(
     session: Session, settings: Settings, requests: int, rows: int, cached: int
 ) -> StepCost:
-    """Return what a step on a cache must cost; half a block is masks on average.
+    """Return the minimum cost of a step on a cache, when half of each block is masks.
 
     Args:
-        session: Has the model.
-        settings: Of the requests.
-        requests: In the step.
-        rows: Positions that each runs.
-        cached: Keys that each reads.
+        session: The session, for its model.
+        settings: Settings of the requests.
+        requests: Requests in the step.
+        rows: Positions that each request runs.
+        cached: Keys that each request reads from its cache.
     """
     masks = requests * settings["block_length"] / 2
     return _cost(session, requests * rows, masks, cached + rows, cached, requests)
 
 
 def full_pass_cost(session: Session, settings: Settings, prompt: int, requests: int) -> StepCost:
-    """Return what a full pass must cost at the start of a block, which is all masks then."""
+    """Return the minimum cost of a full pass at the start of a block, when all of it is masks."""
     length = prompt + session.options.response
     candidates = requests * settings["block_length"]
     return _cost(session, requests * length, candidates, length, 0, requests)
@@ -56,12 +56,12 @@ def _cost(session: Session, *sizes: Any) -> StepCost:
 
 
 def passes_of_block(settings: Settings) -> tuple[int, int]:
-    """Return how many full passes and block steps a block has, a token a step."""
+    """Return how many full passes and block steps a block has with one token a step."""
     return _passes(settings, settings["block_length"])
 
 
 def _passes(settings: Settings, steps: int) -> tuple[int, int]:
-    """Return how many full passes and block steps a block of so many steps has."""
+    """Return how many full passes and block steps a block of ``steps`` steps has."""
     policy = settings["cache_policy"]
     full = {"none": steps, "sparse": settings.get("delay_steps", 1) + 1}.get(policy, 1)
     full = min(full, steps)
@@ -69,18 +69,18 @@ def _passes(settings: Settings, steps: int) -> tuple[int, int]:
 
 
 def _fills_late(settings: Settings) -> bool:
-    """Return whether a block's second step changes the cache."""
+    """Return whether a later step of a block than its first fills the cache."""
     return settings["cache_policy"] == "sparse" and settings.get("delay_steps", 1) > 0
 
 
 @dataclass(frozen=True)
 class Passes:
-    """Passes of one kind that a response has.
+    """Passes of one kind in a response.
 
     Attributes:
         rows: Positions that each request runs.
         cached: Keys that each request reads from its cache; None for a full pass.
-        count: How many such passes there are.
+        count: Number of such passes.
     """
 
     rows: int
@@ -91,20 +91,20 @@ class Passes:
 def passes_of_response(
     settings: Settings, prompt: int, response: int, family: str = "llada"
 ) -> list[Passes]:
-    """Return the passes of a response under any policy and schedule, rather too few than too many.
+    """Return the passes of a response under any policy and schedule: a lower bound of the work.
 
     Args:
-        settings: Of the request; ``steps``, where it has them, the same for each block.
+        settings: Settings of the request; ``steps``, if given, are equally many for each block.
         prompt: Tokens of the prompt.
         response: Positions of the response, whole blocks.
-        family: Of the model.
+        family: Family of the model.
     """
     block_length, length = settings["block_length"], prompt + response
     num_blocks = response // block_length
     steps = (settings.get("steps") or response) // num_blocks
     if family == "dream" and steps == block_length and not _fills_late(settings):
-        # The first shares of a block round to one token too few; a step that commits nothing and
-        # leaves the cache as it is is passed over.
+        # Dream's shares are rounded down, so an early step of a block commits nothing. The engine
+        # skips a step that neither commits anything nor changes the cache.
         steps = max(1, steps - 1)
     num_full, num_steps = _passes(settings, steps)
     interval = settings.get("refresh_interval", 1) if num_steps else 1
@@ -114,8 +114,9 @@ def passes_of_response(
         rows = block_length
         if settings["cache_policy"] == "prefix":
             rows = response - index * block_length
-        # Keys of finished blocks join those that an earlier block's refresh kept, of which at
-        # most all of these blocks' and of this one's are not read any more.
+        # The blocks finished since the refresh add their keys to those that it kept. Of the kept
+        # keys, at most as many are no longer read: those in the blocks after the refresh's own, up
+        # to this one. So the keys read are at least those kept, and at least the added ones.
         cached = max(kept_keys(settings, length - rows), index % interval * block_length)
         cached = min(cached, length - rows)
         if index % interval:
@@ -130,12 +131,12 @@ def passes_of_response(
 
 @dataclass(frozen=True)
 class Roofline:
-    """The least time on this machine, in seconds.
+    """Minimum times on this machine, in seconds.
 
     Attributes:
-        full_pass: All positions of all requests.
-        block_step: The shortest step on a cache; 0 where there is none.
-        response: The whole.
+        full_pass: Time of a full pass over all requests.
+        block_step: Time of the shortest step on a cache; 0 if there is none.
+        response: Time of the complete responses.
     """
 
     full_pass: float
@@ -152,11 +153,11 @@ def roofline(
     matrix products).
 
     Args:
-        session: Has the model and the length of responses, whole blocks.
-        settings: Of the requests.
+        session: The session, for its model and the length of responses, whole blocks.
+        settings: Settings of the requests.
         prompt: Tokens of each prompt.
-        requests: That run together.
-        rates: What `ceilings` measured.
+        requests: Number of requests that run together.
+        rates: The result of `ceilings`.
     """
 
     def seconds(rows: int, cached: int | None) -> float:
@@ -182,10 +183,10 @@ def measure_rates(session: Session, settings: Settings, requests: int, seconds: 
     """Measure the ceilings at the rows of block steps and of full passes.
 
     Args:
-        session: Has the model.
-        settings: Of the requests.
-        requests: In a step.
-        seconds: For one measurement.
+        session: The session, for its model.
+        settings: Settings of the requests.
+        requests: Requests in a step.
+        seconds: Seconds for one measurement.
     """
     rows = [requests * settings["block_length"], MANY_ROWS]
     return session.run("ceilings", {"rows": rows, "budget": seconds})
@@ -199,18 +200,18 @@ def least_seconds(
     rates: Job,
     full_pass: float | None = None,
 ) -> tuple[float, float, float]:
-    """Return the least seconds of full pass, block step and responses under `sparse` or `dual`.
+    """Return the minimum seconds of full pass, block step and responses, for `sparse` or `dual`.
 
-    The schedule's passes are counted, a token a step, at their floors: max(weights / bandwidth,
-    operations / rate of matrix products).
+    The schedule's passes, with one token a step, are counted at their floors: max(weights /
+    bandwidth, operations / rate of matrix products).
 
     Args:
-        session: Has the model and the length of responses, whole blocks.
-        settings: Of the requests.
+        session: The session, for its model and the length of responses, whole blocks.
+        settings: Settings of the requests.
         prompt: Tokens of each prompt.
-        requests: That run together.
-        rates: From `measure_rates`.
-        full_pass: Seconds of a full pass, if they are to be taken as given.
+        requests: Number of requests that run together.
+        rates: The result of `measure_rates`.
+        full_pass: Seconds of a full pass to use instead of its floor.
     """
     block_length = settings["block_length"]
     refreshes, steps = passes_of_block(settings)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From an engine's record of its steps to what a step of each kind spends its time on."""
+"""Break down an engine's recorded steps into the parts that each kind of step spends time on."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ class Breakdown:
 
     Attributes:
         kind: ``block``: all requests run a step on their caches; ``full``: all run all
-            positions; ``mixed``.
-        num_steps: Steps of this kind.
-        num_requests: Requests in each.
-        num_tokens: Tokens in each, the median.
-        seconds: Time of a step, the median.
-        parts: Part to time, medians.
-        details: Part of the forward to time, medians, from a detailed run.
+            positions; ``mixed``: some of each.
+        num_steps: Number of steps of this kind.
+        num_requests: Requests in each step.
+        num_tokens: Median number of tokens in a step.
+        seconds: Median time of a step, per pass.
+        parts: Median time of each part of a step, per pass.
+        details: Median time of each part of the forward, per pass, from a detailed run.
     """
 
     kind: str
@@ -36,17 +36,17 @@ class Breakdown:
 
     @property
     def forward(self) -> float:
-        """The model's time, its head included."""
+        """Time of the model, including its head."""
         return sum(self.parts[part] for part in FORWARD_PARTS)
 
     @property
     def share_outside_forward(self) -> float:
-        """Part of the step that is not the model's: the sum of the other parts' medians."""
+        """Share of the step outside the model, computed from the parts' medians."""
         return 1 - self.forward / sum(self.parts.values())
 
 
 def break_down(record: Job, detailed: Job | None = None) -> dict[str, Breakdown]:
-    """Return the kinds of steps that occurred, each with as many requests as ever ran at once."""
+    """Return each kind of step that occurred, from its steps with the most requests."""
     steps = _by_kind(record)
     details = _by_kind(detailed) if detailed else {}
     return {kind: _summary(kind, chosen, details.get(kind, [])) for kind, chosen in steps.items()}
@@ -57,7 +57,7 @@ def _by_kind(record: Job) -> dict[str, list[Job]]:
     for step in record["steps"]:
         if not step["tokens"] or not step["num_forwards"]:
             continue
-        # Under `prefix` a step on the cache runs the block and all behind it.
+        # Under `prefix` a step on the cache runs the block and all positions after it.
         cached = [tokens <= record["response"] for tokens in step["tokens"]]
         kind = "block" if all(cached) else "mixed" if any(cached) else "full"
         steps.setdefault(kind, []).append(step)
@@ -69,7 +69,7 @@ def _by_kind(record: Job) -> dict[str, list[Job]]:
 
 
 def _summary(kind: str, steps: list[Job], detailed: list[Job]) -> Breakdown:
-    # Several passes may run in one engine step: everything is per pass.
+    # An engine step may run several passes, so all times are per pass.
     def medians(chosen: list[Job], names: tuple[str, ...]) -> dict[str, float]:
         return {
             name: statistics.median(
@@ -90,7 +90,7 @@ def _summary(kind: str, steps: list[Job], detailed: list[Job]) -> Breakdown:
 
 
 def cache_bytes(record: Job) -> int:
-    """Return the most bytes of pages that were held at once."""
+    """Return the maximum bytes of pages that were held at once."""
     return max((step["cache_bytes"] for step in record["steps"]), default=0)
 
 

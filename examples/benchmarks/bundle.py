@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Write one archive that runs `gpu.py` on a machine with PyTorch and transformers, but no vLLM.
 
-It holds the Python files of the installed vLLM, this plugin, the benchmark, and what vLLM imports
-on the way that the machine has not. vLLM's compiled operators stay behind: the plugin's Triton
-kernels and PyTorch's operators do their work (``--native-ops``). Packages with compiled parts are
-copied where the machine has this Python, and else fetched as wheels for its version. ``run.sh`` in
-the archive starts the benchmark; its arguments are those of `gpu.py`.
+The archive holds the Python files of the installed vLLM, this plugin, the benchmark, and those
+packages vLLM imports that the machine lacks. vLLM's compiled operators are left out: the plugin's
+Triton kernels and PyTorch's operators replace them (``--native-ops``). Packages with compiled parts
+are copied if the machine has this Python version, and otherwise fetched as wheels for its version.
+``run.sh`` in the archive starts the benchmark; its arguments are those of `gpu.py`.
 """
 
 from __future__ import annotations
@@ -24,25 +24,26 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-#: Top folder in the archive.
+#: Name of the archive's top folder.
 NAME = "gpu-benchmark"
-#: What a machine is taken to have: PyTorch, Triton, transformers and what all their versions need.
+#: Distributions that the machine is assumed to have: PyTorch, Triton, transformers and what all
+#: their versions require.
 PRESENT = (
     *("torch", "triton", "transformers", "filelock", "fsspec", "hf-xet", "huggingface-hub"),
     *("jinja2", "markupsafe", "mpmath", "networkx", "numpy", "packaging", "pyyaml", "regex"),
     *("safetensors", "setuptools", "sympy", "tokenizers", "tqdm", "typing-extensions"),
 )
-#: Distributions that vLLM, this plugin and the benchmark import on their way to a batch; what
-#: they require travels too. Found by running them where nothing else is installed.
+#: Distributions that vLLM, this plugin and the benchmark import when they run a batch, found by
+#: running them where nothing else is installed. What these require is bundled too.
 NEEDED = (
     *("aiohttp", "cachetools", "cbor2", "cloudpickle", "compressed-tensors", "einops", "fastapi"),
     *("llguidance", "msgspec", "openai", "oss-harmony", "partial-json-parser", "pillow"),
     *("prometheus-client", "psutil", "py-cpuinfo", "pybase64", "pydantic", "pyzmq", "requests"),
     *("uvloop", "xgrammar"),
 )
-#: Files that stand where vLLM's CUDA build has compiled parts, whose import nothing guards.
+#: Replacements for compiled parts of vLLM's CUDA build that are imported unconditionally.
 _STAND_INS = {
-    # Modules ask at import what these can do.
+    # Modules query the capabilities of these operators at import.
     "_C_stable_libtorch.py": '''# SPDX-License-Identifier: Apache-2.0
 """In place of vLLM's compiled operators: there are none, say those that can be asked."""
 
@@ -57,7 +58,7 @@ for _name in (
     _LIBRARY.define(f"{_name}(int cuda_device_capability) -> bool")
     _LIBRARY.impl(_name, lambda capability: False, "CompositeExplicitAutograd")
 ''',
-    # vLLM's own refuses to be imported without its library.
+    # vLLM's own package cannot be imported without its library.
     "vllm_flash_attn/__init__.py": '''# SPDX-License-Identifier: Apache-2.0
 """In place of vLLM's FlashAttention: it can be asked what is supported, which is nothing."""
 
@@ -80,23 +81,23 @@ export PYTHONPATH="$here/site${PYTHONPATH:+:$PYTHONPATH}"
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 DO_NOT_TRACK=1
 exec "${PYTHON:-python3}" "$here/benchmarks/gpu.py" --native-ops --output "$here/results" "$@"
 """
-#: Of wheels, oldest first; pip takes them literally.
+#: Platform tags of wheels, oldest first; pip matches them literally.
 _PLATFORMS = tuple(
     f"{name}_x86_64"
     for name in ("manylinux1", "manylinux2014", *(f"manylinux_2_{n}" for n in range(5, 40)))
 )
 
 
-#: How the archive's name may end; the compression goes by it.
+#: Allowed endings of the archive's name, which determine the compression.
 ENDINGS = (".tar.xz", ".tar.gz", ".tar.bz2", ".tar")
 
 
 class BundleError(RuntimeError):
-    """Something that the archive needs is not installed here, or not to be had."""
+    """Something that the archive needs is not installed here, or cannot be downloaded."""
 
 
 def canonical(name: str) -> str:
-    """Return the one spelling of a distribution's name."""
+    """Return the canonical spelling of a distribution's name."""
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
@@ -104,8 +105,8 @@ def required_by(names: Iterable[str], present: Collection[str] = ()) -> set[str]
     """Return installed distributions and all that they require, without extras.
 
     Args:
-        names: The first of them.
-        present: Canonical names of those that are left out, with what only they require.
+        names: The distributions to start from.
+        present: Canonical names of distributions to leave out, with what only they require.
     """
     found: set[str] = set()
     waiting = [canonical(name) for name in names]
@@ -116,7 +117,7 @@ def required_by(names: Iterable[str], present: Collection[str] = ()) -> set[str]
         try:
             distribution = importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
-            # Not for this platform, or of another build of PyTorch.
+            # A requirement of another platform, or of another build of PyTorch.
             continue
         found.add(name)
         for requirement in distribution.requires or ():
@@ -128,16 +129,16 @@ def required_by(names: Iterable[str], present: Collection[str] = ()) -> set[str]
 
 
 def read_names(file: Path) -> set[str]:
-    """Return the names in a text file, one a line or separated by commas."""
+    """Return the names in a text file, separated by white space or commas."""
     names = re.split(r"[\s,]+", file.read_text(encoding="utf-8"))
     return {canonical(name) for name in names if name}
 
 
 def installed_files(name: str) -> list[tuple[Path, Path]]:
-    """Return the files of a distribution: where each is, and where it belongs.
+    """Return the files of a distribution: the path of each, and its path relative to the site.
 
     Raises:
-        BundleError: If it is not installed.
+        BundleError: If the distribution is not installed.
     """
     try:
         distribution = importlib.metadata.distribution(name)
@@ -155,7 +156,7 @@ def is_compiled(files: Iterable[tuple[Path, Path]]) -> bool:
 
 
 def copy_distribution(name: str, site: Path) -> None:
-    """Copy an installed distribution, its tests left out."""
+    """Copy an installed distribution without its tests."""
     for source, target in installed_files(name):
         if source.is_file() and not {"tests", "test"} & set(target.parts):
             _copy(source, site / target)
@@ -167,7 +168,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def copy_vllm(site: Path) -> None:
-    """Copy vLLM's Python files, and say that it is installed, as a build for no special device."""
+    """Copy vLLM's Python files and write its metadata, as a build for no particular device."""
     spec = importlib.util.find_spec("vllm")
     if spec is None or spec.origin is None:
         raise BundleError("vLLM is not installed here")
@@ -176,13 +177,13 @@ def copy_vllm(site: Path) -> None:
         _copy(source, site / "vllm" / source.relative_to(package))
     for name, text in _STAND_INS.items():
         (site / "vllm" / name).write_text(text, encoding="utf-8")
-    # With "cpu" in its version it would take a GPU for absent.
+    # With "cpu" in its version, vLLM would ignore GPUs.
     version = importlib.metadata.version("vllm").partition("+")[0]
     _write_metadata(site, "vllm", version)
 
 
 def copy_plugin(site: Path) -> None:
-    """Copy this checkout's plugin without its models, and what makes vLLM find it."""
+    """Copy this checkout's plugin (Python files only) and the entry points for vLLM to find it."""
     package = ROOT / "vllm_sparse_dllm"
     for source in package.rglob("*.py"):
         _copy(source, site / source.relative_to(ROOT))
@@ -196,7 +197,7 @@ def copy_plugin(site: Path) -> None:
 
 
 def _write_metadata(site: Path, name: str, version: str) -> Path:
-    """Say that a distribution is installed; return the folder that says so."""
+    """Write the metadata of an installed distribution; return the metadata's folder."""
     about = site / f"{name}-{version}.dist-info"
     about.mkdir()
     text = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
@@ -205,7 +206,7 @@ def _write_metadata(site: Path, name: str, version: str) -> Path:
 
 
 def fetch_wheels(names: Iterable[str], python: str, site: Path) -> None:
-    """Unpack wheels for another Python, in the versions installed here."""
+    """Download and unpack wheels for another Python version, in the versions installed here."""
     pins = [f"{name}=={importlib.metadata.version(name)}" for name in names]
     platforms = [part for name in _PLATFORMS for part in ("--platform", name)]
     with tempfile.TemporaryDirectory() as folder:
@@ -220,7 +221,7 @@ def fetch_wheels(names: Iterable[str], python: str, site: Path) -> None:
 
 
 def missing(present: set[str]) -> list[str]:
-    """Return what must travel."""
+    """Return the distributions that the archive must contain."""
     return sorted(required_by(NEEDED, present))
 
 
@@ -228,12 +229,12 @@ def build(output: Path, python: str, present: set[str]) -> list[str]:
     """Write the archive.
 
     Args:
-        output: The file; the compression goes by its name.
-        python: The machine's version, as ``3.12``.
-        present: Canonical names of the distributions that it has.
+        output: The file; its name determines the compression.
+        python: The machine's Python version, such as ``3.12``.
+        present: Canonical names of the distributions that the machine has.
 
     Returns:
-        The distributions that travel.
+        The distributions that the archive contains.
     """
     travelling = missing(present)
     here = f"{sys.version_info[0]}.{sys.version_info[1]}"

@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the machine can do, measured, and the least time that a step can take on it.
+"""Measure what the machine can do, and derive the minimum time that a step can take on it.
 
-*Matrix products* run at the shapes of the model's layers and at the rows of its steps, with
-PyTorch's `linear` and, on a CPU, with the oneDNN handler that vLLM uses, in float32 where the
-engine does that. `hot` repeats one weight, which the caches may hold: the arithmetic's ceiling.
-`walk` goes through as many weights as the model has, as a step must: what a step of nothing but
-matrix products takes. *Bandwidth* is the best of reading and of copying much more memory than the
-caches hold.
+*Matrix products* run with the shapes of the model's layers and the rows of its steps, by PyTorch's
+`linear` and, on a CPU, by the oneDNN handler that vLLM uses, in float32 where the engine does so.
+`hot` repeats one weight, which may stay in the processor's caches: the ceiling of the arithmetic.
+`walk` goes through all weights of a model, as a step must: the time of a step that consists of
+matrix products alone. *Bandwidth* is the better of reading and of copying much more memory than
+the processor's caches hold.
 
-A step's floor is max(bytes it must read / bandwidth, its operations / hot rate).
+A step's floor is max(bytes of weights / bandwidth, its operations / hot rate).
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from programs import Job, num_cores, serve_model
 
 from vllm_sparse_dllm.kernels import dtype_name
 
-#: Multiplies activations ``[rows, in]`` by a weight.
+#: A function that multiplies activations ``[rows, in]`` by a weight.
 Product = Callable[[torch.Tensor], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class ModelShape:
-    """What a step's cost depends on."""
+    """Sizes of a model that determine a step's cost."""
 
     width: int
     kv_width: int
@@ -61,7 +61,7 @@ class ModelShape:
 
     @property
     def products(self) -> dict[str, tuple[int, int]]:
-        """Inner and outer widths of a layer's matrix products, as the engine fuses them."""
+        """Input and output widths of a layer's matrix products, as the engine fuses them."""
         return {
             "qkv": (self.width, self.width + 2 * self.kv_width),
             "output": (self.width, self.width),
@@ -75,13 +75,13 @@ class ModelShape:
 
     @property
     def weights(self) -> int:
-        """Weights that a step reads: all layers and the head."""
+        """Number of weights that a step reads: all layers and the head."""
         return self.layers * self.layer_weights + self.width * self.vocab
 
 
 @dataclass(frozen=True)
 class StepCost:
-    """Operations of a step (a multiplication and an addition are two) and bytes it reads."""
+    """Operations of a step (a multiply-add counts as two) and bytes that it reads."""
 
     linear: float
     attention: float
@@ -98,15 +98,15 @@ def step_cost(
     requests: int,
     element_bytes: int,
 ) -> StepCost:
-    """Return what a step must cost.
+    """Return the minimum cost of a step.
 
     Args:
         shape: The model.
-        rows: Tokens that the step runs, of all requests.
+        rows: Tokens that the step runs, over all requests.
         last_rows: Rows whose logits are needed; only they go through the last layer's
-            queries, its output and feed-forward products and the head.
+            query, output and feed-forward products and the head.
         keys: Keys that each row attends to.
-        cached_keys: Those of them that are read from the cache, for each request.
+        cached_keys: Keys that each request reads from its cache.
         requests: Requests in the step.
         element_bytes: Bytes of a weight.
     """
@@ -126,13 +126,13 @@ def step_cost(
 
 @dataclass(frozen=True)
 class Floor:
-    """The least time of a step, in seconds.
+    """The minimum time of a step, in seconds.
 
     Attributes:
-        memory: Weights over bandwidth.
-        linear: Matrix products at the hot rate.
-        attention: Attention's operations at the best rate of any rows: its products are not
-            those of the step's rows with weights.
+        memory: Time to read the weights.
+        linear: Time of the matrix products with weights, at the hot rate of the step's rows.
+        attention: Time of attention's operations, at the best rate of any number of rows, since
+            the shapes of its products do not depend on the step's rows.
     """
 
     memory: float
@@ -151,8 +151,9 @@ class Floor:
 def floor_of(cost: StepCost, rows: int, ceilings: Job) -> Floor:
     """Return the floor of a step of ``rows`` tokens.
 
-    By the best rate of the smallest number of rows measured that is no less, and of all below it,
-    since rows can be multiplied in parts: a floor is never above what is possible.
+    Matrix products count at the best rate measured with at most the next larger number of rows.
+    Smaller numbers are included since rows can be multiplied in parts, so that the floor is never
+    above what is possible.
     """
     rates = {int(measured): entry["rate"] for measured, entry in ceilings["gemm"].items()}
     enough = min((measured for measured in rates if measured >= rows), default=math.inf)
@@ -165,7 +166,7 @@ def floor_of(cost: StepCost, rows: int, ceilings: Job) -> Floor:
 
 
 def best_of(one: Job, other: Job) -> Job:
-    """Return the higher rates of two measurements of the same rows: both were reached."""
+    """Return the higher rates of two measurements of the same rows, since both were achieved."""
     gemm = {
         count: max(entry, other["gemm"][count], key=lambda measured: measured["rate"])
         for count, entry in one["gemm"].items()
@@ -174,9 +175,9 @@ def best_of(one: Job, other: Job) -> Job:
 
 
 def _onednn() -> Any:
-    """Return vLLM's operators if its build has the handler, else None."""
+    """Return vLLM's operators if its build has the oneDNN handler, else None."""
     try:
-        # Loads the library of this processor; the others end the process.
+        # This loads the library for this processor; importing another one would crash.
         from vllm import _custom_ops as ops
     except ImportError:
         return None
@@ -186,7 +187,7 @@ def _onednn() -> Any:
 def _backends(
     dtype: torch.dtype, device: torch.device
 ) -> dict[str, Callable[[torch.Tensor], Product]]:
-    """Return, for each way to multiply, what turns a weight ``[out, in]`` into a product."""
+    """Return, for each way to multiply, a function from a weight ``[out, in]`` to its product."""
 
     def of_torch(weight: torch.Tensor) -> Product:
         return lambda x: F.linear(x, weight)
@@ -194,7 +195,7 @@ def _backends(
     backends: dict[str, Callable[[torch.Tensor], Product]] = {"torch": of_torch}
     ops = _onednn() if device.type == "cpu" else None
     if ops is not None:
-        # Only now: there may be no vLLM.
+        # Imported late, since vLLM may not be installed.
         from vllm_sparse_dllm.models.cpu_products import float32_product, wants_float32_products
 
         if wants_float32_products(dtype):
@@ -209,7 +210,7 @@ def _backends(
 
 
 def bandwidth(num_bytes: int, budget: float, device: torch.device) -> dict[str, float]:
-    """Return bytes a second of reading and of copying."""
+    """Return the bytes a second of reading and of copying memory."""
     source = torch.ones(num_bytes // 4, dtype=torch.float32, device=device)
     target = torch.zeros_like(source)
     read = source.numel() * 4 / median_seconds(source.sum, budget / 2, device)
@@ -233,10 +234,10 @@ def measure(
 
     Args:
         shape: The model.
-        dtype: Of weights and activations.
-        rows: Tokens of the steps that matter.
+        dtype: Dtype of weights and activations.
+        rows: Numbers of rows to measure matrix products at.
         budget: Seconds for one measurement.
-        device: Where.
+        device: The device to measure.
     """
 
     def random(*sizes: int) -> torch.Tensor:
@@ -293,7 +294,7 @@ def _load(arguments: argparse.Namespace) -> tuple[Job, Any]:
     torch.set_num_threads(num_cores())
     shape = ModelShape.of(arguments.model)
     dtype, device = getattr(torch, arguments.dtype), torch.device(arguments.device)
-    # Loaded with the rest: importing vLLM takes a while.
+    # Calling this here makes importing vLLM, which takes a while, part of loading.
     about = describe(device) | {"products": list(_backends(dtype, device))}
     return about, lambda job: measure(shape, dtype, job["rows"], job["budget"], device)
 

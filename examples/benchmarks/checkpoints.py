@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Random LLaDA and Dream checkpoints in the public Hugging Face layouts, kept in a folder.
 
-For models too large to be written down there are configurations alone: programs then make random
+For models that are too large to store, only configurations are written: programs then make random
 weights of their own (vLLM's ``load_format`` ``dummy``).
 
-Speed does not depend on what the weights say, but a benchmark that compares tokens wants
-decoding that is not degenerate. So the weights are scaled: attention logits have a standard
-deviation of `ATTENTION_STD` (a few effective keys a query), every sub-layer adds about as much
-as the residual stream holds, logits have `LOGIT_STD`. The head's rows of the special tokens are
-zero, so that none of them is ever the most probable one. All values lie on the bfloat16 grid:
-float32 and bfloat16 runs use the very same weights.
+Speed does not depend on the weights' values, but a benchmark that compares tokens needs decoding
+that is not degenerate. So the weights are scaled: attention logits have a standard deviation of
+`ATTENTION_STD` (a few effective keys per query), every sub-layer adds about as much as the residual
+stream holds, and output logits have a standard deviation of `LOGIT_STD`. The head's rows of the
+special tokens are zero, so that none of them is ever the most probable token. All values lie on the
+bfloat16 grid, so float32 and bfloat16 runs use exactly the same weights.
 """
 
 from __future__ import annotations
@@ -41,9 +41,10 @@ FAMILIES = ("llada", "dream")
 
 @dataclass(frozen=True)
 class Size:
-    """Widths of a checkpoint. Key/value heads count for Dream; LLaDA's public models are MHA.
+    """Sizes of a checkpoint. `kv_heads` applies to Dream only; LLaDA's public models are MHA.
 
-    Special ids are ``mask``, ``eos`` and ``bos``, the last of the vocabulary where none are given.
+    `specials` has the ids of ``mask``, ``eos`` and ``bos``; by default they are at the end of the
+    vocabulary.
     """
 
     d_model: int
@@ -63,7 +64,7 @@ class Size:
         return self.heads if family == "llada" else self.kv_heads
 
 
-#: LLaDA parameters: 1 million, 25 million, 207.6 million.
+#: Parameters of LLaDA models of these sizes: 1 million, 25 million, 207.6 million.
 SIZES = {
     "tiny": Size(d_model=128, layers=4, heads=4, kv_heads=2, mlp=384, vocab=512),
     "25m": Size(d_model=512, layers=6, heads=8, kv_heads=2, mlp=1792, vocab=2048),
@@ -95,24 +96,24 @@ PUBLIC_SIZES = {
 
 
 def special_ids(vocab: int) -> dict[str, int]:
-    """Return the ids of mask, eos and bos."""
+    """Return the default ids of mask, eos and bos."""
     return {"mask": vocab - 2, "eos": vocab - 3, "bos": vocab - 4}
 
 
 def mask_token_id(model: Path) -> int:
-    """Return the mask's id by a checkpoint's configuration, as the engine reads it."""
+    """Return the mask's id from a checkpoint's configuration, as the engine reads it."""
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     number: int = config["mask_token_id"]
     return number
 
 
 def checkpoint(folder: Path, family: str, size: str, dtype: str, seed: int = 0) -> Path:
-    """Return the directory of a checkpoint, written if it is not there yet."""
+    """Return the directory of a checkpoint, which is written if it does not exist yet."""
     path = folder / f"{family}-{size}-{dtype}-{seed}"
     if path.is_dir():
         return path
     folder.mkdir(parents=True, exist_ok=True)
-    # Written aside and renamed, so that a checkpoint is there whole or not at all.
+    # Written to a temporary directory and renamed, so that no incomplete checkpoint can remain.
     aside = Path(tempfile.mkdtemp(dir=folder, prefix=f".{path.name}-"))
     try:
         write_checkpoint(aside, family, SIZES[size], getattr(torch, dtype), seed)
@@ -125,7 +126,7 @@ def checkpoint(folder: Path, family: str, size: str, dtype: str, seed: int = 0) 
 
 
 def configuration(folder: Path, family: str, size: Size, dtype: str, positions: int) -> Path:
-    """Return the directory of a checkpoint without tensors, for as many positions at least."""
+    """Write a checkpoint without tensors, for at least ``positions``; return its directory."""
     size = replace(size, positions=max(size.positions, positions))
     path = folder / f"{family}-{size.d_model}x{size.layers}-{size.positions}"
     path.mkdir(parents=True, exist_ok=True)
@@ -220,9 +221,9 @@ class _Weights:
         return 1.0 + self._normal(width, std=0.1)
 
     def _rotated(self, rows: int) -> torch.Tensor:
-        """Return a query or key projection, its fast rotary pairs the strongest.
+        """Return a query or key projection in which the fast rotary pairs are strongest.
 
-        Mask positions have equal embeddings; only rotation tells neighbours apart.
+        All masks have the same embedding, so only the rotation distinguishes neighbours.
         """
         pairs = torch.arange(self.head_size // 2, dtype=torch.float32)
         gain = 1.0 + 2.0 * torch.exp(-pairs / max(1.0, self.head_size / 8))
@@ -233,7 +234,7 @@ class _Weights:
 
     def _embedding(self) -> torch.Tensor:
         weight = self._normal(self.size.vocab, self.size.d_model, std=1.0)
-        # The context is to decide, not the mask's own embedding.
+        # So that the context decides, not the mask's own embedding.
         weight[special_ids(self.size.vocab)["mask"]] *= MASK_SCALE
         return weight
 

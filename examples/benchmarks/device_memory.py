@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's worker is asked about memory and kernels: an extension of its class."""
+"""An extension of vLLM's worker class that reports on memory and kernels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class DeviceMemory:
         }
 
     def kernels_in_use(self) -> dict[str, Any]:
-        """Return the class of the ``attention`` and the sizes of ``graphs``, in sequences."""
+        """Return the class name of the ``attention`` backend, and the ``graphs``' batch sizes."""
         graphs = self.model_runner.graphs
         return {
             "attention": type(self.model_runner.backend).__name__,
@@ -37,5 +37,5 @@ class DeviceMemory:
         return True
 
     def peak_memory(self) -> int:
-        """Return the most bytes since `reset_peak_memory`."""
+        """Return the peak in bytes since `reset_peak_memory`."""
         return devices.peak_memory(self.device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a program runs, CPU or CUDA: its name, how calls are timed, how much memory they took."""
+"""The device that a program runs on, CPU or CUDA: its name, timing of calls, and peak memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import programs
 import torch
 from programs import Job
 
-#: Calls on a GPU are queued until they take so long together, so that launching them is hidden.
+#: On a GPU, as many calls are queued as take this long together, which hides their launches.
 _QUEUED_SECONDS = 2e-3
 _MOST_CALLS = 200
-#: A GPU is kept busy before them for so long, about 2 ms: while it is, they are all launched.
+#: Before them, the GPU is kept busy for this long, about 2 ms, while they are all launched.
 _HEAD_START_CYCLES = 4_000_000
 
 
 def describe(device: torch.device) -> Job:
-    """Return what a report says of the device and of what runs on it."""
+    """Return a report's facts about the device and the software on it."""
     about: Job = {
         "device": device.type,
         "name": processor(),
@@ -52,12 +52,14 @@ def processor() -> str:
 def median_seconds(
     function: Callable[[], Any], budget: float, device: torch.device | None = None
 ) -> float:
-    """Return the median time of a call, of as many as the budget allows but at least three.
+    """Return the median time of a call, over as many calls as the budget allows.
+
+    At least 3 and at most `_MOST_CALLS` times are taken.
 
     Args:
-        function: Called once more before.
+        function: The function to time; called once more before, to warm up.
         budget: Seconds.
-        device: Where its work is done; None for the CPU.
+        device: The device that does its work; None for the CPU.
     """
     function()
     measure, calls = _seconds, 1
@@ -79,7 +81,7 @@ def _seconds(function: Callable[[], Any], calls: int) -> float:
 
 
 def _queued_seconds(function: Callable[[], Any], calls: int) -> float:
-    """Return the seconds of a call by the GPU's own clock."""
+    """Return the seconds per call, measured by the GPU's own clock."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(_HEAD_START_CYCLES)
     start.record()
@@ -91,7 +93,7 @@ def _queued_seconds(function: Callable[[], Any], calls: int) -> float:
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start the peak anew."""
+    """Reset the peak that `peak_memory` returns."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:
@@ -99,7 +101,7 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most bytes of tensors on a GPU; on a CPU of resident memory, children's too."""
+    """Return the peak in bytes: tensors on a GPU; on a CPU resident memory, with the children's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return programs.peak_memory()

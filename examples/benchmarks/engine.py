@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The engine as a program: vLLM's `LLM` with the plugin.
 
-As users run it, with the engine core in a process of its own, for times; with ``--in-process``
-in one process, so that `probes` can look into its steps. On a GPU its memory is that of tensors on
-the device, which the worker tells.
+For timing, the engine core runs in a process of its own, as users run it; with ``--in-process`` all
+runs in one process, so that `probes` can look into the steps. On a GPU, memory is that of tensors
+on the device, as reported by the worker.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 
 class Engine:
-    """A loaded engine, and what it does for a job."""
+    """A loaded engine that answers jobs."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         if arguments.in_process:
-            # Before vLLM is imported.
+            # Must be set before vLLM is imported.
             os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
         import torch
         import vllm
@@ -83,7 +83,7 @@ class Engine:
         }
 
     def _ask(self, method: str) -> Any:
-        """Return what the worker's extension says, None where there is none."""
+        """Return the reply of the worker's extension; None if there is no extension."""
         return self.llm.collective_rpc(method)[0] if self._device_memory else None
 
     def handle(self, job: Job) -> Job:
@@ -93,7 +93,7 @@ class Engine:
         params = SamplingParams(
             temperature=0.0,
             max_tokens=job["response"],
-            # Every position of every response, whatever the weights say.
+            # Fill every position of every response, whatever the model predicts.
             ignore_eos=True,
             detokenize=False,
             extra_args={

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine on one GPU, at the sizes of LLaDA-8B and Dream-7B, against plain PyTorch and the card.
+"""Benchmark the engine on one GPU, at public models' sizes, against PyTorch and the GPU's limits.
 
-Weights are random: they cost the same. Everything ends within ``--budget`` seconds, what there
-was no time for is named, and results are written after each round. ``--merge`` joins what several
-runs wrote. With ``--device cpu --size tiny`` the same program runs a small model on a CPU, to
-show that it works.
+The models are LLaDA-8B and Dream-7B with random weights, which cost the same. The run ends within
+``--budget`` seconds; the report names what there was no time for, and results are written after
+each round. ``--merge`` joins the results of several runs. With ``--device cpu --size tiny`` the
+same program runs a small model on a CPU, to show that it works.
 """
 
 from __future__ import annotations
@@ -37,18 +37,19 @@ from gpu_record import Record
 from programs import Job, ProgramError, StartError, reasons
 from session import Contender, Measurement, Options, Session
 
-#: A run's time over its roofline, before any of as many requests was measured.
+#: Guess of a run's time over its roofline, until one of as many requests has been measured.
 _FIRST_GUESS = 2.0
-#: What a warm-up adds to the first round.
+#: Factor by which warming up lengthens the first round.
 _WARM_UP = 1.3
-#: Part of the time left that a run without a cache may take for more than a step of a block.
+#: Share of the time left that a run without a cache is given; if it would take longer, it does one
+#: step per block only.
 _PART_OF_REST = 0.25
-#: By which times are guessed where the machine's rates could not be measured.
+#: Rates by which times are estimated if the machine's rates could not be measured.
 _RATES: Job = {
     "cuda": {"bandwidth": 3e12, "gemm": {"1": {"rate": 5e14}}},
     "cpu": {"bandwidth": 1e10, "gemm": {"1": {"rate": 1e11}}},
 }
-#: Seconds that programs take to start, before any did.
+#: Guesses of the seconds that programs take to start, until they have started once.
 _STARTS = {
     "cuda": {"engine": 90.0, "baseline": 30.0, "ceilings": 10.0},
     "cpu": {"engine": 10.0, "baseline": 5.0, "ceilings": 3.0},
@@ -56,11 +57,11 @@ _STARTS = {
 
 
 class GpuBenchmark:
-    """One run.
+    """One run of the benchmark.
 
     Args:
         arguments: The command line.
-        deadline: Of the monotonic clock.
+        deadline: Time of the monotonic clock by which the run must end.
         models: Folder for the model's configuration.
     """
 
@@ -95,13 +96,13 @@ class GpuBenchmark:
         self.planner = Planner(
             arguments, self.scale, self._session(1, 1, 0), self.page_size, self.element_bytes
         )
-        #: None where they could not be measured: nothing has a floor then.
+        #: None if they could not be measured; then nothing has a floor.
         self.ceilings: Job | None = None
-        #: By contender and requests at once.
+        #: Time over roofline, by contender and requests at once.
         self._slowdowns: dict[tuple[str, int], float] = {}
         self._failures: dict[str, Failure] = {}
         self._measured: set[str] = set()
-        #: What the started programs say of themselves.
+        #: What the running programs report about themselves.
         self._about: Job = {}
 
     @property
@@ -110,12 +111,12 @@ class GpuBenchmark:
 
     @property
     def rates(self) -> Job:
-        """The machine's rates, guessed where they were not measured."""
+        """The machine's rates, guessed if they were not measured."""
         rates: Job = self.ceilings or _RATES[self.arguments.device]
         return rates
 
     def run(self) -> None:
-        """Measure all groups that were asked for."""
+        """Measure all requested groups."""
         if self._measure_machine():
             plans = self.planner.plans(self._run["machine"]["memory"])
             for number, plan in enumerate(plans, 1):
@@ -124,7 +125,7 @@ class GpuBenchmark:
     # The machine.
 
     def _measure_machine(self) -> bool:
-        """Measure what the machine can do; return whether it is known what it is."""
+        """Measure the machine's rates; return whether the machine itself could be identified."""
         arguments = self.arguments
         machine = {"name": "unknown", "torch": torch.__version__, "memory": None}
         self.record.runs.append(
@@ -180,11 +181,11 @@ class GpuBenchmark:
         )
 
     def _measure_groups(self, plan: Plan, later: Sequence[Plan] = ()) -> None:
-        """Start the programs of a plan and measure its turns, a round of each before more.
+        """Start a plan's programs and measure its turns: one round of each, then further rounds.
 
         Args:
             plan: What to measure.
-            later: Plans that are to have their first rounds before any here has another.
+            later: Plans whose first rounds take precedence over further rounds of this one.
         """
         if plan.most < plan.least:
             what = f"{plan.most:,.0f} pages, and the longest request needs {plan.least:,}"
@@ -204,13 +205,13 @@ class GpuBenchmark:
                         running.remove(one)
 
     def _start(self, session: Session, plan: Plan) -> list[Turn]:
-        """Start a plan's programs, the engine first; return what can be measured on them."""
+        """Start a plan's programs, the engine first; return the turns that can be measured."""
         turns = plan.turns
         for name in sorted(plan.programs, key="engine".__ne__):
             try:
                 session.prepare(name)
             except ProgramError as error:
-                # Nothing is measured without the engine.
+                # Without the engine, nothing is measured.
                 lost = [one for one in plan.contenders if one.program == name]
                 names = "" if name == "engine" else f", {', '.join(one.name for one in lost)}"
                 self._skip(plan.name + names, _short(error))
@@ -228,7 +229,7 @@ class GpuBenchmark:
     # Turns.
 
     def _first_round(self, session: Session, turn: Turn, pages: int) -> Running | None:
-        """Measure those contenders of a turn that fit into the pool and into the time left."""
+        """Measure the first round of a turn, of contenders that fit into the pool and time left."""
         response = self.scale.response
         fit = cases.fitting(
             turn.contenders, turn.prompt, turn.requests, response, self.page_size, pages
@@ -243,12 +244,12 @@ class GpuBenchmark:
         running = Running(turn, session.workload(turn.sweep, chosen, prompts), {})
         number = 1 + max((one.turn for one in self.record.measurements), default=0)
         for result in running.workload.results:
-            # Sessions each count their own.
+            # Each session counts its own turns.
             result.turn = number
         return running if self._round(session, running) else None
 
     def _round(self, session: Session, running: Running) -> bool:
-        """Measure one more round of a turn and write it down; return whether all went well."""
+        """Measure one more round of a turn and record it; return whether no contender failed."""
         turn, results = running.turn, running.workload.results
         session.round(running.workload)
         done = [one for one in results if one.seconds]
@@ -276,9 +277,10 @@ class GpuBenchmark:
         return not running.workload.failed
 
     def _works(self, turn: Turn, one: Contender) -> bool:
-        """Return whether a contender is to run; name one that failed before.
+        """Return whether a contender should run; if not, record that it failed before.
 
-        One that was measured elsewhere is left out of what is no smaller than where it failed.
+        After a failure, a contender runs again only if it has been measured elsewhere, and with
+        shorter prompts or fewer requests than where it failed.
         """
         failure = self._failures.get(one.name)
         if failure is None:
@@ -290,14 +292,14 @@ class GpuBenchmark:
         return False
 
     def _seconds_of(self, plan: Plan) -> float:
-        """Return about how long the start of a plan and its first rounds take."""
+        """Return an estimate of the seconds for starting a plan and its first rounds."""
         start = sum(self._starts[name] for name in plan.programs)
         return start + sum(
             self._estimate(turn, one) for turn in plan.turns for one in turn.contenders
         )
 
     def _estimate(self, turn: Turn, one: Contender) -> float:
-        """Return about how many seconds the first round of a contender takes."""
+        """Return an estimate of the seconds for a contender's first round."""
         session = self.planner.session
         _, scale = session.job_of(one, [[]] * turn.requests, self.scale.response)
         same = [known for (_, num), known in self._slowdowns.items() if num == turn.requests]
@@ -306,12 +308,12 @@ class GpuBenchmark:
         floor = self._floor(session, one, turn.prompt, turn.requests)
         warm_up = _WARM_UP
         if self._is_few_steps(turn, one):
-            # A step of all requests.
+            # The warm-up is a step of all requests.
             warm_up = 1 + scale / self.scale.response
         return warm_up * slowdown * floor / scale
 
     def _is_few_steps(self, turn: Turn, one: Contender) -> bool:
-        """Return whether a contender does a few steps of one block, without a cache."""
+        """Return whether a contender runs only a few steps of one block, without a cache."""
         if one.program != "engine" or one.policy != "none" or not self.options.vanilla_steps:
             return False
         return turn.requests >= self.scale.shorten_from
@@ -319,10 +321,10 @@ class GpuBenchmark:
     def _affordable(
         self, session: Session, turn: Turn, contenders: list[Contender]
     ) -> list[Contender]:
-        """Return the contenders whose first round should end in time."""
+        """Return the contenders whose first round is expected to end in time."""
         chosen = []
         left = self.deadline - time.monotonic()
-        # One that an earlier failure has ended starts anew.
+        # Programs that an earlier failure has ended must start again.
         programs = {one.program for one in contenders}
         left -= sum(self._starts[name] for name in programs if not session.is_running(name))
         for one in contenders:
@@ -345,30 +347,30 @@ class GpuBenchmark:
         return chosen
 
     def _floor(self, session: Session, one: Contender, prompt: int, requests: int) -> float:
-        """Return the least seconds of a contender's run."""
+        """Return the minimum seconds of a contender's run."""
         if one.program == "baseline":
-            # One request after the other.
+            # The baseline runs one request after the other.
             return requests * roofline(session, one.settings, prompt, 1, self.rates).response
         return roofline(session, one.settings, prompt, requests, self.rates).response
 
     def _note(self, session: Session, one: Measurement) -> None:
-        """Add what the report says of a measurement."""
+        """Add the notes that the report needs to a measurement."""
         about = self._about[one.program]
         contender = Contender(one.contender, one.program, one.settings)
         floor = self._floor(session, contender, one.prompt, one.concurrency)
         beside = about["memory"] if one.program == "engine" else {"weights": about["weights"]}
         one.notes = {"run": 0, "beside": beside, "floor": floor if self.ceilings else None}
-        # The latest: what launching takes of a small step says little of a large one.
+        # Keep the latest only: launch overhead in small steps says little about large ones.
         self._slowdowns[one.contender, one.concurrency] = min(one.seconds) / floor
         self._measured.add(one.contender)
         if one.program == "engine":
             pages = cases.num_pages(one.settings, one.prompt, one.response, self.page_size)
             one.notes["pages"] = one.concurrency * pages * self.planner.page_bytes
-        # Engine and baseline have random weights of their own.
+        # Engine and baseline have different random weights.
         one.same_tokens = None
 
     def _step_times(self, session: Session, results: list[Measurement]) -> Job:
-        """Return the times of passes, from runs that differ in their block steps alone."""
+        """Return the times of passes, from two runs that differ only in their block steps."""
         many, few = results
         settings = session.settings("sparse")
         num_blocks = self.scale.response // self.scale.block_length
@@ -394,7 +396,7 @@ class GpuBenchmark:
         }
 
     def fail(self, error: Exception) -> None:
-        """Write down what nothing foresaw."""
+        """Record an unexpected error."""
         traceback.print_exc()
         self._skip("the rest", f"{type(error).__name__}: {error}".replace("|", "/"))
 
@@ -408,13 +410,13 @@ class GpuBenchmark:
 
 
 def _memory(one: Measurement) -> Job:
-    """Return the peak of one request, and what it includes."""
+    """Return the peak memory of one request, and the weights and pool that it includes."""
     peak = {"run": 0, "prompt": one.prompt, "contender": one.contender, "peak": one.peak_memory}
     return peak | one.notes["beside"]
 
 
 def _short(error: ProgramError) -> str:
-    """Return the first line of an error and those that say why, or else the last."""
+    """Print an error; return its first line and those that give a reason, or else the last."""
     print(error, flush=True)
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     chosen = [lines[0], *(reasons(str(error)) or lines[-1:])]
@@ -436,9 +438,9 @@ def main() -> int:
         record = gpu_record.merge(arguments.merge)
     else:
         if arguments.device == "cuda":
-            # What the engine does where nobody has run it before.
+            # Log what the engine does, in case it is new to this GPU.
             os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
-        # What is left in the folder of results is to be worth carrying away.
+        # The configuration goes elsewhere, so that the output folder holds nothing but results.
         with tempfile.TemporaryDirectory() as models:
             benchmark = GpuBenchmark(arguments, start + arguments.budget, Path(models))
             try:

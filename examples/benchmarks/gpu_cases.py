@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU benchmark measures: sizes, contenders, and the pages that they hold."""
+"""Cases of the GPU benchmark: sizes, contenders, and the pages that they hold."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.settings import DecodingSettings
 
 GIB = 2**30
-#: Of vLLM's pages on a CPU, where they are 32 slots, and on a GPU.
+#: Slots of a page on a CPU and on a GPU.
 PAGE_SIZES = {"cpu": 32, "cuda": 16}
 LATE = f"late {LATE_DELAY}"
 #: One refresh for all blocks of the response.
 INTERVAL = f"{LATE} interval 4"
 #: `sparse` with settings beyond the published ones.
 SCHEDULES: dict[str, Settings] = {LATE: late(), INTERVAL: late(refresh_interval=4)}
-#: The fastest of them with fewer steps than tokens.
+#: The fastest of these schedules, with fewer steps than tokens.
 FEWER_STEPS = f"{INTERVAL} steps 8"
 STEPS_OF_BLOCK = 8
 #: The engine's contenders: the policies, and schedules of `sparse`.
 CONTENDERS = ("sparse", *SCHEDULES, FEWER_STEPS, "dual", "prefix", "none")
 BASELINES = ("sparse", "dual", "none")
-#: Pages on top of what is needed: vLLM keeps one back.
+#: Pages on top of those needed, since vLLM reserves one.
 _SPARE_PAGES = 2
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large everything is.
+    """Sizes of the workloads.
 
     Attributes:
         contexts: Tokens of the prompts.
-        long: Of the longest, for ``sparse`` alone.
+        long: Tokens of the longest prompt, which only ``sparse`` runs.
         batches: Requests at once, the first of them 1.
         response: Positions of a response.
         block_length: Positions of a block.
-        short: Context of the figures on one request and on `many`.
-        medium: Context of the first figure over ``none``.
-        large: Context of the second one, and of the figure on memory.
-        many: Requests at once of the figure on throughput.
-        shorten_from: Requests at once from which on responses are not run whole.
+        short: Context of the targets on the rates of one request and of `many`.
+        medium: Context of the first target on the speed-up over ``none``.
+        large: Context of the second one, and of the target on memory.
+        many: Requests at once in the target on throughput.
+        shorten_from: Requests at once from which on only some blocks of each response are run.
     """
 
     contexts: tuple[int, ...] = (1024, 2048, 4096, 8192)
@@ -62,7 +62,7 @@ class Scale:
     shorten_from: int = 8
 
 
-#: ``tiny`` shows that the benchmark works, nothing else.
+#: ``tiny`` only shows that the benchmark works.
 SCALES = {
     "public": Scale(),
     "tiny": Scale(
@@ -81,7 +81,7 @@ SCALES = {
 
 
 def size_of(family: str, size: str) -> Size:
-    """Return the widths of a model."""
+    """Return the sizes of a model."""
     return PUBLIC_SIZES[family] if size == "public" else SIZES[size]
 
 
@@ -104,7 +104,7 @@ def baseline(session: Session, name: str) -> Contender:
 
 
 def steps_contenders(session: Session) -> list[Contender]:
-    """Return ``sparse`` with a token a step and with fewer steps in a block, refreshes the same."""
+    """Return ``sparse`` with one token a step, and with fewer steps but as many refreshes."""
     options, settings = session.options, session.settings("sparse")
     num_blocks = options.response // options.block_length
     return [
@@ -118,7 +118,7 @@ def steps_contenders(session: Session) -> list[Contender]:
 
 
 def num_pages(settings: Settings, prompt: int, response: int, page_size: int) -> int:
-    """Return the most pages that a request holds at a time."""
+    """Return the maximum number of pages that a request holds at a time."""
     canvas = Canvas(prompt, response, settings["block_length"])
     policy = POLICIES[settings["cache_policy"]]
     return policy.peak_pages(canvas, DecodingSettings(**settings), page_size)
@@ -135,19 +135,20 @@ def pool_pages(
     longest: int,
     page_size: int,
 ) -> int:
-    """Return the pages of a pool that all cases fit into.
+    """Return the number of pages of a pool that each of the cases fits into.
 
     Args:
-        cases: Settings, prompt and requests at once of each.
+        cases: Settings, prompt length and requests at once of each case.
         response: Positions of a response.
-        longest: The engine's ``max_model_len``: vLLM asks for room for one such request.
+        longest: The engine's ``max_model_len``; vLLM requires room for one such request.
         page_size: Slots of a page.
     """
     needed = [
         requests * num_pages(settings, prompt, response, page_size)
         for settings, prompt, requests in cases
     ]
-    # The engine's own settings are the defaults; what is longest depends on the rounding.
+    # That request has the engine's own settings, which are the defaults. Depending on rounding,
+    # either a short or a long prompt needs more pages.
     default = {"cache_policy": "sparse", "block_length": 32}
     needed += [
         num_pages(default, prompt, longest - prompt, page_size) for prompt in (0, longest - 1)
@@ -163,7 +164,7 @@ def fitting(
     page_size: int,
     pages: int,
 ) -> list[Contender]:
-    """Return the contenders whose requests all run at once in a pool of so many pages."""
+    """Return the contenders whose requests can all run at once in a pool of ``pages`` pages."""
     room = pages - _SPARE_PAGES
     return [
         one

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU benchmark's command line: every value that is not allowed is refused before anything
-starts."""
+"""The GPU benchmark's command line: invalid values are rejected before anything starts."""
 
 from __future__ import annotations
 
@@ -19,9 +18,9 @@ from options import above_0, names_of, whole_number, whole_numbers
 from vllm_sparse_dllm.settings import ATTENTION_BACKENDS
 
 ROOT = Path(__file__).parents[2]
-#: In the order in which they are measured.
+#: Groups, in the order in which they are measured.
 GROUPS = ("contexts", "steps", "long", "batches", "baseline", "memory")
-#: What vLLM 0.32 calls on a card and PyTorch 2.9 has not: module and name.
+#: Functions that vLLM 0.32 calls on a GPU and PyTorch 2.9 lacks: module and name.
 NEEDED_OF_TORCH = (
     ("torch.accelerator", "get_memory_info"),
     ("torch._C", "_accelerator_setAllocatorSettings"),
@@ -29,11 +28,11 @@ NEEDED_OF_TORCH = (
 
 
 def parse_arguments(description: str | None, argv: list[str] | None = None) -> argparse.Namespace:
-    """Return the options, lists in the order in which things are measured.
+    """Return the options; groups and contenders in the order in which they are measured.
 
     Args:
         description: The program's docstring.
-        argv: None for the program's own.
+        argv: The command line; None for that of this process.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     add = parser.add_argument
@@ -80,7 +79,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
         chosen = getattr(arguments, name)
         setattr(arguments, name, [one for one in allowed if one in chosen])
     if arguments.batches and max(arguments.batches) == 1:
-        # Of one request are the contexts.
+        # The group "contexts" already measures single requests.
         arguments.groups = [name for name in arguments.groups if name != "batches"]
         if not arguments.groups:
             parser.error("argument --batches: for --groups batches one must be above 1, got 1")
@@ -93,7 +92,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
             _check_card(parser)
         arguments.attention_backend = arguments.attention_backend or "triton"
     try:
-        # Of several the last: an earlier one may be full.
+        # Checked here, so that of several --output only the last must be without results.
         _fresh_folder(arguments.output).mkdir(parents=True, exist_ok=True)
     except (OSError, argparse.ArgumentTypeError) as error:
         parser.error(f"argument --output: {error}")
@@ -101,7 +100,7 @@ def parse_arguments(description: str | None, argv: list[str] | None = None) -> a
 
 
 def merged(options: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
-    """Return options with others on top, objects merged with objects."""
+    """Return options with others on top; nested objects are merged."""
     result = dict(options)
     for name, value in own.items():
         known = result.get(name)
@@ -121,7 +120,7 @@ def engine_options(arguments: argparse.Namespace, page_size: int) -> dict[str, A
     options: dict[str, Any] = {
         "load_format": "dummy",
         "block_size": page_size,
-        # The pool's size is given; the share of the memory is only checked.
+        # The pool's size is given in bytes; vLLM only checks that this share is free.
         "gpu_memory_utilization": 0.3,
     }
     if arguments.native_ops:
@@ -133,7 +132,7 @@ def engine_options(arguments: argparse.Namespace, page_size: int) -> dict[str, A
 
 
 def _check_card(parser: argparse.ArgumentParser) -> None:
-    """Refuse a machine whose PyTorch finds no card, or has not what vLLM calls."""
+    """Exit with an error if PyTorch finds no GPU, or lacks functions that vLLM calls."""
     if not torch.cuda.is_available():
         parser.error(
             "argument --device: cuda needs a card, and PyTorch "

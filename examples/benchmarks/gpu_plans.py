@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the GPU benchmark measures in turn, on which engines, and in how much memory."""
+"""Plans of the GPU benchmark: what is measured, on which engines, and in how much memory."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from gpu_cases import GIB, Scale
 from programs import Job
 from session import Contender, Session, Workload
 
-#: Memory of the card that each program has for what is no weight, page or activation: the CUDA
-#: context, libraries' work spaces, graphs, logits.
+#: GPU memory reserved per program for all but weights, pages and activations: the CUDA context,
+#: libraries' workspaces, graphs, logits.
 _RESERVE = 4 * GIB
-#: Tokens of the largest step that vLLM's defaults ask for where contexts are shorter.
+#: Tokens of the largest step by vLLM's defaults, if contexts are shorter.
 _LARGEST_STEP = 16384
 
 
 @dataclass(frozen=True)
 class Turn:
-    """What is measured in turn on the same requests.
+    """Contenders that are measured alternately on the same requests.
 
     Attributes:
-        sweep: What for.
+        sweep: Name of the sweep that they are measured for.
         prompt: Tokens of each prompt.
-        requests: At once.
-        contenders: In order.
+        requests: Requests at once.
+        contenders: The contenders, in order.
     """
 
     sweep: str
@@ -38,7 +38,7 @@ class Turn:
     contenders: list[Contender]
 
     def without(self, lost: Collection[Contender]) -> Turn:
-        """Return the turn without contenders."""
+        """Return the turn without the ``lost`` contenders."""
         left = [one for one in self.contenders if one not in lost]
         return replace(self, contenders=left)
 
@@ -52,12 +52,12 @@ class Plan:
     """Groups that are measured on the same programs.
 
     Attributes:
-        groups: Their names.
-        turns: In order.
-        least: Pages without which vLLM does not start: of the longest request.
-        needed: Pages that all turns' requests find room in.
-        pages: Pages that those find room in which fit at all.
-        most: Pages that there is room for beside the programs' weights.
+        groups: Names of the groups.
+        turns: Their turns, in order.
+        least: Pages of the longest request, without which vLLM does not start.
+        needed: Pages that the requests of every turn fit into.
+        pages: Pages of the pool: enough for every contender that fits on the device.
+        most: Pages that the device has room for besides weights and activations.
     """
 
     groups: list[str]
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def contenders(self) -> list[Contender]:
-        """Those of all turns, each once."""
+        """The contenders of all turns, without repeats."""
         found = {one.name: one for turn in self.turns for one in turn.contenders}
         return list(found.values())
 
@@ -93,12 +93,12 @@ class Plan:
 
 @dataclass
 class Running:
-    """A turn of which at least a round is begun.
+    """A turn of which at least one round has begun.
 
     Attributes:
-        turn: What is measured.
-        workload: What was measured.
-        entry: What the record has of it, where that is not the measurements themselves.
+        turn: The turn.
+        workload: Its jobs, and its results so far.
+        entry: Its entry in the record's steps or memory; empty for other sweeps.
     """
 
     turn: Turn
@@ -108,7 +108,7 @@ class Running:
 
 @dataclass(frozen=True)
 class Failure:
-    """What ended a contender the first time, and with which requests."""
+    """A contender's first failure: its requests, and the reason."""
 
     prompt: int
     requests: int
@@ -116,12 +116,12 @@ class Failure:
 
 
 class Planner:
-    """Makes plans of the groups that are asked for.
+    """Makes plans for the requested groups.
 
     Args:
         arguments: The command line.
-        scale: How large everything is.
-        session: Not started; has the model and the options.
+        scale: Sizes of the workloads.
+        session: A session that is not started, for its model and options.
         page_size: Slots of a page.
         element_bytes: Bytes of a weight.
     """
@@ -145,7 +145,7 @@ class Planner:
         return cases.page_bytes(self.session.shape, self.page_size, self.element_bytes)
 
     def rows(self) -> list[int]:
-        """Return the rows of the passes that are to be measured, as far as rates depend on them."""
+        """Return the numbers of rows, of all planned passes, at which to measure the rates."""
         response = self.scale.response
         found = {
             turn.requests * passes.rows
@@ -158,17 +158,17 @@ class Planner:
         return sorted({*(rows for rows in found if rows < MANY_ROWS), MANY_ROWS, most})
 
     def plans(self, memory: int | None) -> list[Plan]:
-        """Return as few plans as there is memory for: an engine takes a while to start.
+        """Return as few plans as memory allows, since an engine takes a while to start.
 
         Args:
-            memory: Bytes that the device has; None for as much as is needed.
+            memory: Bytes of the device's memory; None if it does not limit the plans.
         """
         chosen = self.arguments.groups
         together = [group for group in chosen if group != "memory"]
         parts = [together]
         if together and not self._plan(together, memory).fits:
             parts = [[group for group in together if group != "baseline"], ["baseline"]]
-        # The pool is to hold one request and no more.
+        # For the group "memory", the pool must hold one request and no more.
         parts.append(["memory"])
         asked = ([group for group in part if group in chosen] for part in parts)
         return [self._plan(part, memory) for part in asked if part]
@@ -189,17 +189,18 @@ class Planner:
         )
         rows = max((turn.prompt for turn in turns if turn.sweep == "baseline"), default=0)
         most = self._most_pages(memory, longest, rows and rows + response)
-        # What does not fit gets no room: steps and other programs need what is left of the card.
+        # The pool is not enlarged for contenders that do not fit: the rest of the device's memory
+        # is needed for steps and other programs.
         pages = max((one for one in each if one <= most), default=least)
         return Plan(groups, turns, least, max(each, default=least), pages, most)
 
     def _most_pages(self, memory: int | None, longest: int, baseline_rows: int) -> float:
-        """Return the pages that there is room for.
+        """Return the number of pages that there is room for.
 
         Args:
-            memory: Bytes that the device has; None for as much as is needed.
-            longest: Positions of the longest request, which a step runs together.
-            baseline_rows: Positions of the baseline's longest canvas, 0 if it does not run.
+            memory: Bytes of the device's memory; None if it does not limit the pages.
+            longest: Positions of the longest request, all of which run in one step.
+            baseline_rows: Positions of the baseline's longest request; 0 if it does not run.
         """
         if self.arguments.kv_cache_gib is not None:
             room = self.arguments.kv_cache_gib * GIB
@@ -208,7 +209,7 @@ class Planner:
         else:
             shape = self.session.shape
             program = (shape.weights + shape.width * shape.vocab) * self.element_bytes + _RESERVE
-            # A layer's activations, some of them in float32.
+            # Bytes per row of a layer's activations, some of which are in float32.
             activations = 4 * (4 * shape.mlp + 8 * shape.width)
             steps = activations * (max(longest, _LARGEST_STEP) + baseline_rows)
             # The baseline's dual cache takes the softmax of all rows' logits in float64.

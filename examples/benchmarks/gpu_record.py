@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs of the GPU benchmark gave, and joined."""
+"""Records of GPU benchmark runs, and merging them."""
 
 from __future__ import annotations
 
@@ -14,16 +14,17 @@ from session import Measurement
 
 @dataclass
 class Record:
-    """Everything that was measured, of one run or of several.
+    """The results of one or several runs.
 
     Attributes:
-        runs: What each run was: command, card, versions, options; its rates of the machine; what
-            its engines say of themselves, and the groups that they ran.
-        measurements: Rates; ``notes`` have ``run`` (index into `runs`), ``floor`` (least seconds
-            of the run), and ``beside`` (bytes of weights and pool that the peak includes).
-        steps: Block steps and full passes, seconds, and what they are compared with.
-        memory: Peaks over the weights, bytes, with a pool for one request alone.
-        skipped: What was asked for and not measured, and why.
+        runs: For each run: command, machine, versions, options; the machine's rates; the engines'
+            reports about themselves, and the groups that ran on them.
+        measurements: Rates; ``notes`` have ``run`` (index into `runs`), ``floor`` (minimum seconds
+            of a run), ``beside`` (bytes of weights and pool that the peak includes) and, for the
+            engine, ``pages`` (bytes of all pages that its requests hold).
+        steps: Seconds of block steps and full passes, and of what they are compared with.
+        memory: Peak bytes with a pool for one request alone, and the weights and pool in them.
+        skipped: What was requested but not measured, and why.
     """
 
     runs: list[Job] = field(default_factory=list)
@@ -43,10 +44,10 @@ class Record:
 
     @classmethod
     def from_json(cls, content: Job) -> Record:
-        """Return what `as_json` wrote down.
+        """Return the record that `as_json` returned as ``content``.
 
         Raises:
-            KeyError, TypeError: If it did not.
+            KeyError, TypeError: If ``content`` is no such record.
         """
         return cls(
             content["runs"],
@@ -57,7 +58,7 @@ class Record:
         )
 
     def add(self, other: Record) -> None:
-        """Take in what other runs gave, as the later ones, unless they are here already."""
+        """Append the results of another record, unless its runs are all included already."""
         if all(run in self.runs for run in other.runs):
             return
         first = len(self.runs)
@@ -73,17 +74,17 @@ class Record:
 
 
 def read(file: Path) -> Record:
-    """Return what a run wrote.
+    """Read the record that a run wrote.
 
     Raises:
         OSError: If the file cannot be read.
-        KeyError, TypeError, ValueError: If it is no such file.
+        KeyError, TypeError, ValueError: If the file is no such record.
     """
     return Record.from_json(json.loads(file.read_text(encoding="utf-8")))
 
 
 def merge(records: Iterable[Record]) -> Record:
-    """Return what several runs gave, as one."""
+    """Merge several records into one."""
     merged = Record()
     for record in records:
         merged.add(record)
@@ -91,7 +92,7 @@ def merge(records: Iterable[Record]) -> Record:
 
 
 def find(measurements: list[Measurement], like: Measurement, contender: str) -> Measurement | None:
-    """Return what a contender did in the same turn, on the same requests."""
+    """Return a contender's measurement of the same turn, on the same requests; None without one."""
     for one in measurements:
         if (one.turn, one.contender) == (like.turn, contender):
             return one

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What runs of the GPU benchmark gave, as Markdown and JSON."""
+"""Report the results of the GPU benchmark as Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _times(one: Measurement, other: Measurement | None) -> str:
 
 
 def _part(one: Measurement, most: float | None) -> str:
-    """Return the part of the roofline that a rate is."""
+    """Return a rate as a share of what the roofline allows."""
     if most is None:
         return ""
     return f"{one.rate / most:.0%}" + ("" if is_possible(one) else " (impossible)")
@@ -34,7 +34,7 @@ def _ratio(value: float, least: float | None) -> str:
 
 
 def rates_table(measurements: list[Measurement]) -> str:
-    """Return the table of rates; those of one turn ran in turn on the same requests."""
+    """Return the table of rates; contenders of one turn alternated on the same requests."""
     rows = []
     for one in measurements:
         policy = one.contender.partition(" ")[2]
@@ -120,7 +120,7 @@ def rates_of_machine(runs: list[Job]) -> str:
 
 
 def runs_table(runs: list[Job]) -> str:
-    """Return the table of what was run, and on what."""
+    """Return the table of the runs: machine, versions, model and command."""
     rows = []
     for number, run in enumerate(runs, 1):
         machine = run["machine"]
@@ -133,7 +133,7 @@ def runs_table(runs: list[Job]) -> str:
 
 
 def engines_table(runs: list[Job]) -> str:
-    """Return the table of the engines: what they ran, and with which kernels."""
+    """Return the table of the engines: groups measured on them, kernels and sizes."""
     rows = []
     for number, run in enumerate(runs, 1):
         for engine in run.get("engines", []):
@@ -202,7 +202,7 @@ def markdown(record: Record) -> str:
 
 
 def write(folder: Path, record: Record) -> list[Path]:
-    """Write JSON and Markdown; a file is there whole or as it was before."""
+    """Write JSON and Markdown, replacing each file atomically; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     targets = [one.as_json() for one in check_targets(record)]
     content = json.dumps(record.as_json() | {"targets": targets}, indent=1) + "\n"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures that must hold on one H100 with LLaDA-8B."""
+"""The targets on one H100 with LLaDA-8B."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from programs import Job
 from session import Measurement
 from tables import Target
 
-#: Where rates are judged, in the card's name: the one of the targets, not its smaller kinds.
+#: Names of the GPUs on which rates are judged: the targets' H100, not its PCIe and NVL variants.
 _CARD = re.compile(r"\bH100\b(?!.*(PCIe|NVL))")
-#: Where all other figures are: they do not depend on bandwidth and clock, or much less.
+#: Compute capability on which all other figures are judged, as they depend little, if at all, on
+#: bandwidth and clock.
 _HOPPER = [9, 0]
-#: Bytes a second by the data sheets, the first name that fits.
+#: Bytes a second according to the data sheets; the first name that matches counts.
 _NOMINAL = {
     r"\bH100 PCIe": 2.04e12,
     r"\bH100 NVL": 3.94e12,
@@ -28,28 +29,29 @@ _NOMINAL = {
 
 
 def most_rate(one: Measurement) -> float | None:
-    """Return the tokens a second that the roofline allows; None where none was measured."""
+    """Return the tokens a second that the roofline allows; None if no roofline was measured."""
     floor = one.notes["floor"]
     return None if floor is None else one.num_requests * one.response / floor
 
 
 def is_possible(one: Measurement) -> bool:
-    """Return whether no run took less than its floor: else something else was measured."""
+    """Return whether no run was faster than its floor; if one was, it did not do its work."""
     floor = one.notes["floor"]
     return floor is None or min(one.seconds) >= floor
 
 
 def roofline_note(*ones: Measurement) -> str:
-    """Return what keeps rates from being judged, "" for nothing."""
+    """Return the reason why rates cannot be judged, "" if there is none."""
     if not all(map(is_possible, ones)):
         return "faster than the roofline, so not what it was to be"
     return "" if all(map(most_rate, ones)) else "no roofline was measured"
 
 
 def check_targets(record: Record) -> list[Target]:
-    """Return the figures: of several by the sweep that is for it, most rounds, the latest.
+    """Return the targets.
 
-    Where only the small model ran, its figures stand in their place and are not judged.
+    Of several measurements of a rate, the target's own sweep, more rounds and later runs take
+    precedence, in this order. If only the small model ran, its figures are shown and not judged.
     """
     sizes = {run["size"] for run in record.runs if run["family"] == "llada"}
     size = "public" if "public" in sizes or not sizes else min(sizes)
@@ -78,12 +80,12 @@ class _Targets:
         yield self._memory(name)
 
     def _counts(self, run: int) -> bool:
-        """Return whether a run was of this model."""
+        """Return whether a run was with the judged model and size."""
         about = self.record.runs[run]
         return (about["family"], about["size"]) == ("llada", self.size)
 
     def _latest(self, entries: list[Job], **wanted: Any) -> Job | None:
-        """Return the latest entry of this model with these values, None if there is none."""
+        """Return the latest entry of the judged model with the ``wanted`` values, if any."""
         found = [
             one for one in entries if self._counts(one["run"]) and wanted.items() <= one.items()
         ]
@@ -117,9 +119,9 @@ class _Targets:
         return _CARD.search(self.record.runs[run]["machine"]["name"]) is not None
 
     def _measurements(self, contender: str, prompt: int, requests: int) -> list[Measurement]:
-        """Return what a contender did, first what was measured for its rate alone.
+        """Return a contender's measurements, those of the sweep that measures its rate first.
 
-        Of that the most rounds, and the latest: files come in no order.
+        Then by more rounds, then by later runs, since merged files come in no particular order.
         """
         wanted = (f"engine {contender}", prompt, requests)
         sweep = "contexts" if requests == 1 else f"{requests} at once"
@@ -186,7 +188,7 @@ class _Targets:
         if measured and nominal:
             note += f"; {ratio * nominal / measured:.2f} by the nominal bandwidth, "
             note += f"{nominal / 1e9:,.0f} GB/s, not the measured {measured / 1e9:,.0f}"
-        # Less than what its reads take is a difference of runs that were disturbed.
+        # A step below its floor is the difference of two runs that were disturbed.
         possible = one["block_step"] >= one.get("block_step_floor", 0)
         note += "" if possible else "; faster than the roofline, so not what it was to be"
         judged = self._is_hopper(run) and possible

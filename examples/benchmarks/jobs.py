@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What programs are told to do: parts of responses, short jobs that warm up."""
+"""Jobs for programs: responses of which only some blocks are written, and warm-up jobs."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from typing import Any
 from programs import Job, ProgramError
 
 Settings = dict[str, Any]
-#: An ordinary token, where a response is not to be written.
+#: An ordinary token that fills the blocks of a canvas that are not to be written.
 _FIXED = 8
 
 
 def blocks_that_tell(settings: Settings, num_blocks: int) -> Sequence[int]:
-    """Return blocks of a response that take on average as long as all do.
+    """Return the indices of blocks that on average take as long as all blocks of a response.
 
-    All, where they share refreshes. Under ``prefix`` a step of the first block runs all positions
-    of the response and one of the last those of a block; else they are alike.
+    These are all blocks if they share refreshes. Under ``prefix``, a step of the first block runs
+    all positions of the response and a step of the last one only its block, so they are these two.
+    Otherwise all blocks are alike, and one is enough.
     """
     if settings.get("refresh_interval", 1) > 1:
         return range(num_blocks)
@@ -25,28 +26,28 @@ def blocks_that_tell(settings: Settings, num_blocks: int) -> Sequence[int]:
 
 
 def canvas_of(blocks: Sequence[int], num_blocks: int, block_length: int, mask: int) -> list[int]:
-    """Return a canvas of whole blocks of which only these are to be written.
+    """Return a canvas of whole blocks in which only ``blocks`` are to be written.
 
     Args:
-        blocks: Their indices.
-        num_blocks: Of the response.
+        blocks: Indices of the blocks to write.
+        num_blocks: Blocks of the response.
         block_length: Positions of a block.
-        mask: The mask's id.
+        mask: The mask's token id.
     """
     fixed = [[_FIXED] * block_length, [mask] * block_length]
     return [token for index in range(num_blocks) for token in fixed[index in blocks]]
 
 
 def check_canvas(job: Job, reply: Job, mask: int) -> None:
-    """Check that what was to be written of a canvas was.
+    """Check that all masks of a job's canvas, if it has one, were written.
 
     Args:
-        job: What a program was told.
-        reply: What it gave.
-        mask: The mask's id.
+        job: The job of a program.
+        reply: The program's reply.
+        mask: The mask's token id.
 
     Raises:
-        ProgramError: If it was not, or if there was nothing to write.
+        ProgramError: If some were not, or if there was nothing to write.
     """
     canvas = job["settings"].get("canvas")
     if canvas is None:
@@ -58,14 +59,14 @@ def check_canvas(job: Job, reply: Job, mask: int) -> None:
 
 
 def warm_up(job: Job) -> Job:
-    """Return a short job with steps of the same shapes, a late eviction among them."""
+    """Return a short job with steps of the same shapes, late eviction included."""
     block_length = min(job["settings"]["block_length"], job["response"])
-    # Without a cache all steps are alike.
+    # Without a cache, all steps are alike.
     whole = job["settings"]["cache_policy"] == "none"
     steps = min((1 if whole else 4) + job["settings"].get("eviction_delay", 0), block_length)
     settings = job["settings"] | {"steps": steps, "block_length": block_length}
-    # Its response is a block, all to be written. Of many requests a part fills the same steps,
-    # but where the few steps that are measured run all of them.
+    # The warm-up's response is one block, written as a whole. Of many requests, a quarter fills
+    # steps of the same shapes, except without a cache, where each measured step runs all requests.
     if settings.pop("canvas", None) is not None and not whole:
         job = job | {"prompts": job["prompts"][: -(-len(job["prompts"]) // 4)]}
     return job | {"response": block_length, "settings": settings}

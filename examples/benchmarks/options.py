@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What values of options may be: types for argparse, which say what is allowed."""
+"""Types of option values for argparse, whose errors say which values are allowed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Value = TypeVar("Value")
 
 
 def whole_number(least: int) -> Callable[[str], int]:
-    """Return the type of whole numbers from ``least`` on."""
+    """Return a type for whole numbers from ``least`` on."""
 
     def parse(text: str) -> int:
         try:
@@ -27,17 +27,17 @@ def whole_number(least: int) -> Callable[[str], int]:
 
 
 def list_of(one: Callable[[str], Value]) -> Callable[[str], list[Value]]:
-    """Return the type of values separated by commas."""
+    """Return a type for lists of values separated by commas."""
     return lambda text: [one(part) for part in text.split(",")]
 
 
 def whole_numbers(least: int) -> Callable[[str], list[int]]:
-    """Return the type of whole numbers from ``least`` on, separated by commas."""
+    """Return a type for lists of whole numbers from ``least`` on, separated by commas."""
     return list_of(whole_number(least))
 
 
 def _number(text: str) -> float:
-    """Return a number, NaN for what is none: every comparison with it fails."""
+    """Parse a number; anything else becomes NaN, with which every comparison fails."""
     try:
         return float(text)
     except ValueError:
@@ -45,7 +45,7 @@ def _number(text: str) -> float:
 
 
 def ratio(text: str) -> float:
-    """Return a part of the keys, or a threshold."""
+    """Parse a keep ratio or a threshold: above 0 and at most 1."""
     number = _number(text)
     if not 0 < number <= 1:
         raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, got {text}")
@@ -53,7 +53,7 @@ def ratio(text: str) -> float:
 
 
 def above_0(text: str) -> float:
-    """Return a number of seconds, or of bytes."""
+    """Parse a finite number above 0."""
     number = _number(text)
     if not 0 < number < math.inf:
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
@@ -61,7 +61,7 @@ def above_0(text: str) -> float:
 
 
 def names_of(allowed: Sequence[str]) -> Callable[[str], list[str]]:
-    """Return the type of some of these names, separated by commas."""
+    """Return a type for lists of names out of ``allowed``, separated by commas."""
 
     def parse(text: str) -> str:
         if text not in allowed:

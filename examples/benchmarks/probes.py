@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an engine step's time goes, measured from outside: its functions are wrapped.
+"""Measure where an engine step's time goes by wrapping the engine's functions.
 
-Needs the engine core in this process. Each part's time is its own, without that of the parts
-inside it. A function that is not found is named in the record, and its time counts to whatever
-called it. Two wrappers a module of the model make a pass measurably slower, so those are active
-only in detailed runs.
+The engine core must run in this process. The time of a part excludes the parts nested in it. A
+function that is not found is named in the record, and its time counts towards its caller. Wrappers
+around the model's modules make a pass measurably slower, so they are active only in detailed runs.
 """
 
 from __future__ import annotations
@@ -18,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from vllm import LLM
 
-#: Parts of a step, in order. What is in no other part of the engine is "other"; "front end" is
-#: vLLM's handling of the outputs, which in the multi-process engine runs beside the next step.
+#: Parts of a step, in order. "other" is the engine core's remaining time; "front end" is vLLM's
+#: handling of the outputs, which in the multi-process engine overlaps with the next step.
 PARTS = (
     "schedule",
     "batch build",
@@ -32,9 +31,9 @@ PARTS = (
     "transport",
     "front end",
 )
-#: Parts that are the model's: the decoder, and the head that makes logits.
+#: The model's parts: the decoder, and the head that computes logits.
 FORWARD_PARTS = ("forward", "head")
-#: Parts of the forward, by the last name of a module, or by what is wrapped.
+#: Parts of the forward, by the last component of a module's name; below, by wrapped methods.
 _MODULES = {
     "qkv_proj": "qkv GEMM",
     "o_proj": "output GEMM",
@@ -105,12 +104,12 @@ class StepRecorder:
         self._wrap_details(runner)
 
     def start(self, detailed: bool) -> None:
-        """Record from now on."""
+        """Start a new record."""
         self._steps = []
         self._active, self._detailed = True, detailed
 
     def stop(self) -> dict[str, Any]:
-        """Return the record, in seconds and bytes."""
+        """Stop recording and return the record, in seconds and bytes."""
         self._active = self._detailed = False
         config = self._scheduler.kv_cache_config
         page_bytes = sum(t.size for t in config.kv_cache_tensors) // config.num_blocks
@@ -192,7 +191,7 @@ class StepRecorder:
         step = self._steps[-1]
         step.tokens = list(output.num_scheduled_tokens.values())
         pool = self._scheduler.kv_cache_manager.block_pool
-        # One page of the pool is vLLM's own placeholder and never free.
+        # One page of the pool is vLLM's placeholder, which is never free.
         step.used_pages = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
 
     def _note_forward(self, output: Any) -> None:
@@ -210,7 +209,7 @@ class StepRecorder:
         for method, part in _BACKEND_METHODS.items():
             self._wrap(runner.backend, method, part, detail=True)
 
-    # Transport: there is none in one process, so what another would cost is done beside it.
+    # Transport: in one process there is none, so outputs are encoded and decoded just to time it.
 
     def _make_codec(self) -> None:
         try:

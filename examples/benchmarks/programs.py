@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Programs under measurement: processes of their own, driven one at a time over pipes.
+"""Programs under measurement: separate processes, driven one at a time over pipes.
 
 A program reads jobs, one line of JSON each, from its standard input and writes one line of JSON
-for each to a pipe that nothing else in it knows; what libraries print goes to its log. Between
-jobs it waits and takes no CPU time, so programs that are compared can all stay loaded.
+for each to a pipe that nothing else in it uses; output of libraries goes to its log. Between jobs
+it waits without using CPU time, so programs that are compared can all stay loaded.
 """
 
 from __future__ import annotations
@@ -27,31 +27,31 @@ from typing import Any
 from vllm_sparse_dllm.engine.waiting import WAITING
 
 FOLDER = Path(__file__).parent
-#: What the engine tells glibc's malloc in its worker: to keep what is freed for the next pass.
+#: Settings for glibc's malloc to keep freed memory for the next pass, as in the engine's worker.
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1)}
-#: How long OpenMP's threads spin before they sleep: what the engine sets where it is unset.
+#: How long OpenMP's threads spin before they sleep; by default as the engine sets it.
 SPIN_COUNT = os.environ.get("GOMP_SPINCOUNT", WAITING["GOMP_SPINCOUNT"])
-#: What vLLM writes before each line of another process's log.
+#: What vLLM prepends to each line of another process's log.
 _PREFIX = re.compile(r"^(\(\w+ pid=\d+\) )?([A-Z]+ \S+ \S+ \[\S+\] )?")
-#: Lines that say why: the last of a traceback, and what pydantic found wrong with a value.
+#: Lines that give a reason: the last of a traceback, and pydantic's description of a bad value.
 _REASON = re.compile(r"[\w.]*(Error|Exception|OutOfResources)\b|Fatal |.* \[type=\w+, ")
-#: Lines of a log that a message has.
+#: Number of lines from the end of a log that error messages include.
 _TAIL = 15
 Job = dict[str, Any]
-#: Starts of this process's programs, by their logs.
+#: Number of starts of this process's programs, by their logs.
 _starts: Counter[Path] = Counter()
 
 
 class ProgramError(RuntimeError):
-    """A program ended, answered that a job failed, or did not answer in time."""
+    """A program ended, reported a failed job, or did not answer in time."""
 
 
 class StartError(ProgramError):
-    """A program did not start, or there is no time to start it: not what its jobs ask for."""
+    """A program did not start, or there is no time to start it; its jobs are not to blame."""
 
 
 def reasons(text: str, most: int = 4) -> list[str]:
-    """Return the last lines of a log or a message that say why something failed, each once."""
+    """Return the last lines of a log or message that say why something failed, without repeats."""
     lines = (_PREFIX.sub("", line) for line in text.splitlines())
     found = dict.fromkeys(line.strip() for line in lines if _REASON.match(line))
     return list(found)[-most:]
@@ -61,10 +61,10 @@ class Program:
     """A started program.
 
     Args:
-        script: File in this folder.
-        arguments: Command line.
-        log: Where its output goes, with the number of the start in its name.
-        environment: Variables on top of those that all programs get.
+        script: Name of a file in this folder.
+        arguments: Command-line arguments.
+        log: File for the output; the number of the start is added to its name.
+        environment: Environment variables on top of those that all programs get.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class Program:
         log: Path,
         environment: dict[str, str] | None = None,
     ) -> None:
-        # The log of one that crashed must outlive its next start.
+        # The log of a program that crashed must survive its next start.
         _starts[log] += 1
         log = log.with_stem(f"{log.stem}-{_starts[log]}")
         self.name = log.stem
@@ -95,10 +95,10 @@ class Program:
         self._ready: Job | None = None
 
     def wait_until_ready(self, limit: float = math.inf) -> Job:
-        """Wait until the program takes jobs; return what it says of itself.
+        """Wait until the program takes jobs; return what it reports about itself.
 
         Args:
-            limit: Seconds, after which it is ended.
+            limit: Seconds after which the program is killed.
 
         Raises:
             ProgramError: If it failed, or took longer.
@@ -108,11 +108,11 @@ class Program:
         return self._ready
 
     def run(self, job: Job, limit: float = math.inf) -> Job:
-        """Have a job done.
+        """Run a job and return the program's reply.
 
         Args:
-            job: What the program takes.
-            limit: Seconds, after which it is ended.
+            job: The job to run.
+            limit: Seconds after which the program is killed.
 
         Raises:
             ProgramError: If it failed, or took longer.
@@ -140,7 +140,7 @@ class Program:
         line, _, self._received = self._received.partition(b"\n")
         reply = json.loads(line)
         if "error" in reply:
-            # Its traceback comes after its answer.
+            # Its traceback reaches the log after its reply, as it ends.
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(timeout=5)
             raise self._error(f"failed: {reply['error']}")
@@ -155,9 +155,9 @@ class Program:
         return ProgramError("\n".join([f"{self.name} {what}; its log is {self.log}", *lines]))
 
     def stop(self) -> None:
-        """End the program: it has no more jobs."""
+        """End the program by closing its standard input."""
         if self._process.stdin is not None:
-            # What it did not read before it ended cannot be written any more.
+            # A program that has ended can no longer receive what is still buffered.
             with suppress(BrokenPipeError):
                 self._process.stdin.close()
         try:
@@ -167,22 +167,22 @@ class Program:
         self._replies.close()
 
     def _kill(self) -> None:
-        """End the program, and all that it started, at once."""
+        """Kill the program and all processes that it started."""
         for process in process_tree(self._process.pid):
             with suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
-        # One that a driver holds ends when it lets go.
+        # A process that is blocked in a driver ends only once the driver releases it.
         with suppress(subprocess.TimeoutExpired):
             self._process.wait(timeout=10)
 
 
 def _environment(reply_pipe: int, own: dict[str, str]) -> dict[str, str]:
     environment = dict(os.environ)
-    # A test may have set it for engines of its own.
+    # A test may have set it for engines in its own process.
     environment.pop("VLLM_ENABLE_V1_MULTIPROCESSING", None)
     environment.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    # Threads that wait long must not take a core from whoever is measured; those that wait for
-    # less than a millisecond stay awake, in all programs alike.
+    # Threads that wait long must not take a core from the program being measured; threads that wait
+    # for less than a millisecond keep spinning. All programs get the same settings.
     environment |= {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": SPIN_COUNT}
     environment |= KEEP_MEMORY
     environment["BENCHMARK_REPLY_PIPE"] = str(reply_pipe)
@@ -190,13 +190,14 @@ def _environment(reply_pipe: int, own: dict[str, str]) -> dict[str, str]:
 
 
 def serve(make_handler: Callable[[], tuple[Job, Callable[[Job], Job]]]) -> None:
-    """Be a program: load, say so, and do jobs until there are no more.
+    """Run this process as a program: load, report that it is ready, and do jobs until input ends.
 
     Args:
-        make_handler: Loads; returns what the program says of itself, and what does a job.
+        make_handler: Loads the program; returns what it reports about itself, and a function that
+            does a job.
     """
-    # Children must not hold the pipe, those that are forked neither: its end tells the driver that
-    # this process has ended.
+    # No child, forked or spawned, must keep the pipe open: its closing tells the driver that this
+    # process has ended.
     pipe = int(os.environ.pop("BENCHMARK_REPLY_PIPE"))
     os.set_inheritable(pipe, False)
     with os.fdopen(pipe, "w", encoding="utf-8") as replies:
@@ -222,11 +223,11 @@ def serve_model(
     description: str | None,
     load: Callable[[argparse.Namespace], tuple[Job, Callable[[Job], Job]]],
 ) -> None:
-    """Be a program that is given a checkpoint, a dtype and a device on its command line.
+    """Run this process as a program whose command line has a checkpoint, a dtype and a device.
 
     Args:
         description: The program's docstring.
-        load: As `serve`'s, of the command line.
+        load: As ``make_handler`` of `serve`, but takes the parsed command line.
     """
     parser = argparse.ArgumentParser(description=(description or "").partition("\n")[0])
     parser.add_argument("model", type=Path)
@@ -238,12 +239,12 @@ def serve_model(
 
 
 def num_cores() -> int:
-    """Return the cores that this process may use."""
+    """Return the number of cores that this process is allowed to use."""
     return len(os.sched_getaffinity(0))
 
 
 def process_tree(root: int | None = None) -> list[int]:
-    """Return the ids of a process, by default of this one, and of all that it started."""
+    """Return the ids of a process, by default this one, and of all its descendants."""
     parents: dict[int, list[int]] = {}
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -257,7 +258,7 @@ def process_tree(root: int | None = None) -> list[int]:
 
 
 def reset_peak_memory() -> bool:
-    """Start the peak anew for this process and its children; False if not allowed."""
+    """Reset the peak memory of this process and its descendants; return False if not permitted."""
     try:
         for process in process_tree():
             Path(f"/proc/{process}/clear_refs").write_text("5")
@@ -267,7 +268,7 @@ def reset_peak_memory() -> bool:
 
 
 def peak_memory() -> int:
-    """Return the sum of the peaks of resident memory, in bytes."""
+    """Return the sum of the processes' peaks of resident memory, in bytes."""
     peaks = (_status(process).get("VmHWM", "0 kB") for process in process_tree())
     return sum(int(peak.split()[0]) * 1024 for peak in peaks)
 
@@ -275,6 +276,6 @@ def peak_memory() -> int:
 def _status(process: int) -> dict[str, str]:
     try:
         lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return {}
     return {name: value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, as Markdown, JSON and, where matplotlib is installed, plots."""
+"""Report the measurements as Markdown, JSON and, if matplotlib is installed, plots."""
 
 from __future__ import annotations
 
@@ -14,16 +14,19 @@ from session import Measurement
 from tables import Target, table, targets_table
 
 MIB = 2**20
-#: Settings that `sparse` as published does not have.
+#: Settings that the published `sparse` leaves at their defaults.
 SCHEDULE = ("delay_steps", "eviction_delay", "refresh_interval", "suffix_window")
-#: Settings under which a response takes the same steps.
+#: Settings that determine the steps of a response.
 SAME_WORK = ("block_length", "steps", "threshold", "factor")
 
 
 def _find(
     group: list[Measurement], like: Measurement, program: str, policy: str, same: bool
 ) -> Measurement | None:
-    """Return the measurement to compare with; ``same``: with the same settings."""
+    """Return the measurement of a program and policy to compare with.
+
+    With ``same``, it must have the same settings; otherwise it must not use a threshold.
+    """
     for other in group:
         if other.program == program and other.settings["cache_policy"] == policy:
             if same and other.settings != like.settings:
@@ -35,7 +38,7 @@ def _find(
 
 
 def _published(group: list[Measurement], like: Measurement) -> Measurement | None:
-    """Return the engine's ``sparse`` as published that otherwise did the same."""
+    """Return the engine's published ``sparse`` that otherwise did the same work."""
     if like.program != "engine":
         return None
     for other in group:
@@ -45,7 +48,7 @@ def _published(group: list[Measurement], like: Measurement) -> Measurement | Non
             and not any(name in other.settings for name in SCHEDULE)
             and other.concurrency == like.concurrency
             and all(other.settings.get(n) == like.settings.get(n) for n in SAME_WORK)
-            # A policy that keeps all keys has no ratio.
+            # Policies that keep all keys have no keep ratio.
             and like.settings.get("keep_ratio", other.settings["keep_ratio"])
             == other.settings["keep_ratio"]
         ):
@@ -63,7 +66,7 @@ def _settings(one: Measurement) -> str:
 
 
 def sweep_table(measurements: list[Measurement]) -> str:
-    """Return the table of one sweep."""
+    """Return the table of a sweep."""
     rows = []
     for one in measurements:
         group = [other for other in measurements if other.turn == one.turn]
@@ -95,7 +98,7 @@ def sweep_table(measurements: list[Measurement]) -> str:
 
 
 def breakdown_table(breakdowns: list[Job]) -> str:
-    """Return a table of steps, a column a part."""
+    """Return a table of steps, with a column for each part."""
     rows = []
     for one in breakdowns:
         for kind, step in one["kinds"].items():
@@ -108,7 +111,7 @@ def breakdown_table(breakdowns: list[Job]) -> str:
 
 
 def transport_table(breakdowns: list[Job]) -> str:
-    """Return a table of the same requests with the engine core in this and in another process."""
+    """Return a table that compares the engine core in the same process and in another one."""
     rows = []
     for one in breakdowns:
         transport = one["transport"]
@@ -129,7 +132,7 @@ def transport_table(breakdowns: list[Job]) -> str:
 
 
 def details_table(breakdowns: list[Job]) -> str:
-    """Return a table of forward passes, a column a part."""
+    """Return a table of forward passes, with a column for each part."""
     rows = []
     for one in breakdowns:
         for kind, step in one["kinds"].items():
@@ -221,7 +224,7 @@ def markdown(result: Job, measurements: list[Measurement], targets: list[Target]
 def write(
     folder: Path, result: Job, measurements: list[Measurement], targets: list[Target]
 ) -> list[Path]:
-    """Write everything, return the files."""
+    """Write report, data and plots, return the files."""
     content = result | {
         "measurements": [one.as_json() for one in measurements],
         "targets": [one.as_json() for one in targets],
@@ -260,7 +263,7 @@ def _plots(folder: Path, measurements: list[Measurement], breakdowns: list[Job])
         if not lines:
             continue
         figure, axes = pyplot.subplots(figsize=(6, 4))
-        # A colour a policy, dashed for the baseline.
+        # One colour per policy, dashed for the baseline.
         policies = list(dict.fromkeys(name.partition(" ")[2] for name in lines))
         for name, points in lines.items():
             style = "--" if name.startswith("baseline") else "-"

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compare the engine with plain PyTorch and with what the machine can do.
+"""Compare the engine with plain PyTorch and with the machine's limits.
 
-Everything that is compared runs in turn in one session; results are medians and ratios. Without
-options: the random LLaDA of 200 million parameters in bfloat16, all sweeps; hours on two cores.
+Contenders run alternately in one session; results are medians and ratios. Without options: a random
+LLaDA of 200 million parameters in bfloat16, all sweeps, which takes hours on two cores.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ SWEEPS = (
 )
 #: Sweeps that run the embedded model.
 EMBEDDED_SWEEPS = ("threshold", "beyond")
-#: The prompts of each sweep: those of one request of several lengths, of several requests, or of
-#: one request under several settings. `threshold` has tasks.
+#: The option with each sweep's prompt lengths: several lengths with one request, one length with
+#: several requests, or one length with one request under several settings. `threshold` has tasks.
 PROMPTS = {
     "context": "prompts",
     "concurrency": "batch_prompt",
@@ -72,7 +72,7 @@ PROMPTS = {
 
 
 class Benchmark:
-    """One run of the benchmark: sessions, and what they gave."""
+    """One run of the benchmark: its sessions and their results."""
 
     def __init__(self, arguments: argparse.Namespace, session: Session, embedded: Session) -> None:
         self.arguments = arguments
@@ -85,7 +85,7 @@ class Benchmark:
         self.ceilings: Job | None = None
 
     def run(self) -> None:
-        """Do all that was asked for."""
+        """Measure the targets or the sweeps that the command line asks for."""
         if self.arguments.targets:
             scale = QUICK if self.arguments.quick else Scale()
             variants = self.arguments.variants
@@ -100,7 +100,7 @@ class Benchmark:
             getattr(self, f"sweep_{sweep}")()
 
     def _programs(self) -> list[str]:
-        """Return the programs to load, so that none loads while another is measured."""
+        """Return the programs to load up front, so that none loads while another is measured."""
         sweeps = set(self.arguments.sweeps)
         wanted = {
             "engine": {"context", "concurrency", "keep", "block", "beyond", "breakdown"},
@@ -116,7 +116,7 @@ class Benchmark:
         return not self.arguments.no_baseline
 
     def contenders(self, policies: list[str], **changes: object) -> list[Contender]:
-        """Return the engine's policies and variants, and the baseline's."""
+        """Return contenders: the engine's policies and variants, and the baseline's policies."""
         session = self.session
         found = [engine_contender(session, policy, **changes) for policy in policies]
         found += [
@@ -178,7 +178,7 @@ class Benchmark:
             )
 
     def sweep_beyond(self) -> None:
-        """Schedules and windows beyond the published: speed, and right answers beside it."""
+        """Speed and right answers of schedules and suffix windows beyond the published ones."""
         arguments, session = self.arguments, self.session
         # A window that reaches the end of the response from its first block leaves nothing out.
         behind = arguments.response - arguments.block_length
@@ -188,7 +188,7 @@ class Benchmark:
             contenders = [engine_contender(session, policy) for policy in ("sparse", "dual")]
             contenders += beyond_contenders(session, tried)
             session.measure("beyond", contenders, session.prompts(length, 1))
-        # Of one block, where nothing lies behind it; and of four.
+        # Responses of one block, which nothing follows, and of four blocks.
         whole, quarter = RESPONSE, RESPONSE // 4
         for kind in KINDS:
             for block_length, tried in (
@@ -212,7 +212,7 @@ class Benchmark:
                     )
 
     def sweep_breakdown(self) -> None:
-        """What the engine's steps spend their time on."""
+        """Time that the engine's steps spend on each part."""
         for num in self.arguments.breakdown_requests:
             for policy in self.arguments.policies:
                 prompt = self.arguments.batch_prompt
@@ -230,7 +230,7 @@ class Benchmark:
                 self.cache.append({"prompt": length, "policy": policy, "bytes": held})
 
     def sweep_ceilings(self) -> None:
-        """What the machine can do, and the floors that follow for the engine's steps."""
+        """The machine's limits, and the floors of the engine's steps that follow from them."""
         arguments, session = self.arguments, self.session
         options = session.options
         longest = [length + options.response for length in arguments.prompts]
@@ -300,7 +300,7 @@ def _checkpoint(text: str) -> Path:
 
 
 def _longest_prompt(arguments: argparse.Namespace) -> int:
-    """Return the longest prompt of the sweeps that are to run."""
+    """Return the longest prompt of the chosen sweeps."""
     prompts = {name for sweep, name in PROMPTS.items() if sweep in arguments.sweeps}
     given = (getattr(arguments, name) for name in prompts)
     return max((max(one) if isinstance(one, list) else one for one in given), default=1)
@@ -420,7 +420,7 @@ def main() -> None:
                 Path(embedded_model()),
                 task_options,
                 arguments.output,
-                # The chat template's tokens come on top.
+                # With some room to spare: prompts include the chat template's tokens.
                 task_prompt + RESPONSE + 32,
                 most,
             )
@@ -436,7 +436,7 @@ def main() -> None:
         try:
             benchmark.run()
         finally:
-            # What was measured before a failure or an interrupt is kept.
+            # Keep what was measured before a failure or an interrupt.
             files = benchmark.write()
     text, *others = files
     print(f"\n{text.read_text(encoding='utf-8')}")

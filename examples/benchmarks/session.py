@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Runs contenders on the same requests, in turn: A B C, C B A, A B C, ..."""
+"""Run contenders alternately on the same requests: A B C, C B A, A B C, ..."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from checkpoints import mask_token_id, special_ids
 from jobs import Settings, blocks_that_tell, canvas_of, check_canvas, warm_up
 from programs import Job, Program, ProgramError, StartError
 
-#: Times that a program may fail to start.
+#: Failed starts after which a program is not started again.
 _MOST_FAILED_STARTS = 2
-#: What the baseline knows of the engine's settings.
+#: The engine's settings that the baseline supports.
 BASELINE_SETTINGS = ("cache_policy", "block_length", "steps", "keep_ratio", "threshold")
 
 
@@ -29,11 +29,11 @@ class Contender:
     """A program and the settings of its requests, under a name.
 
     Attributes:
-        name: In the report.
+        name: Name in the report.
         program: ``engine`` or ``baseline``.
-        settings: Of its requests.
-        num_requests: Prompts that it takes, the first ones; None for all.
-        one_step: Whether without a cache one step of a block is all that there is time for.
+        settings: Settings of its requests.
+        num_requests: Number of prompts that it takes, from the first on; None for all.
+        one_step: Whether there is time for only one step per block, without a cache.
     """
 
     name: str
@@ -52,18 +52,18 @@ class Options:
     """How everything is measured.
 
     Attributes:
-        dtype: Of the models.
+        dtype: Dtype of the models.
         response: Positions of a response.
         block_length: Positions of a block.
-        keep_ratio: Part of the keys that ``sparse`` keeps.
-        repeats: Times that each contender runs.
-        vanilla_steps: Steps that a run without a cache does at most; all its steps cost the
-            same, so its time is scaled up. None for all steps.
-        baseline_requests: Requests that the baseline does at most of those that are asked
-            for; it does one after the other, so its rate is that of all. None for all.
-        max_num_batched_tokens: The engine's, None for its default.
-        shorten_from: Requests at once from which on the engine does only as many blocks of each
-            response as tell what all take; times are scaled up. None for never.
+        keep_ratio: Keep ratio of ``sparse``.
+        repeats: Number of runs of each contender.
+        vanilla_steps: Maximum steps of a run without a cache; all its steps cost the same, so its
+            time is scaled up. None for all steps.
+        baseline_requests: Maximum requests that the baseline runs; it runs them one after another,
+            so its rate does not depend on their number. None for all.
+        max_num_batched_tokens: The engine's option; None for its default.
+        shorten_from: Requests at once from which on the engine runs only some blocks of each
+            response, representative of all; times are scaled up. None for never.
     """
 
     dtype: str
@@ -82,25 +82,25 @@ class Measurement:
     """A contender's runs of one workload.
 
     Attributes:
-        sweep: What it was run for.
-        turn: Those of one sweep and one turn ran in turn on the same requests.
-        contender: Its name.
+        sweep: Name of the sweep that it was run for.
+        turn: Number shared by the contenders that ran alternately on the same requests.
+        contender: Name of the contender.
         program: ``engine`` or ``baseline``.
-        settings: Of its requests.
+        settings: Settings of its requests.
         prompt: Tokens of the longest prompt.
         response: Positions of a response.
         concurrency: Requests submitted at once.
-        seconds: Of each run of `num_requests`, scaled.
         num_requests: Requests that were run.
-        scale: What times were multiplied by: steps of a whole response over steps run.
-        peak_memory: Most bytes over the runs: resident, of the program's processes; on a GPU of
-            tensors on it.
-        cache_bytes: Most bytes of one request's cache, where the program says so.
+        scale: Factor on the times: steps of a whole response over steps run.
+        seconds: Scaled time of each run of `num_requests`.
+        peak_memory: Peak bytes over the runs: resident memory of the program's processes, or the
+            tensors on a GPU.
+        cache_bytes: Maximum bytes of one request's cache, if the program reports them.
         tokens: The responses of the last run.
-        accuracy: Part of the right answers, for tasks.
-        same_tokens: Whether the tokens are those of the baseline with the same settings;
-            None in bfloat16, where another order of sums gives others.
-        notes: What else a program of its own wants to know of it later.
+        accuracy: Share of right answers, for tasks.
+        same_tokens: Whether the tokens are those of the baseline with the same settings; None if
+            not compared, as in bfloat16, where a different order of sums changes tokens.
+        notes: Further data that the GPU benchmark attaches to a measurement.
     """
 
     sweep: str
@@ -139,11 +139,11 @@ class Measurement:
 
     @property
     def spread(self) -> float:
-        """Range of the times over their median."""
+        """Range of the times, relative to their median."""
         return (max(self.seconds) - min(self.seconds)) / statistics.median(self.seconds)
 
     def speed_up(self, other: Measurement) -> float:
-        """Return how many times as fast as another this is: the ratio of the medians."""
+        """Return the ratio of the median rates, of this measurement over another."""
         return self.rate / other.rate
 
     def as_json(self) -> Job:
@@ -157,22 +157,22 @@ class Measurement:
 
     @classmethod
     def from_json(cls, content: Job) -> Measurement:
-        """Return what `as_json` wrote down, without the tokens."""
+        """Return the measurement that `as_json` returned as ``content``, without its tokens."""
         names = {one.name for one in fields(cls)}
         return cls(**{name: value for name, value in content.items() if name in names})
 
 
 @dataclass
 class Workload:
-    """Contenders on the same requests.
+    """Contenders on the same requests. Their indices in `results` and `jobs` are their places.
 
     Attributes:
-        results: What each of them did, one after the other.
-        jobs: What each of them does in a round.
-        num_rounds: Rounds that are done.
-        seconds: What the last of them took, without warming up.
-        failed: What ended contenders, by their places; they do not run again.
-        warm: Which start of its program each place is warm in.
+        results: Measurements of each contender.
+        jobs: The job of each contender in a round.
+        num_rounds: Number of finished rounds.
+        seconds: Seconds of the last round, without warming up.
+        failed: Errors of contenders that failed, by place; they do not run again.
+        warm: By place, the number of the program's start in which the contender was warmed up.
     """
 
     results: list[Measurement]
@@ -184,18 +184,18 @@ class Workload:
 
 
 class Session:
-    """The programs of a run of the benchmark on one checkpoint.
+    """The programs of a benchmark run on one checkpoint.
 
     Args:
-        model: Its directory.
+        model: Directory of the checkpoint.
         options: How everything is measured.
         logs: Folder for the programs' output.
-        max_model_len: The engine's.
-        max_num_seqs: The engine's.
-        arguments: More of each program's command line.
-        deadline: Of the monotonic clock: programs that have not answered by then are ended.
-        starts: Seconds that programs take to start, by name: none is started that would be ready
-            after the deadline.
+        max_model_len: The engine's option.
+        max_num_seqs: The engine's option.
+        arguments: Further command-line arguments of each program.
+        deadline: Time of the monotonic clock at which programs that have not answered are killed.
+        starts: Seconds that programs take to start, by name; a program is not started if it would
+            be ready only after the deadline.
     """
 
     def __init__(
@@ -232,10 +232,10 @@ class Session:
             program.stop()
 
     def prepare(self, *names: str) -> None:
-        """Start programs that do not run, and wait until all are loaded and idle.
+        """Start those programs that are not running, and wait until all are loaded and idle.
 
         Raises:
-            StartError: If one failed, now or too often, or there is no time left to start one.
+            StartError: If a program fails to start, has failed too often, or there is no time left.
         """
         missing = [name for name in dict.fromkeys(names) if name not in self._programs]
         for name in missing:
@@ -287,14 +287,15 @@ class Session:
         return Program(script, arguments, self._logs / f"{self.model.name}-{name}.log")
 
     def about(self) -> Job:
-        """Return what the programs say of themselves."""
+        """Return what the running programs report about themselves."""
         return {name: program.wait_until_ready() for name, program in self._programs.items()}
 
     def run(self, program: str, job: Job) -> Job:
-        """Have one program do one job, while the others wait.
+        """Run a job on one program while the others wait.
 
         Raises:
-            ProgramError: If it ended; started anew, it may do other jobs.
+            ProgramError: If the job failed. The program is stopped, and started again for its next
+                job.
         """
         self.prepare(program)
         try:
@@ -304,7 +305,7 @@ class Session:
             raise
 
     def stop(self, name: str) -> None:
-        """End a program and free what it holds."""
+        """Stop a program, which frees its memory."""
         self._programs.pop(name).stop()
 
     def settings(self, policy: str, **changes: Any) -> Settings:
@@ -329,7 +330,7 @@ class Session:
         prompts: list[list[int]],
         response: int | None = None,
     ) -> list[Measurement]:
-        """Run contenders on prompts that are submitted at once."""
+        """Measure contenders on prompts that are submitted at once."""
         self.prepare(*(contender.program for contender in contenders))
         workload = self.workload(sweep, contenders, prompts, response)
         for _ in range(self.options.repeats):
@@ -351,7 +352,7 @@ class Session:
         prompts: list[list[int]],
         response: int | None = None,
     ) -> Workload:
-        """Return what contenders are to do on prompts that are submitted at once."""
+        """Return the workload of contenders on prompts that are submitted at once."""
         response = response or self.options.response
         jobs = [self.job_of(contender, prompts, response) for contender in contenders]
         self._turns += 1
@@ -373,9 +374,10 @@ class Session:
         return Workload(results, [job for job, _ in jobs])
 
     def round(self, workload: Workload) -> None:
-        """Run each contender once more, before the first time warm; every other round backwards.
+        """Run each contender once more, in reverse order in every other round.
 
-        One that fails is noted in the workload, and the others go on.
+        Contenders are warmed up first if they are not yet. A failure is recorded in the workload,
+        and the other contenders go on.
         """
         places = range(len(workload.results))
         for place in places:
@@ -394,7 +396,7 @@ class Session:
                 workload.failed[place] = error
 
     def _warm(self, workload: Workload, place: int) -> None:
-        """Warm a contender up where its program has not done so since it started."""
+        """Warm up a contender, unless done since its program started."""
         program = workload.results[place].program
         self.prepare(program)
         if workload.warm.get(place) != self._num_starts[program]:
@@ -402,9 +404,9 @@ class Session:
             workload.warm[place] = self._num_starts[program]
 
     def _once(self, workload: Workload, place: int) -> None:
-        """Run a contender once and note what it took."""
+        """Run a contender once and record its results."""
         result, job = workload.results[place], workload.jobs[place]
-        # Another contender may have ended the program.
+        # A failure of another contender may have stopped the program.
         self._warm(workload, place)
         reply = self.run(result.program, job)
         if "canvas" in job["settings"]:
@@ -417,7 +419,7 @@ class Session:
     def job_of(
         self, contender: Contender, prompts: list[list[int]], response: int
     ) -> tuple[Job, float]:
-        """Return what a contender does for prompts, and what its time is multiplied by."""
+        """Return a contender's job for prompts, and the factor by which its time is multiplied."""
         options = self.options
         settings, block_length = dict(contender.settings), contender.settings["block_length"]
         prompts = prompts[: contender.num_requests]
@@ -444,7 +446,7 @@ class Session:
 
 
 def _compare_tokens(results: list[Measurement]) -> None:
-    """Note whether the engine gave the baseline's tokens where both did the same."""
+    """Record whether engine and baseline gave the same tokens where their settings are the same."""
     for result in results:
         for other in results:
             if result.program == "engine" and other.program == "baseline":

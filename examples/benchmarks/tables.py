@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Markdown tables, and figures that must hold."""
+"""Markdown tables, and targets: figures that must stay within a bound."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from programs import Job
 
 @dataclass(frozen=True)
 class Target:
-    """A figure.
+    """A figure that must stay within a bound.
 
     Attributes:
-        figure: What is measured.
-        bound: What must hold.
-        value: The figure.
-        at_least: Whether the bound is a lower one.
-        note: How it came about.
-        judged: Whether it was measured where the bound must hold.
+        figure: Description of the figure.
+        bound: The bound.
+        value: The measured value; None if it was not measured.
+        at_least: Whether the bound is a lower bound.
+        note: How the value came about.
+        judged: Whether it was measured under conditions for which the bound must hold.
     """
 
     figure: str
@@ -50,7 +50,7 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 
 
 def targets_table(targets: list[Target]) -> str:
-    """Return the table of the figures that must hold."""
+    """Return the table of targets."""
     rows = [
         [
             one.figure,

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The figures that must hold on two CPU cores, each measured."""
+"""Measure the targets: the figures that must hold on two CPU cores."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from tables import Target
 sys.path.append(str(Path(__file__).parents[1] / "quality"))
 from tasks import END, RESPONSE, Vocabulary, held_out
 
-#: What the embedded models do well.
+#: The tasks that the embedded models do well.
 KINDS = ("copy", "retrieval")
-#: Of a block of 32, about what a threshold of 0.9 leaves.
+#: Steps of a block of 32, about as many as a threshold of 0.9 takes.
 FEW_STEPS = 4
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How large the targets' workloads are; the quick mode has small ones, which show nothing."""
+    """Sizes of the targets' workloads; the quick mode's are too small to judge anything."""
 
     short: int = 512
     medium: int = 1024
@@ -56,7 +56,7 @@ def baseline_contender(session: Session, policy: str, **changes: Any) -> Contend
 
 #: Groups of the targets, in the order in which they are measured.
 GROUPS = ("baseline", "batch", "none", "at-once", "late", "threshold", "step", "cache")
-#: The programs that each needs; `threshold` runs on the embedded model.
+#: The programs that each group needs; `threshold` runs on the embedded model.
 PROGRAMS = {
     "baseline": ("engine", "baseline", "ceilings"),
     "batch": ("engine", "baseline", "ceilings"),
@@ -79,11 +79,11 @@ def check_targets(
     """Measure targets.
 
     Args:
-        session: On the 200M checkpoint.
-        embedded: On the embedded model.
+        session: Session on the 200M checkpoint.
+        embedded: Session on the embedded model.
         scale: Sizes of the workloads.
-        variants: Further settings to try where a target is free in them.
-        groups: Which of `GROUPS`.
+        variants: Further settings to try for targets that leave the settings open.
+        groups: The groups to measure, of `GROUPS`.
     """
     figures: dict[str, Callable[[], Iterable[Target]]] = {
         "baseline": lambda: _over_baseline(session, scale),
@@ -135,7 +135,7 @@ def _late_everywhere(session: Session, scale: Scale) -> Iterator[Target]:
 
 
 def _rates(one: Measurement, other: Measurement) -> str:
-    """Return both rates and how far the times behind them lie apart."""
+    """Return both rates and the spread of the times behind them."""
     return (
         f"{one.rate:.2f} and {other.rate:.2f} tokens/s (spread {one.spread:.0%} and "
         f"{other.spread:.0%})"
@@ -152,17 +152,17 @@ def _speed_up(
     bound: float,
     ceiling_seconds: float,
 ) -> Target:
-    """Measure one contender over another, and what the machine allows.
+    """Measure the speed-up of one contender over another, and the most that the machine allows.
 
     Args:
-        session: On the model.
-        figure: In words.
-        length: Of the prompts.
+        session: The session to measure in.
+        figure: Description of the figure.
+        length: Tokens of the prompts.
         num: Requests at once.
-        one: Its rate is divided,
-        other: by that of this one.
-        bound: At least that.
-        ceiling_seconds: For each measurement of the machine's ceilings.
+        one: The contender whose speed-up is measured.
+        other: The contender that it is compared with.
+        bound: Lower bound of the speed-up.
+        ceiling_seconds: Seconds for each measurement of the machine's ceilings.
     """
     mine, theirs = session.measure("targets", [one, other], session.prompts(length, num))
     note = _rates(mine, theirs)
@@ -179,10 +179,10 @@ def _speed_up(
 def _machine_allows(
     session: Session, mine: Measurement, theirs: Measurement, ceiling_seconds: float
 ) -> str:
-    """Return what a speed-up could be at most, and by which times.
+    """Return the highest possible speed-up, and the times that it follows from.
 
-    Over the same engine without a cache full passes count as they were measured there, since
-    both gain from faster ones; else at their floor.
+    If ``theirs`` is the same engine without a cache, full passes count as measured there, since
+    both gain from faster ones; otherwise they count at their floor.
     """
     length, num, settings = mine.prompt, mine.num_requests, mine.settings
     rates = measure_rates(session, settings, num, ceiling_seconds)
@@ -216,7 +216,7 @@ def _at_once(session: Session, length: int, num: int) -> Target:
 
 
 def _late(session: Session, length: int) -> Iterator[Target]:
-    """Yield late eviction over the published schedule and over ``dual``, measured together."""
+    """Yield the speed-ups of late eviction over the published schedule and over ``dual``."""
     name = f"late {LATE_DELAY}"
     contenders = [
         Contender(f"engine {name}", "engine", session.settings("sparse", **late(), keep_ratio=0.5)),
@@ -234,9 +234,10 @@ def _late(session: Session, length: int) -> Iterator[Target]:
 
 
 def _late_in_few_steps(session: Session, length: int) -> Target:
-    """Return late eviction over the published schedule in as few steps as a threshold takes.
+    """Return the speed-up of late eviction over the published schedule with few steps per block.
 
-    Random weights are never sure of anything, so the steps of a block are fixed.
+    The number of steps is fixed at about what a threshold takes: with random weights, no token
+    reaches a threshold.
     """
     num_blocks = -(-session.options.response // session.options.block_length)
     few = {"keep_ratio": 0.5, "steps": num_blocks * FEW_STEPS}
@@ -260,7 +261,7 @@ def threshold_contenders(
     keep_ratios: list[float],
     variants: dict[str, Settings],
 ) -> list[Contender]:
-    """Return ``none`` by fixed steps first, then parallel decoding with each policy."""
+    """Return ``none`` with fixed steps first, then parallel decoding with each policy."""
     contenders = [engine_contender(session, "none")]
     for threshold in thresholds:
         settings = [(f"none t={threshold:g}", session.settings("none", threshold=threshold))]
@@ -283,7 +284,7 @@ def threshold_contenders(
 def beyond_contenders(
     session: Session, tried: dict[str, Settings], **changes: Any
 ) -> list[Contender]:
-    """Return ``sparse`` with settings on top, each under its name."""
+    """Return a contender for each of ``tried``: ``sparse`` with these settings on top."""
     return [
         Contender(f"engine {name}", "engine", session.settings("sparse", **changes) | own)
         for name, own in tried.items()
@@ -308,11 +309,11 @@ def measure_tasks(
 def _threshold(session: Session, scale: Scale, variants: dict[str, Settings]) -> Iterator[Target]:
     """Yield, for each kind of task, figures on ``sparse`` with a threshold.
 
-    The best speed-up over ``none`` that costs at most one point, by any schedule and part kept;
-    and what late eviction gains at the same part kept.
+    These are the best speed-up over ``none``, by any schedule and keep ratio, that costs at most
+    one percentage point of right answers; and the gain of late eviction at the same keep ratio.
     """
     keep_ratios = [0.5, 0.7, 0.9, 1.0]
-    # A response is one block, else, and a refresh has no other to serve.
+    # With one block per response, as elsewhere, there is no second block for a refresh to serve.
     halves = {"block_length": RESPONSE // 2}
     schedules = {
         "eager": EAGER,
@@ -336,7 +337,7 @@ def _threshold(session: Session, scale: Scale, variants: dict[str, Settings]) ->
         figure = (
             f"embedded model, {kind}, prompt {scale.short:,}: sparse with threshold 0.9 over none"
         )
-        # With other policies too: they show what of it is the threshold's own doing.
+        # List the other policies too: they show how much of the speed-up is due to the threshold.
         note = f"none is right in {none.accuracy:.0%}; " + "; ".join(
             f"{m.contender.removeprefix('engine ')}: {m.speed_up(none):.1f} × (spread "
             f"{m.spread:.0%}), {m.accuracy:.0%}"
@@ -360,7 +361,7 @@ def _threshold(session: Session, scale: Scale, variants: dict[str, Settings]) ->
 def measure_breakdown(
     session: Session, policy: str, prompt: int, requests: int
 ) -> tuple[dict[str, Breakdown], Job]:
-    """Run requests in one process, without and with details; return steps and the record."""
+    """Run requests in one process, without and with details; return breakdown and record."""
     settings = session.settings(policy)
     job = {
         "prompts": session.prompts(prompt, requests),
@@ -379,10 +380,10 @@ def measure_breakdown(
 
 
 def measure_transport(session: Session, policy: str, prompt: int, requests: int) -> Job:
-    """Run the same requests in one process and as users do, with the engine core in another.
+    """Run the same requests in one process and, as users do, with the engine core in another.
 
-    The difference is what transport costs: serialising, sockets, waking each other, and the front
-    end's work where it does not overlap with the core's.
+    The difference is the cost of transport: serialising, sockets, wake-ups, and the front end's
+    work as far as it does not overlap with the core's.
     """
     settings = session.settings(policy)
     job = {
@@ -404,7 +405,8 @@ def measure_transport(session: Session, policy: str, prompt: int, requests: int)
 def _step(session: Session, scale: Scale) -> Iterator[Target]:
     requests, block = scale.requests, session.options.block_length
     job = {"rows": [requests * block], "budget": scale.ceiling_seconds}
-    # Before and after the step: a floor from a disturbed minute would flatter it.
+    # Measure the ceilings before and after the step: a floor measured while something else disturbs
+    # the machine would flatter the step.
     before = session.run("ceilings", job)
     kinds, record = measure_breakdown(session, "sparse", scale.short, requests)
     ceilings = best_of(before, session.run("ceilings", job))
@@ -430,7 +432,7 @@ def _step(session: Session, scale: Scale) -> Iterator[Target]:
         largest = sorted(step.parts.items(), key=lambda part: -part[1])
         share_note = ", ".join(f"{name} {time * 1e3:.2f} ms" for name, time in largest) + missing
     figure = f"block step of {requests} requests, prompt {scale.short:,}, over its floor"
-    # What is below its floor was measured beside something else.
+    # A step below its floor means that the measurement was disturbed.
     judged = value is None or value >= 1
     yield Target(figure, 1.5, value, at_least=False, note=note, judged=judged)
     figure = f"part of a block step of {requests} requests that is not the model"
@@ -438,7 +440,7 @@ def _step(session: Session, scale: Scale) -> Iterator[Target]:
 
 
 def measure_cache_bytes(session: Session, policy: str, prompt: int, **changes: Any) -> int:
-    """Return the most bytes of pages that one request holds."""
+    """Return the maximum bytes of pages that one request holds."""
     settings = session.settings(policy, **changes)
     num_blocks = -(-session.options.response // settings["block_length"])
     job = {

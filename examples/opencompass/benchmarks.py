@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The paper's benchmarks: OpenCompass's own data sets, with the paper's lengths.
+"""The paper's benchmarks: OpenCompass's own data sets, with the paper's response lengths.
 
-`datasets` is for a model that continues a text, `chat_datasets` for one that answers a message;
-they differ in how HumanEval's code is cut out of the answer.
+`datasets` is for models that continue a text, `chat_datasets` for models that answer a message;
+they differ in how code is extracted from HumanEval's answers.
 """
 
 from mmengine.config import read_base
@@ -22,8 +22,8 @@ with read_base():
     from opencompass.configs.datasets.mmlu.mmlu_gen_79e572 import mmlu_datasets
     from opencompass.configs.datasets.piqa.piqa_gen_1194eb import piqa_datasets
 
-# The paper's GPQA has five examples before the question, which OpenCompass has for perplexity
-# only; the answer is the first capital letter, as in its MMLU.
+# The paper's GPQA has five examples before the question, which OpenCompass only offers with
+# perplexity evaluation; the answer is the first capital letter, as in OpenCompass's MMLU.
 for _data in gpqa_datasets:
     _data["abbr"] += "_5shot"
     _choices = "Question: {question}\nA. {A}\nB. {B}\nC. {C}\nD. {D}\nAnswer:"
@@ -52,10 +52,10 @@ datasets = [
     *piqa_datasets,
     *gpqa_datasets,
 ]
-# The length of the canvas. A step a token: as many steps.
+# Length of the canvas, which is also the number of steps: one token a step.
 for _data in datasets:
     _data["infer_cfg"]["inferencer"]["max_out_len"] = 256
-# The prompt is the bare beginning of a function, as in the paper.
+# As in the paper, the prompt is just the beginning of a function.
 for _data in humaneval_datasets:
     _data["infer_cfg"]["inferencer"]["max_out_len"] = 512
     _data["infer_cfg"]["prompt_template"]["template"] = "{prompt}"

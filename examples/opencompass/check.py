@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Check the configurations of this folder against the installed OpenCompass.
 
-Each is loaded, written out and loaded again, as OpenCompass itself does before it runs one; every
-class and function that it names must then be found in OpenCompass's registries, and every prompt
-must have a place for each column of its data set. With ``--base-url``, each model class also asks
-a server one question and prints the answer, one JSON object a configuration.
+Each configuration is loaded, written out and loaded again, as OpenCompass itself does before a run;
+OpenCompass's registries must then have every class and function that it names, and every prompt
+must have a place for each input column of its data set. With ``--base-url``, each model class also
+asks a server one question, and the answer is printed as one JSON object per configuration.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from opencompass.utils.prompt import PromptList, safe_format
 
 FOLDER = Path(__file__).parent
 CONFIGS = ("llada_8b_instruct", "llada_1_5", "dream_v0_base_7b", "dream_v0_instruct_7b")
-#: Data sets of each configuration: their names begin so, and there are so many.
+#: Data sets of each configuration: their number by the beginning of their names.
 BENCHMARKS = {
     "gsm8k": 1,
     "math": 1,
@@ -37,7 +37,7 @@ LENGTH, CODE_LENGTH = 256, 512
 
 
 def load(name: str) -> Config:
-    """Return a configuration as OpenCompass's tasks get it: with names in place of classes."""
+    """Return a configuration as OpenCompass's tasks receive it, with names in place of classes."""
     config = Config.fromfile(str(FOLDER / f"{name}.py"), format_python_code=False)
     with tempfile.TemporaryDirectory() as folder:
         written = Path(folder) / "config.py"
@@ -46,10 +46,10 @@ def load(name: str) -> Config:
 
 
 def resolve(where: Any, entry: Any, kind: str) -> Any:
-    """Return what an entry's ``type`` names.
+    """Return the class or function that an entry's ``type`` names.
 
     Raises:
-        ValueError: If the registry has no such thing.
+        ValueError: If the registry does not have it.
     """
     name = entry["type"] if isinstance(entry, dict) else entry
     found = name if callable(name) else where.get(name)
@@ -59,7 +59,7 @@ def resolve(where: Any, entry: Any, kind: str) -> Any:
 
 
 def check_data(data: Any) -> str:
-    """Resolve all that a data set names, return the prompt of a made-up row."""
+    """Check everything that a data set names, return the prompt of a made-up row."""
     resolve(registry.LOAD_DATASET, data, "data set")
     infer, evaluate = data["infer_cfg"], data["eval_cfg"]
     resolve(registry.ICL_RETRIEVERS, infer["retriever"], "retriever")
@@ -87,7 +87,7 @@ def check_data(data: Any) -> str:
 
 
 def check(name: str) -> Config:
-    """Check a configuration, return it."""
+    """Check a configuration and return it."""
     config = load(name)
     names = [data["abbr"] for data in config["datasets"]]
     for beginning, number in BENCHMARKS.items():
@@ -108,7 +108,7 @@ def check(name: str) -> Config:
 
 
 def ask(model: Any, base_url: str, name: str, tokenizer: str, question: str) -> str:
-    """Have a configuration's model class ask a server, return the answer."""
+    """Ask a server through a configuration's model class, return the answer."""
     model = copy.deepcopy(model)
     model.update(openai_api_base=base_url, path=name, tokenizer_path=tokenizer)
     prompt = PromptList([{"role": "HUMAN", "prompt": question}])

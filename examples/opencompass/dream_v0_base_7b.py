@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dream-v0-Base-7B: the text behind the token that begins one."""
+"""Dream-v0-Base-7B, prompted with plain text after its beginning-of-text token."""
 
 from mmengine.config import read_base
 
@@ -17,7 +17,7 @@ models = [
         extra_body=dict(
             top_p=0.95,
             seed=2025,
-            # The text as it is, without a chat template, behind the first token (plain.jinja).
+            # Plain text after the beginning-of-text token, without a chat format (plain.jinja).
             add_special_tokens=True,
             chat_template_kwargs=dict(begin=True),
             vllm_xargs=dict(**paper, diffusion_remasking="entropy"),

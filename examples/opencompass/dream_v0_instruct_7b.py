@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dream-v0-Instruct-7B, asked through its chat template."""
+"""Dream-v0-Instruct-7B, prompted through its chat template."""
 
 from mmengine.config import read_base
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""LLaDA-8B-Instruct, which the paper asks without a chat template."""
+"""LLaDA-8B-Instruct, which the paper prompts without a chat template."""
 
 from mmengine.config import read_base
 
@@ -15,7 +15,7 @@ models = [
         tokenizer_path="GSAI-ML/LLaDA-8B-Instruct",
         temperature=0,
         extra_body=dict(
-            # The text goes through the tokenizer as it is, without a chat template (plain.jinja).
+            # The text is tokenized as it is, without a chat format (plain.jinja).
             add_special_tokens=True,
             vllm_xargs=dict(**paper, diffusion_remasking="low_confidence"),
         ),

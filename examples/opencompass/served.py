@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the configurations share: the paper's decoding, and how a server is asked."""
+"""Settings that the configurations share: the paper's decoding, and the connection to a server."""
 
 from opencompass.models import OpenAISDK
 from opencompass.partitioners import NaivePartitioner
 from opencompass.runners import LocalRunner
 from opencompass.tasks import OpenICLEvalTask, OpenICLInferTask
 
-#: In every request. Whatever the server's own settings are, these hold, and a configuration's own
-#: unmasking rule. Without steps, threshold and factor: a step a token.
+#: Sent with every request, together with the configuration's remasking rule, so that they hold
+#: whatever the server's own settings are. Without steps, threshold and factor: one token a step.
 paper = dict(
     diffusion_cache_policy="sparse",
     diffusion_keep_ratio=0.5,
@@ -24,16 +24,16 @@ paper = dict(
     diffusion_factor="none",
 )
 
-#: A model behind `vllm serve`. Without a meta template OpenCompass sends the examples and the
-#: question as the text of one message.
+#: A model served by `vllm serve`. Without a meta template, OpenCompass sends the examples and the
+#: question as the text of a single message.
 server = dict(
     type=OpenAISDK,
     openai_api_base="http://localhost:8000/v1",
     key="EMPTY",
-    # OpenCompass shortens answers that do not fit, so this is more than a prompt and an answer.
+    # OpenCompass shortens answers that do not fit, so this exceeds any prompt and its answer.
     max_seq_len=4096,
     max_out_len=256,
-    # Requests at a time.
+    # Requests at once.
     batch_size=32,
     max_workers=32,
     query_per_second=1000,

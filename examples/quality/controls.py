@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Ways to choose what a cache keeps that no server could use: they know the item.
+"""Controls for saliencies: ways to choose keys that no server could use, since they know the item.
 
-A method that does no better than `Random` and `Framed` has chosen nothing; one that equals
-`Oracle` has found all there is to find. All choose in each layer anew, as the methods do; a draw
-is the same for the same prompt, whatever it is batched with.
+A saliency that does no better than `Random` and `Framed` has selected nothing useful; one that
+equals `Oracle` has found all there is to find. Like saliencies, controls choose separately in each
+layer; draws depend on the prompt, not on the requests that it is batched with.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from vllm_sparse_dllm.cache.saliency import (
 
 
 class Control(Saliency):
-    """Keeps some positions of the items it knows for certain, and of the rest any or its choice.
+    """Always keeps certain positions of the items it knows, and of the rest those `rest` chooses.
 
-    Meant for ``kernel_size`` 1: a wider pool would keep the neighbours of what is certain too.
+    Meant for ``kernel_size`` 1: a wider pool would also keep the neighbours of those positions.
 
     Args:
-        seed: Of the draws.
+        seed: Seed of the draws.
     """
 
     def __init__(self, seed: int) -> None:
@@ -39,11 +39,11 @@ class Control(Saliency):
         self._certain: dict[bytes, np.ndarray] = {}
 
     def certain(self, item: Item) -> Sequence[int]:
-        """Return the positions of the prompt that are kept before all others."""
+        """Return the prompt positions that are kept before all others."""
         raise NotImplementedError
 
     def expect(self, items: Sequence[Item], vocabulary: Vocabulary) -> None:
-        """Know these items, and no others, from now on."""
+        """Replace the known items by these; their requests follow."""
         self._certain = {
             np.array(vocabulary.encode(item.prompt), dtype=np.int64).tobytes(): np.array(
                 self.certain(item), dtype=np.int64
@@ -60,15 +60,15 @@ class Control(Saliency):
         return torch.from_numpy(scores).to(inputs.keys.device)
 
     def rest(self, inputs: SaliencyInputs, positions: np.ndarray, prompt: int) -> np.ndarray:
-        """Score what is kept after what is certain: here, at random.
+        """Score the positions to keep beyond the certain ones, by default at random.
 
         Args:
-            inputs: Of `score`.
-            positions: ``[n]`` of the candidates.
-            prompt: A number that stands for the prompt.
+            inputs: The inputs of `score`.
+            positions: ``[n]``, the candidates' positions.
+            prompt: A hash of the prompt.
 
         Returns:
-            ``[n]`` float32 numbers from 0 to below 1.
+            ``[n]`` float32 scores in [0, 1).
         """
         canvas = inputs.canvas
         rng = np.random.default_rng([self.seed, prompt, inputs.layer, canvas.block[0]])
@@ -76,7 +76,7 @@ class Control(Saliency):
 
 
 class Random(Control):
-    """Keeps the question, and of the rest any."""
+    """Keeps the question, and random positions of the rest."""
 
     name = "random"
 
@@ -85,7 +85,7 @@ class Random(Control):
 
 
 class Framed(Control):
-    """Keeps the question and the chat template around the prompt, and of the rest any."""
+    """Keeps the question and the chat template around it, and random positions of the rest."""
 
     name = "framed"
 
@@ -94,9 +94,9 @@ class Framed(Control):
 
 
 class Oracle(Control):
-    """Keeps what `Framed` does and what the question asks about, then what `Window` chooses.
+    """Keeps what `Framed` keeps and what the question asks about, then what `Window` chooses.
 
-    So it knows where the answer is, and asks the model for what else it looks at.
+    So it knows where the answer is, and lets the model choose what else to keep.
     """
 
     name = "oracle"
@@ -114,7 +114,7 @@ CONTROLS: tuple[type[Control], ...] = (Random, Framed, Oracle)
 
 @contextmanager
 def registered(seed: int) -> Iterator[dict[str, Control]]:
-    """Let settings name the controls as saliencies, in engines of this process."""
+    """Register the controls as saliencies for engines in this process."""
     controls = {control.name: control(seed) for control in CONTROLS}
     for control in controls.values():
         register_saliency(control)

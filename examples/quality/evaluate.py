@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Count right answers of a checkpoint, through the engine, per task and length of prompt.
 
-Items are held out: drawn with a seed of their own. Decoding is greedy, a token a step, in one
-block, without a cache unless told otherwise.
+Items are held out: drawn from generators that training does not use. Decoding is greedy, one token
+a step, in one block and without a cache, unless ``--settings`` says otherwise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-# Only errors, unless asked for more. Must be set before vLLM is imported.
+# Log only errors by default. Must be set before vLLM is imported.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
 from tasks import END, MIN_LENGTH, PADDING, RESPONSE, TASKS, Item, Vocabulary, held_out
@@ -28,21 +28,21 @@ from vllm_sparse_dllm.assets import embedded_model, embedded_models
 if TYPE_CHECKING:
     from vllm import LLM, CompletionOutput
 
-#: Requests at once.
+#: Requests that the engine runs at once.
 BATCH = 16
 LENGTHS = (64, 128, 256, 512, 1024)
-#: What a model may be given as.
+#: The values that a model argument accepts, for messages.
 MODELS = f"one of {', '.join(embedded_models())}, or a checkpoint's directory"
 
 
 @dataclass(frozen=True)
 class Score:
-    """What came out of a cell: items of one task and length, asked together.
+    """Results of a cell: items of one task and length, submitted together.
 
     Attributes:
         right: For each item, whether its answer was right.
-        passes: For each item, the forward passes that filled the response.
-        seconds: For all items.
+        passes: For each item, the number of forward passes that filled the response.
+        seconds: Time for all items.
     """
 
     task: str
@@ -65,7 +65,7 @@ class Score:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all responses; most of them are padding behind the answer."""
+        """Tokens of all responses; most of them are padding after the answer."""
         return RESPONSE * self.num_items
 
     def as_json(self) -> dict[str, Any]:
@@ -88,23 +88,23 @@ class Score:
 
 
 def is_right(item: Item, response: Sequence[int], vocabulary: Vocabulary) -> bool:
-    """Return whether a response is the answer, up to where it says that it ends."""
+    """Return whether a response, up to its first end or padding token, is the answer."""
     ends = {vocabulary[END], vocabulary[PADDING]}
     answer = itertools.takewhile(lambda token: token not in ends, response)
     return list(answer) == vocabulary.encode(item.answer)
 
 
 class Evaluator:
-    """Asks an engine and counts right answers; one engine serves many settings."""
+    """Submits items to an engine and counts right answers; one engine serves many settings."""
 
     def __init__(self, llm: LLM, model: Path) -> None:
         self.llm = llm
         self.vocabulary = Vocabulary(model)
 
     def ask(self, items: Sequence[Item], **settings: Any) -> list[CompletionOutput]:
-        """Return the responses; ``settings`` are parameters without ``diffusion_``.
+        """Return the responses; ``settings`` are request parameters without ``diffusion_``.
 
-        Every response is filled to its last position, so that all are the same work.
+        Every response is filled to its last position, so that all of them take the same work.
         """
         from vllm import SamplingParams
 
@@ -148,12 +148,12 @@ def start_engine(model: str, dtype: str, longest: int = max(LENGTHS)) -> LLM:
 
 
 def model_path(name: str) -> str:
-    """Return where a model is: an embedded one by its name, any other by its path."""
+    """Return a model's path; embedded models are given by name, all others by path."""
     return embedded_model(name) if name in embedded_models() else name
 
 
 def is_model(name: str) -> bool:
-    """Return whether `model_path` leads to a checkpoint."""
+    """Return whether a name is an embedded model's or the path of a checkpoint."""
     return name in embedded_models() or Path(name, "config.json").is_file()
 
 

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Explore what to keep, beyond what the engine has: plain PyTorch, an item at a time.
+"""Explore which keys to keep, beyond what the engine offers: plain PyTorch, one item at a time.
 
-Rankings of keys, other steps at which the cache is chosen, and shares of it that differ by layer,
-on items of the quality harness, by default of another seed than those of docs/quality.md: a
-response of one block, a token a step, the rest as published. Prints two tables a model: exact
-match ± standard error and, behind it, the mean difference to ``none`` on the same items with its
-standard error; and what part of the question, and of what it asks about, each layer kept.
+Compares rankings of keys, steps at which the cache is chosen, and keep ratios that differ by layer,
+on items of the quality harness (by default of another seed than in docs/quality.md). A response is
+one block, one token a step; all else is as published. Prints two tables per model: exact match ±
+standard error, followed by the mean difference to ``none`` on the same items and its standard
+error; and the shares of the question, and of what it asks about, that each layer kept.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ WINDOW = 16
 
 @dataclass(frozen=True)
 class View:
-    """What a ranking looks at: one layer in one full pass.
+    """The input of a ranking: one layer in one full pass.
 
     Attributes:
         queries: ``[heads, L, head_size]``, rotated.
-        keys: ``[heads, L, head_size]``, rotated, those of a group repeated.
-        prompt: Positions of the prompt, whose keys are ranked; the block is the rest.
-        asking: Positions whose logits are of masks: Dream's are those before the masks.
+        keys: ``[heads, L, head_size]``, rotated, repeated for the heads of a group.
+        prompt: Number of prompt positions, whose keys are ranked; the rest is the block.
+        asking: Positions whose logits predict masks; Dream's are one before the masks.
     """
 
     queries: Tensor
@@ -57,18 +57,18 @@ class View:
         return torch.arange(self.prompt, self.queries.shape[1])
 
     def products(self, positions: Tensor) -> Tensor:
-        """Return the published score for a block of these positions: ``[prompt]``."""
+        """Return the published score with the mean query of these positions: ``[prompt]``."""
         query = self.queries[:, positions].mean(1, keepdim=True)
         return (query @ self.keys[:, : self.prompt].transpose(1, 2)).mean((0, 1))
 
     def attention(self, positions: Tensor) -> Tensor:
-        """Return the mean share that positions pay each key: ``[heads, prompt]``."""
+        """Return the mean attention of these positions to each key: ``[heads, prompt]``."""
         scale = self.keys.shape[-1] ** -0.5
         scores = self.queries[:, positions] @ self.keys.transpose(1, 2) * scale
         return scores.softmax(-1)[..., : self.prompt].mean(1)
 
 
-#: Scores of the prompt's keys, the highest kept.
+#: Scores the prompt's keys; those with the highest scores are kept.
 Ranking = Callable[[View], Tensor]
 
 
@@ -78,27 +78,27 @@ def paper(view: View) -> Tensor:
 
 
 def paper_of_masks(view: View) -> Tensor:
-    """The same with the queries that have masks to fill in."""
+    """As `paper`, with the queries of the remaining masks instead of the whole block."""
     return view.products(view.asking)
 
 
 def attention(view: View) -> Tensor:
-    """The engine's ``attention``: shares that the block pays, the mean over heads."""
+    """The engine's ``attention``: mean attention of the block, averaged over heads."""
     return view.attention(view.block).mean(0)
 
 
 def attention_by_heads(view: View) -> Tensor:
-    """The same, the largest of the heads'."""
+    """As `attention`, with the maximum over heads."""
     return view.attention(view.block).amax(0)
 
 
 def window(view: View) -> Tensor:
-    """The engine's ``window``: shares that the prompt's end and the block pay, and the end."""
+    """The engine's ``window``: attention of the prompt's end and the block; the end is kept."""
     return _window(view, view.block)
 
 
 def window_of_masks(view: View) -> Tensor:
-    """The same, in place of the block the queries that have masks to fill in."""
+    """As `window`, with the queries of the remaining masks instead of the whole block."""
     return _window(view, view.asking)
 
 
@@ -121,14 +121,14 @@ def paper_and_end(view: View) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """A way to choose what is kept.
+    """A way to choose which keys are kept.
 
     Attributes:
         rank: The ranking; None for no cache.
-        choices: Steps at which a full pass fills the cache anew; those before the first are full
-            passes too.
-        shares: How a layer's part of what is kept compares with the mean over layers, from the
-            first to the last layer, and evenly between.
+        choices: Steps at which a full pass refills the cache; all steps before the first of them
+            are full passes too.
+        shares: Factors on the keep ratio of the first and of the last layer, interpolated linearly
+            in between.
     """
 
     rank: Ranking | None
@@ -164,16 +164,16 @@ METHODS = {
 
 @dataclass
 class _Choice:
-    """What layers ask as they fill their caches, and tell; one for all of a network."""
+    """State shared by a network's layers: what to rank by, and what each of them kept."""
 
     method: Method = METHODS["none"]
     asking: Tensor = field(default_factory=lambda: torch.empty(0))
-    #: By layer, the positions kept last.
+    #: Positions kept at the last choice, by layer.
     kept: dict[int, Tensor] = field(default_factory=dict)
 
 
 class RankedBlock(Block):
-    """A decoder layer that keeps what a method ranks highest."""
+    """A decoder layer that keeps the keys that a method ranks highest."""
 
     def __init__(self, shape: Shape, number: int, choice: _Choice) -> None:
         """``number`` counts layers from 0."""
@@ -195,12 +195,12 @@ class RankedBlock(Block):
 
 @dataclass
 class Cell:
-    """Items of one task, by one method.
+    """Results of one method on the items of one task.
 
     Attributes:
         right: For each item, whether its answer was right.
-        question: For each item the part of the question that each layer kept, if any chose.
-        pivots: The same of what the question asks about.
+        question: For each item, the share of the question that each layer kept, if any chose keys.
+        pivots: The same for what the question asks about.
     """
 
     right: list[bool] = field(default_factory=list)
@@ -300,7 +300,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     shares = [share for method in arguments.methods.values() for share in method.shares]
     least, most = 1 / (arguments.length * min(shares)), 1 / max(shares)
     if not all(least <= ratio <= most for ratio in arguments.keep):
-        # A layer keeps at least one key and at most all.
+        # A layer must keep at least one key and at most all.
         parser.error(f"--keep must be from {least:g} to {most:g}, got {arguments.keep}")
     arguments.model = arguments.model or embedded_models()
     for model in arguments.model:
@@ -316,7 +316,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def explore(explorer: Explorer, arguments: argparse.Namespace) -> None:
-    """Print a model's tables; the second one is of the first ratio."""
+    """Print a model's tables; the second one is for the first keep ratio only."""
     ratios: list[float] = arguments.keep
     titles = [f"{task}, keep {ratio:g}" for task in arguments.tasks for ratio in ratios]
     print(table(["", *titles], []), end="")
@@ -333,7 +333,7 @@ def explore(explorer: Explorer, arguments: argparse.Namespace) -> None:
                 cells += [explorer.answer(items, method, ratio) for ratio in ratios]
         tasks = [task for task in arguments.tasks for _ in ratios]
         none = [None if method.rank is None else bare[task] for task in tasks]
-        # Row by row, as a table takes minutes.
+        # Print row by row, as a table takes minutes.
         print(f"| {' | '.join((name, *map(Cell.accuracy, cells, none)))} |", flush=True)
         if method.rank is not None:
             kept.append([name, *(cell.kept() for cell in cells[:: len(ratios)])])
@@ -350,6 +350,6 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Of matrices so small, threads only wait for each other.
+    # With matrices so small, threads would only wait for each other.
     torch.set_num_threads(1)
     main()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was measured, as Markdown and JSON, in a page, and as plots if matplotlib is there."""
+"""Report the measurements as Markdown, within a page, and as plots if matplotlib is installed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 Json = dict[str, Any]
 
-#: The plots of sweeps: file and what it shows.
+#: File name and caption of each sweep's plot.
 PLOTS = {
     "keep": ("quality-keep.png", "Exact match against the part of the keys that is kept"),
     "parallel": ("quality-steps.png", "Exact match against tokens a step"),
@@ -29,11 +29,11 @@ def table(head: list[str], rows: Iterable[list[str]]) -> str:
 def paired_difference(
     one: Iterable[str | bool], other: Iterable[str | bool]
 ) -> tuple[float, float, int]:
-    """Return by how much one is right more often than another on the same items.
+    """Return the difference in exact match of two runs on the same items.
 
     Args:
         one: For each item ``1`` or True if it was right, else ``0`` or False.
-        other: The same of the other; the longer of the two goes on with further items.
+        other: The same for the run to compare with; items that only one run has are ignored.
 
     Returns:
         The difference, its standard error, and the number of items that both answered.
@@ -45,7 +45,7 @@ def paired_difference(
 
 
 def _exact_match(cells: list[Json]) -> tuple[float, float, int]:
-    """Return exact match, standard error and number of items of cells of the same size."""
+    """Return exact match, standard error and number of items of cells taken together."""
     num = sum(cell["num_items"] for cell in cells)
     value = sum(cell["num_right"] for cell in cells) / num
     variance = sum(cell["standard_error"] ** 2 * cell["num_items"] ** 2 for cell in cells)
@@ -57,7 +57,7 @@ def _cells(row: Json, **where: Any) -> list[Json]:
 
 
 def _paired(row: Json, none: Json, task: str) -> tuple[str, str]:
-    """Return what was right of a task's items, over all lengths that both rows have."""
+    """Return the ``right`` digits of two rows for a task, over the items that both rows have."""
     one = other = ""
     for cell in _cells(row, task=task):
         for base in _cells(none, task=task, length=cell["length"]):
@@ -77,10 +77,7 @@ def _difference(row: Json, none: Json, task: str) -> str:
 
 
 def _none(sweeps: Json, name: str) -> Json | None:
-    """Return the row without a cache, a token a step, that a sweep is compared with.
-
-    It must have answered the same items.
-    """
+    """Return the row that a sweep is compared with: no cache, one token a step, the same items."""
     seeds = {where: sweep.get("about", {}).get("seed") for where, sweep in sweeps.items()}
     for where in (name, "keep"):
         if seeds.get(where) != seeds[name]:
@@ -170,8 +167,8 @@ def markdown(result: Json) -> str:
 def update_page(page: str, result: Json, plots: Iterable[Path]) -> str:
     """Return a page with its measured parts replaced by those of the result.
 
-    A part stands between ``<!-- measured: SWEEP -->`` and ``<!-- end -->``; parts that the
-    result does not have stay. Plots lie beside the page.
+    A part lies between ``<!-- measured: SWEEP -->`` and ``<!-- end -->``; parts of sweeps that the
+    result does not have stay unchanged. Plots are expected next to the page.
 
     Raises:
         ValueError: If the result has a sweep that the page has no place for.
@@ -196,9 +193,9 @@ def update_page(page: str, result: Json, plots: Iterable[Path]) -> str:
 
 
 def merge(results: Iterable[Json]) -> Json:
-    """Return several results as one; of the same sweep of a model the last counts.
+    """Merge several results into one; of several runs of a model's sweep, the last one counts.
 
-    Each sweep then says itself what it was measured with.
+    Each sweep of the merged result has its own ``about``.
     """
     merged: Json = {"models": {}}
     for result in results:
@@ -211,7 +208,7 @@ def merge(results: Iterable[Json]) -> Json:
 
 
 def write_plots(folder: Path, result: Json) -> list[Path]:
-    """Write the plots, return the files; none without matplotlib."""
+    """Write the plots and return their files; none without matplotlib."""
     try:
         matplotlib: Any = importlib.import_module("matplotlib")
     except ImportError:
@@ -254,10 +251,10 @@ def _series(rows: list[Json]) -> dict[str, list[Json]]:
 
 
 def _draw_keep(axis: Any, rows: list[Json], task: str) -> None:
-    """Rows answered more or fewer of the same items, some of them harder than others.
+    """Draw exact match against the keep ratio.
 
-    So that series can be compared, each is drawn by its difference to `none` on the items that
-    both answered.
+    Rows differ in how many items they answered, and items differ in difficulty. To make series
+    comparable, each is drawn by its difference to `none` on the items that both answered.
     """
     none = next(row for row in rows if row["settings"]["cache_policy"] == "none")
     base = _exact_match(_cells(none, task=task))[0]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure what cache policies do to right answers, through the engine.
+"""Measure how cache policies affect the number of right answers, through the engine.
 
-Exact match with its standard error, tokens a second and tokens a step, on items that no training
-saw; for each policy and keep ratio, beside controls that choose at random or know the answer.
-Without options: the embedded models, all sweeps.
+Reports exact match with its standard error, tokens a second and tokens a step on held-out items,
+for each policy and keep ratio, and for controls that choose keys at random or know the answer.
+Without options: the embedded models and all sweeps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-# Controls are registered in this process. Must be set before vLLM is imported.
+# Controls are registered in this process, so the engine must run in it. Must be set before vLLM is
+# imported.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 # OpenMP reads this when PyTorch is imported.
 from vllm_sparse_dllm.engine.waiting import wait_shortly
@@ -41,7 +42,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 @contextmanager
 def running_evaluator(model: str, dtype: str, longest: int) -> Iterator[Evaluator]:
-    """Run an engine in this process, and let go of all it has afterwards."""
+    """Run an engine in this process and release everything it holds afterwards."""
     from vllm.distributed import cleanup_dist_env_and_memory
 
     llm = start_engine(model, dtype, longest)
@@ -65,14 +66,14 @@ class Measurement:
         self.seed = seed
 
     def warm_up(self) -> None:
-        """Answer some items that are not measured: the first ones of an engine are slow."""
+        """Answer some items without measuring them: an engine's first requests are slow."""
         for length in self.scale.lengths:
             for policy in ("none", "sparse"):
                 items = held_out(self.scale.tasks[0], length, 16, self.seed + 1)
                 self.evaluator.ask(items, cache_policy=policy, steps=4)
 
     def run(self, sweep: Sweep) -> Json:
-        """Measure a sweep and print it on the way."""
+        """Measure a sweep, printing each row as it is done."""
         print(f"  {sweep.title}")
         start = time.perf_counter()
         rows = [self._row(row, sweep) for row in sweep.rows]
@@ -103,7 +104,7 @@ class Measurement:
 
 
 def measure(arguments: argparse.Namespace, scale: Scale) -> Json:
-    """Measure all models; what is done is written after each sweep."""
+    """Measure all models; the results so far are written after each sweep."""
     result: Json = {"models": {}}
     sweeps = make_sweeps(scale, SALIENCIES, [control.name for control in CONTROLS])
     for name in arguments.model:
@@ -119,8 +120,8 @@ def measure(arguments: argparse.Namespace, scale: Scale) -> Json:
         longest = max(scale.lengths)
         with (
             running_evaluator(model_path(name), arguments.dtype, longest) as evaluator,
-            # Not before: an engine on a GPU tries all saliencies as it starts, on prompts that
-            # controls know nothing of.
+            # Only after the engine has started: on a GPU it warms up with all saliencies, on
+            # prompts that the controls do not know.
             registered(arguments.seed) as controls,
         ):
             measurement = Measurement(evaluator, controls, scale, arguments.seed)
@@ -132,7 +133,7 @@ def measure(arguments: argparse.Namespace, scale: Scale) -> Json:
 
 
 def write(folder: Path, result: Json) -> list[Path]:
-    """Write tables and figures, return the files."""
+    """Write the report as Markdown and JSON, return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     text, data = folder / "quality.md", folder / "quality.json"
     text.write_text(report.markdown(result), encoding="utf-8")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is measured: rows of settings, and how many items each answers."""
+"""Sweeps to measure: rows of settings, and the number of items each of them answers."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from tasks import RESPONSE
 
 Settings = dict[str, Any]
 
-#: The late eviction that is tried with everything.
+#: Delays of late eviction tried with every saliency but the published one.
 LATE = (4,)
-#: The control that is measured at every ratio of the published choice.
+#: The control that is measured at the same keep ratios as the published choice.
 RANDOM = "random"
-#: Schedules of the cache that do not evict.
+#: Cache policies that do not evict.
 WHOLE = ("none", "prefix", "dual")
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is measured.
+    """How much is measured. The main table is the sweep `keep`; all others are side sweeps.
 
     Attributes:
-        tasks: Kinds of items.
-        lengths: Of the prompts in the main table; side sweeps take the first.
-        side_tasks: Those of the side sweeps.
-        num_items: Of a cell of the main table that the claims are made of: policies that evict
-            nothing, and the published choice at `claimed_keep_ratios`. Numbers of items are
-            multiples of the requests at once, so that all cells fill the same batches.
-        num_side_items: Of a cell of its other rows, and of side sweeps.
-        keep_ratios: Of the main table's published choice, and of the random one.
-        claimed_keep_ratios: Those of them that claims are made of.
-        side_keep_ratios: Of the side sweeps; those of one ratio take the first.
-        other_keep_ratios: Of the main table's other saliencies and controls.
-        small_blocks: Length of blocks where a response has several.
+        tasks: Tasks of the main table.
+        side_tasks: Tasks of the side sweeps.
+        lengths: Prompt lengths of the main table; side sweeps use the first.
+        num_items: Items per cell in those rows of the main table that claims are based on: policies
+            that do not evict, and the published choice at `claimed_keep_ratios`. Numbers of items
+            are multiples of the number of requests at once, so that all batches are full.
+        num_side_items: Items per cell in the main table's other rows and in side sweeps.
+        keep_ratios: Keep ratios of the published choice and of the random one in the main table.
+        claimed_keep_ratios: Those of `keep_ratios` that claims are made about.
+        side_keep_ratios: Keep ratios of the side sweeps; sweeps with a single one use the first.
+        other_keep_ratios: Keep ratios of the main table's other saliencies and controls.
+        small_blocks: Block length in the sweeps whose responses have several blocks.
     """
 
     tasks: tuple[str, ...] = ("retrieval", "copy")
@@ -57,7 +57,7 @@ class Scale:
     factors: tuple[float, ...] = (0.25, 0.5, 1.0)
 
 
-#: Shows that all works; its figures mean little.
+#: A quick check that everything works; its figures mean little.
 QUICK = Scale(
     side_tasks=("copy",),
     lengths=(96,),
@@ -79,13 +79,13 @@ QUICK = Scale(
 
 @dataclass(frozen=True)
 class Row:
-    """Settings that are measured.
+    """One combination of settings to measure.
 
     Attributes:
-        series: What the row is one of, for plots.
-        label: What tells it from others of the series.
+        series: The series that the row belongs to in plots.
+        label: What distinguishes the row from others of its series.
         settings: Request parameters without ``diffusion_``.
-        num_items: Of each cell.
+        num_items: Items per cell.
     """
 
     series: str
@@ -100,14 +100,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Sweep:
-    """A table: rows, and the cells of each.
+    """A table of rows; each row has a cell for every task and length.
 
     Attributes:
-        name: As on the command line.
-        title: In words.
-        tasks: Kinds of items.
-        lengths: Of the prompts.
-        rows: In order. All are compared with `none`, the sweep's own or that of `keep`.
+        name: Name on the command line.
+        title: Title in the report.
+        tasks: Tasks of the items.
+        lengths: Prompt lengths.
+        rows: Rows in order. All are compared with the row `none` of this sweep or else of `keep`.
     """
 
     name: str
@@ -165,7 +165,7 @@ def _keep(scale: Scale, saliencies: Iterable[str], controls: Iterable[str]) -> S
 
 
 def _delay(scale: Scale) -> Sweep:
-    """Ratio 1 tells what waiting does when nothing is evicted; with delay 0 it is ``dual``."""
+    """Ratio 1 shows the delay's effect when nothing is evicted; with delay 0 it is ``dual``."""
     sweep = Sweep("delay", "Full passes before the choice", *_side(scale))
     num_items = scale.num_side_items
     sweep.add("dual", "", num_items, cache_policy="dual")
@@ -197,7 +197,7 @@ def _granularity(scale: Scale) -> Sweep:
 
 
 def _late(scale: Scale, saliencies: Iterable[str]) -> Sweep:
-    """Late eviction has one full pass; the first rows have it too, or are as published."""
+    """Compare late eviction, which has one full pass, with ``dual`` and the published schedule."""
     sweep = Sweep("late", "Late eviction (one full pass)", *_side(scale))
     num_items = scale.num_side_items
     sweep.add("dual", "", num_items, cache_policy="dual")
@@ -214,7 +214,7 @@ def _late(scale: Scale, saliencies: Iterable[str]) -> Sweep:
 
 
 def _interval(scale: Scale) -> Sweep:
-    """Blocks shorter than the response: the others have one, which no refresh can share."""
+    """Uses blocks shorter than the response: with one block, there is no refresh to share."""
     blocks = {"block_length": scale.small_blocks}
     title = f"Blocks of {scale.small_blocks} that share a refresh"
     sweep = Sweep("interval", title, *_side(scale))
@@ -233,7 +233,7 @@ def _interval(scale: Scale) -> Sweep:
 
 
 def _suffix(scale: Scale) -> Sweep:
-    """Blocks shorter than the response, of which the last sees all and the others a part."""
+    """Uses blocks shorter than the response: a single block has nothing after it to leave out."""
     title = f"Blocks of {scale.small_blocks} that see a part of what follows"
     sweep = Sweep("suffix", title, *_side(scale))
     num_items, blocks = scale.num_side_items, {"block_length": scale.small_blocks}
@@ -276,8 +276,8 @@ def make_sweeps(
 
     Args:
         scale: How much is measured.
-        saliencies: What ``sparse`` can rank keys by, the paper's among it.
-        controls: Those that know the item.
+        saliencies: Names of the saliencies that ``sparse`` can use, ``paper`` among them.
+        controls: Names of the controls.
     """
     saliencies = list(saliencies)
     made = [

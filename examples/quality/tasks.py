@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Questions with one right answer, whose answers hang on a few tokens of a long prompt.
+"""Questions with one right answer that depends on a few tokens of a long prompt.
 
-Training, evaluation and whatever else needs them take them from here. A prompt is made to an
-exact number of tokens of the embedded models' tokenizer; every *piece* of it is one token.
+Shared by training, evaluation and other examples. A prompt has an exact number of tokens of the
+embedded models' tokenizer; every *piece* of it is one token.
 
     task        in the prompt, somewhere in filler        the answer
     retrieval   " file18 the42 name49 ... get name file"  " name49 file18"
@@ -30,25 +30,24 @@ OPEN, CLOSE, SPACE, PLUS = " [", " ]", " ", "+"
 HEAD, TAIL = ("<|startoftext|>", "<|user|>"), ("<|eot_id|>", "<|assistant|>")
 #: What follows an answer, and what fills the rest of a response.
 END, PADDING = "<|eot_id|>", "<|endoftext|>"
-#: Positions of a response that the models are trained for, most of the time.
+#: Positions of a response, as in most of the models' training.
 RESPONSE = 32
-#: The shortest prompt any task fits in.
+#: Length of the shortest prompt that every task fits into.
 MIN_LENGTH = 32
-#: Words of a list, digits of a number, asked keys: the least and the most.
+#: Minimum and maximum: words of a list, digits of a number, keys that are asked for.
 LISTED, DIGITS, ASKED = (4, 8), (2, 3), (1, 4)
-#: Words that no pair takes, so that there is filler.
+#: Words that are not used as keys, so that there is filler.
 NUM_FILLER = 20
 
 
 @dataclass(frozen=True)
 class Item:
-    """A question and its answer, as pieces of text of one token each."""
+    """A question and its answer, in pieces of one token each."""
 
     task: str
     prompt: tuple[str, ...]
     answer: tuple[str, ...]
-    #: Positions of the prompt without which nobody can know the answer: what is asked about,
-    #: and the question itself.
+    #: Prompt positions that the answer depends on: what is asked about, and the question itself.
     pivots: tuple[int, ...]
     question: tuple[int, ...]
 
@@ -70,19 +69,20 @@ class Item:
 
 @dataclass
 class _Draft:
-    """What a task puts into a prompt; `_assemble` mixes it with filler."""
+    """What a task puts into a prompt; `make_item` mixes it with filler."""
 
-    #: Runs of pieces that stay together, in any order; the first `num_asked` are asked about.
+    #: Runs of pieces that stay together; their order is shuffled. The question asks about the
+    #: first `num_asked`.
     segments: list[list[str]]
     num_asked: int
     question: list[str]
     answer: list[str]
-    #: Words that are neither keys nor listed.
+    #: Words for filler: neither keys nor in a list.
     others: list[str]
 
 
 def _pairs(rng: random.Random, words: list[str], num: int) -> list[list[str]]:
-    """Take keys off the end of ``words`` and give each a value."""
+    """Take ``num`` keys off the end of ``words`` and give each a value."""
     return [[words.pop(), rng.choice(VALUES)] for _ in range(num)]
 
 
@@ -92,13 +92,13 @@ def _list(rng: random.Random, words: list[str], room: int) -> list[str]:
 
 
 def _distractors(rng: random.Random, words: list[str], room: int) -> list[list[str]]:
-    """Return pairs that nobody asks about, in half the prompts."""
+    """Return pairs that the question does not ask about, for half of the prompts."""
     most = min(room // 2, len(words) - NUM_FILLER)
     return _pairs(rng, words, rng.randint(0, most) if most > 0 and rng.random() < 0.5 else 0)
 
 
 def _retrieval(rng: random.Random, words: list[str], room: int) -> _Draft:
-    """As many pairs as fit in half the prompts, fewer among filler in the others."""
+    """Draw as many pairs as fit in half of the prompts, and fewer, among filler, in the others."""
     num_asked = min(rng.randint(*ASKED), (room - 1) // 4)
     room -= 1 + num_asked
     most = min(room // 2, len(words) - NUM_FILLER)
@@ -146,7 +146,7 @@ def make_item(rng: random.Random, task: str, length: int) -> Item:
     """Return an item whose prompt has exactly ``length`` tokens, the chat template's included.
 
     Raises:
-        ValueError: If there is no such task, or the prompt is too short for any.
+        ValueError: If there is no such task, or ``length`` is below `MIN_LENGTH`.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -170,13 +170,13 @@ def make_item(rng: random.Random, task: str, length: int) -> Item:
 
 
 def held_out(task: str, length: int, num: int, seed: int = 1) -> list[Item]:
-    """Return items for evaluation; training draws from generators of other names."""
+    """Return items for evaluation; training seeds its generators with other strings."""
     rng = random.Random(f"held out {task} {length} {seed}")
     return [make_item(rng, task, length) for _ in range(num)]
 
 
 class Vocabulary:
-    """Ids of pieces, by a checkpoint's ``tokenizer.json``."""
+    """Token ids of pieces, from a checkpoint's ``tokenizer.json``."""
 
     def __init__(self, checkpoint: Path) -> None:
         from tokenizers import Tokenizer

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure the passes of an engine, for ``run.py --measured``.
 
-Which pass a step is, is known from what is asked: under the policy `none` every step is a full
-pass of all requests, under `sparse` with one block every step but the first is a block step.
-With tensor-parallel ranks (``--engine-args '{"tensor_parallel_size": 2}'``) also what an
-all-reduce between them takes, by itself.
+The kind of each step follows from the requests: under the policy `none` every step is a full pass
+of all requests, under `sparse` with one block every step but the first is a block step. With
+tensor-parallel ranks (``--engine-args '{"tensor_parallel_size": 2}'``) an all-reduce between them
+is also timed, by itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-# The engine core in this process, so that a step can be timed. Before vLLM is imported.
+# Run the engine core in this process, so that steps can be timed. Must be set before vLLM is
+# imported.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
@@ -28,16 +29,16 @@ from vllm import LLM, SamplingParams
 from vllm_sparse_dllm.assets import embedded_model
 
 BLOCK = 32
-#: Steps of a run that are timed, and those before them that are not.
+#: Number of timed steps in a run, and of untimed ones before them.
 TIMED, FIRST = 2, 1
-#: All sizes take turns so often, so that none has all of a slow moment of the machine's.
+#: Rounds in which all sizes take turns, so that no size gets all of the machine's slow moments.
 ROUNDS = 4
-#: All-reduces of a size that are timed, and those before them that are not.
+#: Number of timed all-reduces of a size, and of untimed ones before them.
 REDUCED, FIRST_REDUCED = 100, 10
 
 
 def step_seconds(llm: LLM, requests: int, prompt: int, policy: str, keep: float) -> list[float]:
-    """Return times of steps of so many requests at once."""
+    """Return the times of steps that run ``requests`` requests at once."""
     extra: dict[str, Any] = {"diffusion_cache_policy": policy, "diffusion_block_length": BLOCK}
     if policy == "sparse":
         extra |= {"diffusion_keep_ratio": keep, "diffusion_delay_steps": 0}
@@ -59,7 +60,7 @@ def step_seconds(llm: LLM, requests: int, prompt: int, policy: str, keep: float)
 
 
 def all_reduce_seconds(worker: Any, rows: int) -> float:
-    """Return the median time of an all-reduce of so many hidden states; runs on every rank."""
+    """Return the median time of an all-reduce of ``rows`` hidden states; runs on every rank."""
     from vllm.distributed import tensor_model_parallel_all_reduce
 
     config = worker.model_config
@@ -77,13 +78,13 @@ def all_reduce_seconds(worker: Any, rows: int) -> float:
 
 
 def all_reduces(llm: LLM, rows: list[int]) -> list[tuple[int, float]]:
-    """Return pairs of rows and the time of an all-reduce of them, as the slowest rank has it."""
+    """Return pairs of rows and the time of an all-reduce of them on the slowest rank."""
     run = llm.llm_engine.model_executor.collective_rpc
     return [(number, max(run(all_reduce_seconds, args=(number,)))) for number in rows]
 
 
 def sizes(config: Any, dtype: torch.dtype) -> dict[str, int]:
-    """Return the model's sizes, under the names of `model.Model`."""
+    """Return the model's sizes under the field names of `model.Model`."""
     return {
         "element": dtype.itemsize,
         "width": config.hidden_size,
@@ -115,7 +116,7 @@ def main() -> None:
         "max_num_seqs": max(numbers),
         "max_num_batched_tokens": length * max(numbers) + 1,
         "disable_log_stats": True,
-        # Prompts are ids.
+        # Prompts are token ids.
         "skip_tokenizer_init": True,
     }
     llm = LLM(options.model, **{**defaults, **options.engine_args})

@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """An estimate of throughput on several devices: what a step must compute, move and exchange.
 
-All requests are alike: a prompt of some length, a response in blocks, and the steady state, in
-which a replica always has the same number of requests at hand. A pass of r rows through a layer
-is a roofline (the larger of operations over rate and bytes over bandwidth), divided by the
-tensor-parallel ranks; exchanges between ranks and what the host does are added and are not
-divided. Nothing overlaps. Times are in seconds, sizes in bytes, rates per second.
+All requests are alike (prompts of one length, responses in blocks), and the state is steady: a
+replica always has the same number of requests at hand. A pass of r rows through a layer takes its
+roofline (the larger of operations over rate and bytes over bandwidth), divided by the
+tensor-parallel ranks. The host's work is not divided and overlaps with the devices', so the longer
+of the two counts; exchanges between ranks are added and overlap with nothing. Times are in seconds,
+sizes in bytes, rates per second.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Model:
-    """A network; the default is LLaDA-8B in bfloat16."""
+    """Sizes of a network; the defaults are LLaDA-8B's in bfloat16."""
 
     width: int = 4096
     layers: int = 32
@@ -32,7 +33,7 @@ class Model:
         return self.width // self.heads * self.kv_heads
 
     def can_be_divided(self, ranks: int) -> bool:
-        """Return whether the engine starts with so many tensor-parallel ranks."""
+        """Return whether the engine can run with ``ranks`` tensor-parallel ranks."""
         kv_heads = self.kv_heads % ranks == 0 or ranks % self.kv_heads == 0
         # vLLM pads the vocabulary.
         rows = -(-self.vocab // 64) * 64
@@ -49,12 +50,12 @@ class Model:
 
     @property
     def weight_bytes(self) -> int:
-        """All weights, those of the embedding included."""
+        """Bytes of all weights, including the embedding's."""
         return self.element * (self.layers * self.layer_weights + 2 * self.head_weights)
 
     @property
     def slot_bytes(self) -> int:
-        """Key and value of a position, in all layers."""
+        """Bytes of a position's keys and values in all layers."""
         return 2 * self.element * self.layers * self.kv_width
 
 
@@ -63,8 +64,8 @@ class Link:
     """A connection between devices.
 
     Attributes:
-        bandwidth: Bytes a second that a device sends, while it receives as many.
-        latency: Seconds that a collective takes however small it is.
+        bandwidth: Bytes a second that a device sends while it receives as many.
+        latency: Seconds that a collective takes regardless of its size.
     """
 
     bandwidth: float
@@ -72,14 +73,14 @@ class Link:
 
     @classmethod
     def measured(cls, ranks: int, points: Sequence[tuple[float, float]]) -> Link:
-        """Return the link that explains what all-reduces took.
+        """Return the link that explains measured times of all-reduces.
 
         Args:
-            ranks: That took part.
-            points: Bytes of each rank, and seconds; the smallest and the largest count.
+            ranks: Number of ranks that took part.
+            points: Bytes per rank, and seconds; only the smallest and the largest size are used.
 
         Raises:
-            ValueError: If the larger one did not take longer.
+            ValueError: If there are fewer than 2 ranks, or a larger size did not take longer.
         """
         (small, first), (large, second) = min(points), max(points)
         if ranks < 2 or not 0 < first < second or not small < large:
@@ -88,18 +89,18 @@ class Link:
                 f"got {ranks} ranks and {points!r}"
             )
         slope = (second - first) / (large - small)
-        # Less than none, where small sizes go faster than in proportion, is none.
+        # Negative where small sizes are faster than in proportion to large ones: taken as 0.
         latency = max(0.0, first - small * slope)
         return cls(bandwidth=2 * (ranks - 1) / ranks / slope, latency=latency)
 
     def all_reduce(self, size: float, ranks: int) -> float:
-        """Return the time to add up ``size`` bytes of each rank: a ring, both ways round."""
+        """Return the time to sum ``size`` bytes of each rank, by a ring in two phases."""
         if ranks == 1:
             return 0.0
         return self.latency + 2 * (ranks - 1) / ranks * size / self.bandwidth
 
     def all_gather(self, size: float, ranks: int) -> float:
-        """Return the time until each rank has all of ``size`` bytes that lie in equal parts."""
+        """Return the time to gather ``size`` bytes, held in equal parts, on every rank."""
         if ranks == 1:
             return 0.0
         return self.latency + (ranks - 1) / ranks * size / self.bandwidth
@@ -107,18 +108,18 @@ class Link:
 
 @dataclass(frozen=True)
 class Machine:
-    """Devices, and nodes of them.
+    """Nodes of devices.
 
     Attributes:
-        flops: Operations a second of a device, as reached by large matrix products.
-        bandwidth: Bytes a second that a device reads, as reached.
-        memory: Bytes of a device that weights and pages may take.
+        flops: Operations a second that a device achieves in large matrix products.
+        bandwidth: Bytes a second that a device achieves when reading its memory.
+        memory: Bytes of a device that are available to weights and pages.
         devices_per_node: Devices that ``inside`` connects.
-        inside: Link of the devices of a node.
-        between: Link of nodes, for each device.
-        host_layer: Seconds a layer of a pass takes at least: the host starts its kernels.
-        host_request: The same for a request in a layer: attention is a call for each.
-        host_step: Seconds of a step outside the model.
+        inside: Link between the devices of a node.
+        between: Link between nodes, per device.
+        host_layer: Host seconds per layer of a pass, to launch its kernels.
+        host_request: Host seconds per request and layer: attention is a call for each request.
+        host_step: Host seconds of a step outside the model.
     """
 
     flops: float
@@ -132,22 +133,22 @@ class Machine:
     host_step: float = 0.0
 
     def link(self, ranks: int) -> Link:
-        """Return the slowest link that so many ranks, filled node by node, go over."""
+        """Return the slowest link between ``ranks`` ranks, placed node by node."""
         return self.inside if ranks <= self.devices_per_node else self.between
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What every request asks for.
+    """What every request asks for, and the engine's token budget.
 
     Attributes:
-        prompt: Its tokens.
-        response: Its length, a multiple of ``block``.
+        prompt: Tokens of the prompt.
+        response: Positions of the response, a multiple of ``block``.
         block: Positions of a block.
         steps: Denoising steps of a block, full passes included.
-        full_passes: Those that run all positions; the last of them fills the cache.
-        keep: Part of the keys outside the block that is kept; 1 is the policy `dual`.
-        tokens_per_pass: Most rows of a full pass: more requests take more of them.
+        full_passes: Steps of a block that run all positions; the last of them fills the cache.
+        keep: Keep ratio of the keys outside the block; 1 is the policy `dual`.
+        tokens_per_pass: Maximum rows of a full pass; more requests are split over several passes.
     """
 
     prompt: int = 1024
@@ -183,11 +184,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Measured:
-    """Times of passes of an engine, in place of the roofline and the host's part.
+    """Measured times of an engine's passes, used in place of the roofline and the host's part.
 
     Attributes:
-        block: Rows of a block step (all requests) and its time, by rising rows.
-        full: The same of full passes.
+        block: Pairs of a block step's rows (of all requests) and its time, by rising rows.
+        full: The same for full passes.
     """
 
     block: tuple[tuple[int, float], ...]
@@ -206,10 +207,13 @@ class Measured:
 
     @staticmethod
     def at(points: tuple[tuple[int, float], ...], rows: float) -> float:
-        """Return the time at some rows: between points a line, below and beyond in proportion."""
+        """Return the time of ``rows`` rows.
+
+        Linear between points, constant below the first one, proportional beyond the last one.
+        """
         number = bisect_left([row for row, _ in points], rows)
         if number == 0:
-            # Few rows cost as much as the fewest measured: weights are read all the same.
+            # Fewer rows than measured cost the same: the weights are read in any case.
             return points[0][1]
         if number == len(points):
             return points[-1][1] * rows / points[-1][0]
@@ -219,7 +223,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Pass:
-    """Time of a pass: work that ranks divide, exchange between them, and the host's part."""
+    """Times of a pass: the devices' work, exchange between ranks, and the host's work."""
 
     work: float
     exchange: float
@@ -256,7 +260,7 @@ def model_pass(
         keys: Keys that each row attends to.
         cached: Those of them that are read from the cache.
         logits: Rows of each request whose logits are needed.
-        chooses: Whether it also chooses which keys are kept.
+        chooses: Whether the pass also chooses which keys are kept.
     """
     total = requests * rows
     operations = 2.0 * total * model.layer_weights + 4.0 * total * keys * model.width
@@ -267,11 +271,11 @@ def model_pass(
         head_operations / machine.flops, model.element * model.head_weights / machine.bandwidth
     )
     link = machine.link(ranks)
-    # After attention and after the feed-forward part; the embedding is one more.
+    # All-reduces after attention and after the feed-forward part; one more for the embedding.
     exchange = (2 * model.layers + 1) * link.all_reduce(total * model.width * model.element, ranks)
     exchange += link.all_gather(requests * logits * model.vocab * model.element, ranks)
     if chooses:
-        # Each rank's part of the saliency of all keys, once a layer.
+        # Each rank contributes its part of the saliency of all keys, once per layer.
         part = requests * keys * model.element
         exchange += model.layers * link.all_gather(ranks * part, ranks)
     host = machine.host_step + model.layers * (machine.host_layer + requests * machine.host_request)
@@ -280,18 +284,18 @@ def model_pass(
 
 @dataclass(frozen=True)
 class Estimate:
-    """What a layout of devices does.
+    """The estimated performance of a layout of devices.
 
     Attributes:
         ranks: Tensor-parallel ranks of a replica.
         replicas: Replicas of the engine.
-        requests: Requests that clients have under way at once.
-        running: Those of them that a replica has room for and runs, the most of a replica.
-        throughput: Tokens a second, of all.
-        latency: Seconds from a request's first pass to its last token.
+        requests: Requests that clients have in flight at once.
+        running: Requests that the busiest replica has room for and runs at once.
+        throughput: Tokens a second of all replicas.
+        latency: Seconds from a request's first pass to its last token, on the busiest replica.
         block_step: Seconds of a block step.
-        full_pass: Seconds of the full passes of all running requests, one each.
-        exchange: Part of a replica's time that goes into exchange between ranks.
+        full_pass: Seconds to run one full pass of each running request.
+        exchange: Share of a replica's time that is spent on exchange between ranks.
     """
 
     ranks: int
@@ -310,8 +314,8 @@ class Estimate:
 
 
 def room(model: Model, machine: Machine, workload: Workload, ranks: int) -> int:
-    """Return how many requests a replica's memory holds, 0 if not even the weights."""
-    # Key/value heads that are fewer than ranks are stored more than once.
+    """Return how many requests fit in a replica's memory, 0 if not even the weights do."""
+    # With fewer key/value heads than ranks, keys and values are stored more than once.
     copies = max(1, ranks // model.kv_heads)
     left = ranks * machine.memory - model.weight_bytes
     return max(0, int(left // (workload.slots * model.slot_bytes * copies)))
@@ -326,12 +330,12 @@ def estimate(
     requests: int,
     measured: Mapping[int, Measured] | None = None,
 ) -> Estimate:
-    """Return what replicas of ``ranks`` devices each do with so many requests at once.
+    """Return the estimate for replicas of ``ranks`` devices each and ``requests`` requests at once.
 
     ``measured`` is as in `passes`.
 
     Raises:
-        ValueError: If a number is below 1, or the model does not fit.
+        ValueError: If a number is below 1, or the model and a request do not fit.
     """
     for name, number in (("ranks", ranks), ("replicas", replicas), ("requests", requests)):
         if number < 1:
@@ -339,7 +343,7 @@ def estimate(
     places = room(model, machine, workload, ranks)
     if not places:
         raise ValueError(f"{ranks} ranks have no room for the model and a request")
-    # Requests are spread evenly: some replicas have one more than the others.
+    # Requests are spread evenly: some replicas may have one more than the others.
     share, more = divmod(requests, replicas)
     loads = [(min(share + 1, places), more), (min(share, places), replicas - more)]
     throughput = 0.0
@@ -377,10 +381,10 @@ def passes(
     running: int,
     measured: Mapping[int, Measured] | None = None,
 ) -> tuple[Pass, Pass]:
-    """Return a block step of all requests, and as many full passes as take each request once.
+    """Return a block step of all requests, and the full passes that run each request once.
 
-    ``measured`` has times by the number of ranks, 1 among them. Those of ``ranks`` are taken as
-    they are; where there are none, work is what one device took, divided by the ranks.
+    ``measured`` has times by the number of ranks, 1 among them. Times for ``ranks`` are used as
+    they are; without them, the work is the time of one device divided by the ranks.
     """
     keys = workload.slots
     block = model_pass(
@@ -416,28 +420,28 @@ def passes(
 
 
 def _with_work(estimated: Pass, seconds: float, ranks: int, whole: bool) -> Pass:
-    """Return a pass that takes what was measured.
+    """Return a pass based on a measured time.
 
     Args:
         estimated: The same pass by the roofline.
-        seconds: What was measured.
+        seconds: The measured time.
         ranks: Tensor-parallel ranks.
-        whole: The pass of all ranks was measured, exchange included; else that of one device.
+        whole: Whether ``seconds`` is for all ranks, exchange included, or else for one device.
     """
     if whole:
         exchange = min(estimated.exchange, seconds)
         return Pass(seconds - exchange, exchange, 0.0)
-    # The host's part is in what was measured; that it shrinks with ranks is optimistic.
+    # The measured time includes the host's part; dividing it by the ranks too is optimistic.
     return replace(estimated, work=seconds / ranks, host=0.0)
 
 
 def stops_growing(estimates: list[Estimate], gain: float = 0.5) -> Estimate:
-    """Return the last of estimates of rising devices before growth is no longer worth it.
+    """Return the last estimate before adding devices is no longer worth it.
 
     Args:
-        estimates: By rising number of devices.
-        gain: The part of proportional growth that a step must bring: with 0.5, twice the
-            devices must give half as much again.
+        estimates: Estimates by rising number of devices.
+        gain: Share of proportional growth that more devices must yield: with 0.5, twice the
+            devices must yield half as much throughput again.
     """
     for now, after in zip(estimates, estimates[1:], strict=False):
         proportional = after.devices / now.devices - 1

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimate where throughput stops growing: tensor parallel, data parallel, or both.
 
-Everything that it prints is an estimate (`model.py` says of what). With ``--measured`` the times
-of passes are measured: those of one device at least, and of as many more numbers of tensor-parallel
-ranks as there are files. With such a file the exchange inside a node is measured too, and how far
-the estimate is from what those ranks took is told.
+Everything that it prints is an estimate (`model.py` describes the model). With ``--measured`` the
+times of passes come from measurements: of one device, and of any further numbers of
+tensor-parallel ranks, one file each. Files of several ranks also give the exchange inside a node,
+and the report then compares the estimates for those ranks with what they took.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from model import (
     stops_growing,
 )
 
-#: Data sheets say 989e12, 3.35e12, 80e9, 450e9 and 50e9; what is reached of the first two
-#: (0.6, 0.8), latencies and the host's times are guesses to be replaced by measurements.
+#: Data sheets give 989e12, 3.35e12, 80e9, 450e9 and 50e9. The shares of the first two that are
+#: achieved (0.6, 0.8), the latencies and the host's times are guesses until they are measured.
 H100 = Machine(
     flops=0.6 * 989e12,
     bandwidth=0.8 * 3.35e12,
@@ -40,8 +40,9 @@ H100 = Machine(
     host_request=30e-6,
     host_step=1e-3,
 )
-#: A device is a core, two of which share a machine, its memory and a network of 10 Gb/s. Guesses;
-#: all but the network's latency is replaced by measurements.
+#: A device is a core; two cores share a machine, its memory and a 10 Gb/s network. All are guesses;
+#: with ``--measured``, measurements replace those of passes and, with a file of several ranks, of
+#: the link inside a node.
 CPU = Machine(
     flops=400e9,
     bandwidth=10e9,
@@ -54,7 +55,7 @@ MACHINES = {"h100": H100, "cpu": CPU}
 
 
 def at_least_one(text: str) -> int:
-    """Return the number in an argument."""
+    """Parse a whole number that must be at least 1."""
     number = int(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
@@ -63,15 +64,15 @@ def at_least_one(text: str) -> int:
 
 @dataclass(frozen=True)
 class File:
-    """What `measure.py` wrote.
+    """The content of a file written by `measure.py`.
 
     Attributes:
         model: The network.
         ranks: Tensor-parallel ranks.
-        times: Of passes.
-        link: Between the ranks, if there are several.
+        times: Times of passes.
+        link: The link between the ranks, if there are several.
         prompt: Tokens of each prompt; the response was one block.
-        keep: Part of the keys that was kept.
+        keep: The keep ratio.
     """
 
     model: Model
@@ -83,10 +84,10 @@ class File:
 
 
 def read_measured(path: Path) -> File:
-    """Return what a file of `measure.py`'s has.
+    """Read a file written by `measure.py`.
 
     Raises:
-        SystemExit: If it is none.
+        SystemExit: If it is no such file.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -107,10 +108,10 @@ def read_measured(path: Path) -> File:
 
 
 def read_all(paths: list[Path]) -> dict[int, File]:
-    """Return files by their number of ranks.
+    """Read files, return them by their number of ranks.
 
     Raises:
-        SystemExit: If they do not belong together, or none is of one device.
+        SystemExit: If they do not belong together, or none of them is of one device.
     """
     files: dict[int, File] = {}
     for path in paths:
@@ -127,12 +128,12 @@ def read_all(paths: list[Path]) -> dict[int, File]:
 
 
 def differences(machine: Machine, files: dict[int, File]) -> str:
-    """Return, for each pass of several ranks, what it took and what is estimated from one."""
+    """Return, for each pass of several ranks, its time and the estimate from one device's times."""
     lines = ["Passes of several ranks, in ms, and as estimated from those of one device:"]
     one = files[1]
     for ranks in sorted(files.keys() - {1}):
         for kind in ("block", "full"):
-            # Full passes were run without a cache, and none of them chooses what is kept.
+            # Full passes were measured without a cache, so they did not choose which keys to keep.
             workload = Workload(
                 prompt=one.prompt,
                 response=Workload.block,
@@ -171,7 +172,7 @@ def table(title: str, estimates: list[Estimate]) -> str:
 
 
 def layouts(devices: int) -> list[tuple[int, int]]:
-    """Return tensor- and data-parallel sizes that use all devices, powers of two as ranks."""
+    """Return tensor- and data-parallel sizes that use all devices, with powers of two as ranks."""
     ranks = [1 << power for power in range(devices.bit_length())]
     return [(r, devices // r) for r in ranks if devices % r == 0]
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a client does with one request, and what it notes down."""
+"""A client: sends one request and records its outcome."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any
 import httpx
 from traffic import Plan
 
-#: A slow reader's pause after each piece, for as many pieces.
+#: A slow reader pauses this long after each piece, for the first `PAUSES` pieces.
 PAUSE_SECONDS, PAUSES = 0.1, 10
-#: After this long without a byte a request counts as stuck.
+#: A request counts as stuck after this long without a byte.
 PATIENCE_SECONDS = 300.0
 
 
 @dataclass
 class Outcome:
-    """What came of a plan.
+    """The outcome of a plan.
 
     Attributes:
-        status: HTTP status; of a stream that only has an error event, that error's code. 0: none.
-        message: The error's message, or what went wrong with the connection.
+        status: HTTP status, or the code of a stream's error event; 0 if there was no answer.
+        message: The error message, or what went wrong with the connection.
         choices: By index: ``tokens``, ``text``, ``finish_reason``, ``stop_reason``, ``logprobs``
-            (of the tokens), ``trace``, ``chunks`` (of tokens).
-        whole: Whether all of the answer was read.
-        first_seconds: Until the first piece of a stream, or None.
-        gap_seconds: Between the pieces of a stream.
+            (of the tokens), ``trace``, ``chunks`` (number of pieces that have tokens).
+        whole: Whether the complete answer was read.
+        first_seconds: Time until the first piece of a stream, or None.
+        gap_seconds: Times between the pieces of a stream.
     """
 
     status: int = 0
@@ -47,7 +47,7 @@ def carry_out(client: httpx.Client, plan: Plan) -> Outcome:
         if body["stream"]:
             _read_stream(client, plan, body, outcome)
         else:
-            # One who vanishes while it waits for the whole answer is one who does not wait.
+            # A client vanishes before a whole answer by not waiting for it.
             patience = 0.2 if plan.manner == "vanish" else PATIENCE_SECONDS
             response = client.post(f"/v1/{plan.path}", json=body, timeout=patience)
             _read_whole(response, outcome)
@@ -114,7 +114,7 @@ def _message(text: str) -> str:
 
 
 def _add(choices: dict[int, dict[str, Any]], choice: dict[str, Any]) -> bool:
-    """Add a choice, or a piece of one; return whether it has tokens."""
+    """Add a choice, or a piece of one, to ``choices``; return whether it has tokens."""
     own = choices.setdefault(
         choice["index"], {"tokens": [], "text": "", "chunks": 0, "logprobs": None, "trace": None}
     )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offline side, as a program: ``python offline.py IN OUT``.
+"""The offline side of the comparison, as a program: ``python offline.py IN OUT``.
 
-IN is a JSON list of ``{"path", "body"}`` as a server got them; OUT has for each the choices that
-`LLM` gives, all run in one batch of an engine with other limits than the server's.
+IN is a JSON list of ``{"body"}``, the requests' bodies as sent to the server; for each, OUT has the
+choices that `LLM` gives. All run in one batch, in an engine whose limits differ from the server's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from vllm.sampling_params import RepetitionDetectionParams, StructuredOutputsPar
 
 from vllm_sparse_dllm.assets import embedded_model
 
-#: Fields of a body that are not of `SamplingParams`, or have another form there.
+#: Fields of a body that `SamplingParams` does not have, or has in another form.
 _OTHERS = (
     *("prompt", "messages", "stream", "echo", "return_token_ids", "vllm_xargs", "logprobs"),
     *("top_logprobs", "logit_bias", "response_format", "structured_outputs"),
@@ -27,11 +27,12 @@ _OTHERS = (
 
 
 def parameters(body: dict[str, Any], prompt_length: int) -> SamplingParams:
-    """Return what a body asks for.
+    """Return the sampling parameters that a body asks for.
 
     Args:
-        body: A good request.
-        prompt_length: Tokens of its prompt; the server cuts ``max_tokens`` to what is left.
+        body: The body of a good request.
+        prompt_length: Tokens of its prompt; as in the server, ``max_tokens`` is cut to what the
+            context has left.
     """
     given = {name: value for name, value in body.items() if name not in _OTHERS}
     given["max_tokens"] = min(given["max_tokens"], CONTEXT - prompt_length)
@@ -53,7 +54,7 @@ def parameters(body: dict[str, Any], prompt_length: int) -> SamplingParams:
 
 
 def main(given: Path, found: Path) -> None:
-    """Answer the requests of one file into another."""
+    """Answer the requests in one file and write the answers to another."""
     requests = json.loads(given.read_text(encoding="utf-8"))
     llm = LLM(embedded_model(), dtype="float32", kv_cache_memory_bytes=256 << 20)
     tokenizer = llm.get_tokenizer()

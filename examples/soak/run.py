@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server of the embedded model under random load, good and bad, and a verdict.
+"""Put a server of the embedded model under random load, good and bad, and judge its behaviour.
 
-Clients send requests over the whole request surface; some vanish, some read slowly, some send
-what must be refused. Then every good answer is compared with what `LLM` gives for the same
-parameters in float32. Exit status 1 if anything is not as it must be.
+Clients send requests over the whole API surface; some vanish, some read slowly, some send requests
+that must be refused. Afterwards every good answer is compared with the one that `LLM` gives for
+the same parameters in float32. The exit status is 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from tests.e2e.server import (  # noqa: E402
     tiny_llada,
 )
 
-#: Fewer slots and pages than the clients ask for, so that requests wait for both.
+#: Fewer sequences and pages than the clients need, so that requests wait for both.
 SERVER_OPTIONS = ("--max-num-seqs", "16", "--kv-cache-memory-bytes", str(40 << 20))
-#: Memory is flat if the last third's highest is at most this many times the second third's.
+#: Memory counts as flat if the last third's peak is at most this many times the second third's.
 MEMORY_BOUND = 1.1
-#: In fewer requests a server has not yet met all that it loads or compiles once.
+#: With fewer requests, memory is not judged: the server may still load or compile things once.
 WARM_UP_REQUESTS = 1000
-#: Between float32 log-probabilities of different batches.
+#: Tolerance between float32 log-probabilities computed in different batches.
 LOGPROB_TOLERANCE = 1e-3
 SHOWN_FAILURES = 20
-#: Asked before and after the load.
+#: The request whose answer must be the same before and after the load.
 PROBE = {"prompt": list(range(50, 90)), "max_tokens": 40, "return_token_ids": True}
 
 
 class Memory:
-    """Resident bytes of a process and all below it, sampled while a run lasts.
+    """Resident memory of a process and its descendants, sampled during a run.
 
     Attributes:
-        samples: Requests done so far, and bytes.
+        samples: Pairs of requests done so far and bytes.
     """
 
     def __init__(self, pid: int) -> None:
@@ -62,7 +62,7 @@ class Memory:
         self.samples: list[tuple[int, int]] = []
 
     def sample(self, done: int) -> None:
-        """Note the memory after ``done`` requests."""
+        """Record the memory after ``done`` requests."""
         total = 0
         for process in (self._process, *self._process.children(recursive=True)):
             try:
@@ -72,7 +72,7 @@ class Memory:
         self.samples.append((done, total))
 
     def thirds(self) -> tuple[int, int, int]:
-        """Return the highest number of bytes in each third of the requests."""
+        """Return the peak in bytes of each third of the requests."""
         last = max(done for done, _ in self.samples)
         highest = [0, 0, 0]
         for done, size in self.samples:
@@ -82,7 +82,7 @@ class Memory:
 
 
 class Soak:
-    """One run: what was sent, what came back, what was wrong."""
+    """One run: the requests, their outcomes, and the failures."""
 
     def __init__(self, arguments: argparse.Namespace, server: Server) -> None:
         self.arguments = arguments
@@ -95,7 +95,7 @@ class Soak:
         self._lock = threading.Lock()
 
     def fail(self, what: str) -> None:
-        """Note a failure."""
+        """Record a failure."""
         self.failures.append(what)
 
     def load(self) -> None:
@@ -127,7 +127,7 @@ class Soak:
             self.fail(f"only {len(self.results)} requests in {self.arguments.minutes} minutes")
 
     def check_outcomes(self) -> None:
-        """Check every status, and that answers are whole."""
+        """Check every status, and that answers are complete."""
         for plan, outcome in self.results:
             gone = plan.manner == "vanish" and not outcome.message and outcome.status in (0, 200)
             right = gone or outcome.status == plan.status
@@ -142,7 +142,7 @@ class Soak:
                 )
 
     def check_server(self) -> None:
-        """Check that nothing is left in the server and that its memory is flat."""
+        """Check that the server holds no requests or pages, and that its memory is flat."""
         try:
             poll(
                 lambda: (
@@ -160,7 +160,7 @@ class Soak:
             self.fail(f"memory grew from {second >> 20} to {last >> 20} MiB in the last third")
 
     def verify(self) -> None:
-        """Compare answers with the offline ones; of those that were not read, the beginning."""
+        """Compare answers with the offline ones; of partly read answers, the part that was read."""
         wanted = [
             (plan, outcome)
             for plan, outcome in self.results
@@ -227,7 +227,7 @@ class Soak:
 
 
 def describe(plan: Plan) -> str:
-    """Return a request in one line, long prompts cut."""
+    """Return a request as one line, with long values cut."""
     body = {
         name: value if len(str(value)) < 400 else f"{str(value)[:400]}..."
         for name, value in plan.body.items()
@@ -236,7 +236,7 @@ def describe(plan: Plan) -> str:
 
 
 def differences(plan: Plan, outcome: Outcome, expected: list[dict[str, Any]]) -> list[str]:
-    """Return what in an answer is not as offline."""
+    """Return the differences between an answer and the offline one."""
     found = []
     if outcome.whole and len(outcome.choices) != len(expected):
         return [f"{len(outcome.choices)} choices, offline {len(expected)}"]
@@ -244,7 +244,7 @@ def differences(plan: Plan, outcome: Outcome, expected: list[dict[str, Any]]) ->
         other = dict(expected[index])
         if plan.body.get("echo"):
             other["text"] = plan.body["prompt"] + other["text"]
-            # These answers have no token ids.
+            # Answers with `echo` have no token ids.
             own["tokens"] = other["tokens"]
         if not outcome.whole:
             tokens = other["tokens"][: len(own["tokens"])]
@@ -271,7 +271,7 @@ def differences(plan: Plan, outcome: Outcome, expected: list[dict[str, Any]]) ->
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
-    """Return the options."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=5000)
     parser.add_argument("--clients", type=int, default=32)
@@ -284,7 +284,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 
 def main() -> int:
-    """Run it, return the exit status."""
+    """Run the soak test, return the exit status."""
     arguments = parse()
     log = arguments.log or Path(tempfile.mkdtemp()) / "server.log"
     print(f"the server's log: {log}", flush=True)
@@ -308,7 +308,7 @@ def main() -> int:
 
 
 def fuzz(soak: Soak) -> None:
-    """Send requests made from the server's own OpenAPI description."""
+    """Send requests generated from the server's own OpenAPI description."""
     from tests.e2e.openapi import check_endpoints, check_odd_values
 
     try:

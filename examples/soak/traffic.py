@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Random requests over the whole request surface, each made from its own number alone."""
+"""Random requests over the whole API surface, each derived from the seed and its number alone."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ CONTEXT = 2048
 TOKENS = range(6, 1376)
 MASK = 5
 WORDS = "file name list object time default used method class given copy the get".split()
-#: Two tokens, the bytes of "é": a stop string of it often crosses two commits.
+#: Two tokens, the bytes of "é", so a stop string made of it often spans two commits.
 E_ACUTE = "é"
 SPECIAL = ("<|mask|>", "<|endoftext|>", "<|eot_id|>", "<|startoftext|>", "<|user|>")
-#: How a client behaves. ``vanish`` goes away in the middle, ``slow`` reads slowly.
+#: How a client behaves: ``vanish`` disconnects midway, ``slow`` reads slowly.
 MANNERS = ("read", "vanish", "slow")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One request and what is known of its answer.
+    """One request, and what its answer must be.
 
     Attributes:
-        number: What it was made from.
+        number: The request's number, from which it was made.
         path: ``completions`` or ``chat/completions``.
-        body: What is sent; ``stream`` is among it.
+        body: The request's body, ``stream`` included.
         manner: One of `MANNERS`.
-        status: The status it must get: 200, or the 4xx of bad input.
-        named: What the message of a refusal must contain.
-        kind: For the counts.
+        status: The expected HTTP status: 200, or a 4xx for bad input.
+        named: Text that the error message of a refused request must contain.
+        kind: Category in the report's counts.
     """
 
     number: int
@@ -63,7 +63,8 @@ def make(number: int, seed: int) -> Plan:
     _constrain(rng, path, body, xargs)
     _presentation(rng, path, body, xargs)
     if path == "completions" and len(body["prompt"]) > CONTEXT // 2:
-        # vLLM may cut these below what a canvas needs; two of the length are over the budget.
+        # For long prompts, vLLM may cut max_tokens below the canvas's length or min_tokens, and the
+        # second sequence of classifier-free guidance would exceed the token budget.
         for name in ("diffusion_canvas", "diffusion_cfg_scale"):
             xargs.pop(name, None)
         body.pop("min_tokens", None)
@@ -104,18 +105,18 @@ def _prompt(rng: random.Random, path: str, body: Body) -> Body:
         return {"messages": messages}
     chance = rng.random()
     if chance < 0.02:
-        # To the last token of the context.
+        # Fills the context to its last token.
         length = CONTEXT - body["max_tokens"]
         return {"prompt": [rng.choice(TOKENS) for _ in range(length)]}
     if chance < 0.03:
-        # vLLM cuts max_tokens to what is left.
+        # vLLM cuts max_tokens to what the context has left.
         return {"prompt": [rng.choice(TOKENS) for _ in range(CONTEXT - 1)]}
     if chance < 0.4:
         return {"prompt": _text(rng, rng.choice((1, 8, 30)))}
     if chance < 0.45:
         return {"prompt": [[rng.choice(TOKENS) for _ in range(rng.randint(1, 30))] for _ in "ab"]}
     if chance < 0.75:
-        # The embedded model has an answer to these, and each its own.
+        # Prompts that the embedded model can answer, each with a different answer.
         item = make_item(rng, rng.choice(("copy", "retrieval")), rng.choice((40, 90, 250)))
         return {"prompt": _vocabulary().encode(item.prompt)}
     return {"prompt": [rng.choice(TOKENS) for _ in range(rng.choice((1, 5, 40, 90, 250)))]}
@@ -177,7 +178,7 @@ def _draws(body: Body, xargs: Body) -> bool:
     )
 
 
-#: Answers of a grammar, in the forms that a request may have.
+#: Structured outputs, in every form in which a request can ask for them.
 GRAMMARS: tuple[Body, ...] = (
     {"structured_outputs": {"choice": ["yes", "no", "naïve"]}},
     {"structured_outputs": {"regex": r"[a-z]{3}-\d{2}"}},
@@ -205,13 +206,13 @@ def _bias(rng: random.Random) -> dict[str, int]:
 
 
 def _constrain(rng: random.Random, path: str, body: Body, xargs: Body) -> None:
-    """Add a grammar, or a canvas, constraints and penalties."""
+    """Add a grammar, or else a canvas or min_tokens, constraints and penalties."""
     if rng.random() < 0.12:
         body |= rng.choice(GRAMMARS)
         body.pop("ignore_eos", None)
         for name in ("steps", "remasking", "threshold", "factor", "alg_temp"):
             xargs.pop(f"diffusion_{name}", None)
-        # What leaves a grammar its tokens.
+        # Options that never rule out all tokens that the grammar allows.
         for option in (*PENALTIES, {"logit_bias": _bias(rng)}, {"bad_words": ["q", "the file"]}):
             if rng.random() < 0.25:
                 body |= option
@@ -236,7 +237,7 @@ def _constrain(rng: random.Random, path: str, body: Body, xargs: Body) -> None:
 
 
 def _presentation(rng: random.Random, path: str, body: Body, xargs: Body) -> None:
-    """Add what shows an answer in another way, or ends it."""
+    """Add options that change when an answer ends or how it is presented."""
     chance = rng.random()
     if chance < 0.1:
         body["stop"] = rng.choice((["e"], [" name", "zz"], " ", ["naïve", "le", "\n"]))
@@ -260,7 +261,7 @@ def _presentation(rng: random.Random, path: str, body: Body, xargs: Body) -> Non
             body |= {"logprobs": True, "top_logprobs": rng.choice((0, 2))}
     elif path == "completions" and isinstance(body["prompt"], str) and rng.random() < 0.1:
         body["echo"] = True
-        # Beside the prompt's ids vLLM leaves out its text.
+        # With token ids in the response, vLLM would leave out the echoed prompt's text.
         del body["return_token_ids"]
 
 
@@ -269,7 +270,7 @@ E_ACUTE_TOKENS: list[int] = []
 
 
 def learn(tokens: list[int]) -> None:
-    """Take the token ids of `E_ACUTE`, which depend on the tokenizer."""
+    """Store the token ids of `E_ACUTE`, which depend on the tokenizer."""
     E_ACUTE_TOKENS[:] = sorted(set(tokens))
 
 
@@ -288,7 +289,7 @@ def _setting(name: str, value: Any) -> tuple[int, str, Body]:
     return 400, f"diffusion_{name}", {"vllm_xargs": {f"diffusion_{name}": value}}
 
 
-#: Status, what the message names, what a good request gets added.
+#: Status, text in the error message, and fields added to a good request.
 BAD: tuple[tuple[int, str, Body], ...] = (
     _setting("cache_policy", "lru"),
     _setting("keep_ratio", 0),
@@ -326,7 +327,7 @@ BAD: tuple[tuple[int, str, Body], ...] = (
     (400, "unclosed group", {"structured_outputs": {"regex": "("}}),
     (400, "ignore_eos", {"structured_outputs": {"regex": "a"}, "ignore_eos": True}),
     (400, "ends the text", {"structured_outputs": {"regex": "a"}, "allowed_token_ids": [7]}),
-    # Found while it runs.
+    # Detected only while the request runs.
     (
         400,
         "none at position 0",

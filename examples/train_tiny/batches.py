@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Training data: batch n is drawn from a generator seeded by (seed, n), so any run can resume."""
+"""Training data: a batch depends on (seed, number, process) alone, so any run can resume."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ from torch.utils.data import Dataset
 sys.path.insert(0, str(Path(__file__).parents[1] / "quality"))
 from tasks import END, RESPONSE, Vocabulary, make_item
 
-#: How often each task is asked, mostly.
+#: Share of each task in the training items, by default.
 MIX = {"retrieval": 0.45, "copy": 0.3, "reverse": 0.15, "addition": 0.1}
-#: Of the padding after an answer, which is soon learnt, in the loss.
+#: Weight in the loss of the padding after an answer, which is soon learnt.
 PADDING_WEIGHT = 0.1
-#: The part of sequences that show some of the answer and the end of the padding, as decoding
-#: does half-way; in all others each position is shown or masked by its own draw.
+#: Share of sequences that show a part of the answer and the end of the padding, as decoding does
+#: half-way; in all others each position is masked independently.
 HALF_WAY = 0.4
-#: Padding behind the answer that may then still be masked.
+#: Maximum number of padding positions after the answer that are then still masked.
 LATE_PADDING = 8
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps that are alike.
+    """A stage of training, whose steps draw from the same distribution.
 
     Attributes:
-        steps: Their number.
-        lengths: Tokens of a sequence, so often.
-        mix: How often each task is asked.
-        in_order: The part of half-way responses that show the start of the answer; the others
-            show any words of it.
-        unbegun: The part of half-way responses that surely show nothing of the answer, only
-            where padding ends.
+        steps: Number of steps.
+        lengths: Weights of the sequence lengths in tokens.
+        mix: Weights of the tasks.
+        in_order: Share of half-way responses that show the start of the answer; the others show
+            random words of it.
+        unbegun: Share of half-way responses that always show nothing of the answer, only the end
+            of the padding.
     """
 
     steps: int
@@ -54,8 +54,10 @@ class Stage:
 class Batch:
     """One process's part of a step.
 
-    ids: what the network sees, [B, T]; targets: what belongs at the last `RESPONSE` positions;
-    weights: of the loss there, 0 where nothing is masked; both [B, RESPONSE].
+    Attributes:
+        ids: The network's input, ``[B, T]``.
+        targets: The tokens of the last `RESPONSE` positions, ``[B, RESPONSE]``.
+        weights: Weights of the loss at these positions, 0 where nothing is masked.
     """
 
     ids: Tensor
@@ -75,7 +77,7 @@ class Batches(Dataset[Batch]):
         process: int = 0,
         num_processes: int = 1,
     ) -> None:
-        """``tokens`` is what all processes together see in a step, about."""
+        """``tokens`` is about the number of tokens per step, over all processes."""
         self.vocabulary, self.stages, self.tokens, self.seed = vocabulary, stages, tokens, seed
         self.process, self.num_processes = process, num_processes
         self._ends = list(accumulate(stage.steps for stage in stages))
@@ -84,7 +86,7 @@ class Batches(Dataset[Batch]):
         return self._ends[-1]
 
     def length_of(self, number: int) -> int:
-        """Return the tokens of a sequence in a batch; the same in all processes."""
+        """Return the sequence length of a batch, which is the same in all processes."""
         lengths = self._stage_of(number).lengths
         rng = random.Random(f"length {self.seed} {number}")
         return rng.choices(list(lengths), list(lengths.values()))[0]
@@ -130,8 +132,8 @@ class Batches(Dataset[Batch]):
     def _write(
         self, rng: random.Random, ids: np.ndarray, mix: Mapping[str, float]
     ) -> tuple[int, int]:
-        """Fill a row with an item; return where its answer starts and where padding does."""
-        # Most responses have the length that is asked for; a few are shorter.
+        """Fill a row with an item; return where its answer and the padding after it start."""
+        # Most responses have the usual length; a few are shorter.
         response = RESPONSE if rng.random() < 0.85 else rng.randint(20, RESPONSE)
         start = len(ids) - response
         item = make_item(rng, rng.choices(list(mix), list(mix.values()))[0], start)

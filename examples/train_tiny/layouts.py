@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Checkpoint directories in the public Hugging Face layouts of LLaDA and Dream."""
+"""Write checkpoint directories in the public Hugging Face layouts of LLaDA and Dream."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from network import Network, Shape
 from safetensors.torch import save_file
 from torch import Tensor
 
-#: Tensors outside the blocks and inside one, here and in the two layouts.
+#: Names of the modules outside the layers, and of those in a layer: `Network`'s, by LLaDA's and
+#: Dream's layouts.
 _OUTER = {
     "embedding": ("model.transformer.wte", "model.embed_tokens"),
     "norm": ("model.transformer.ln_f", "model.norm"),
@@ -33,7 +34,7 @@ _INNER = {
 
 
 def public_name(name: str, family: str) -> str:
-    """Return what the public layout calls a parameter of `Network`."""
+    """Return the name of a parameter of `Network` in the public layout."""
     column = ("llada", "dream").index(family)
     module, _, kind = name.rpartition(".")
     if module in _OUTER:
@@ -49,10 +50,11 @@ def write_checkpoint(
     """Write configuration, weights and tokenizer.
 
     Args:
-        path: The directory, made if it is not there.
+        path: The directory; created if it does not exist.
+        network: The network to write.
         tokenizer: A directory whose tokenizer files are copied.
-        ids: Of the tokens ``bos``, ``eos`` and ``mask``.
-        dtype: Of the weights; the widths of the file.
+        ids: Token ids of ``bos``, ``eos`` and ``mask``.
+        dtype: Dtype of the weights in the file.
     """
     path.mkdir(parents=True, exist_ok=True)
     shape = network.shape

@@ -16,14 +16,14 @@ EMBEDDING_STD = 0.5
 
 @dataclass(frozen=True)
 class Shape:
-    """Widths and constants of a network."""
+    """Sizes and constants of a network."""
 
     family: str
     vocab: int
     width: int = 256
     layers: int = 4
     heads: int = 4
-    #: Key/value heads; LLaDA's public models have as many as heads, Dream's fewer.
+    #: Key/value heads; LLaDA's public models have as many as query heads, Dream's fewer.
     kv_heads: int = 4
     mlp: int = 512
     max_positions: int = 2048
@@ -46,7 +46,7 @@ class Shape:
 
     @property
     def shift(self) -> int:
-        """How far before a position its logits stand."""
+        """Number of positions between the row that predicts a token and the token."""
         return 1 if self.family == "dream" else 0
 
 
@@ -71,7 +71,7 @@ class Attention(nn.Module):
         self.o = nn.Linear(shape.width, shape.width, bias=False)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], first: int) -> Tensor:
-        """Return what positions from ``first`` on gather from all: [B, T - first, width]."""
+        """Return the output of positions from ``first`` on, ``[B, T - first, width]``."""
         groups = self.shape.heads // self.shape.kv_heads
         q = _rotate(self._heads(self.q(x[:, first:])), *(table[first:] for table in rotary))
         k = _rotate(self._heads(self.k(x)), *rotary).repeat_interleave(groups, 1)
@@ -104,7 +104,7 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Every position attends to every other."""
+    """A decoder without causal mask: every position attends to all."""
 
     cos: Tensor
     sin: Tensor
@@ -139,7 +139,7 @@ class Network(nn.Module):
                 parameter.normal_(0.0, std, generator=generator)
 
     def hidden_matrices(self) -> list[nn.Parameter]:
-        """Return what Muon trains: the matrices between embedding and head."""
+        """Return the parameters that Muon trains: the matrices of the layers."""
         return [p for p in self.blocks.parameters() if p.dim() == 2]
 
     def other_parameters(self) -> list[nn.Parameter]:
@@ -147,10 +147,10 @@ class Network(nn.Module):
         return [p for p in self.parameters() if id(p) not in hidden]
 
     def forward(self, ids: Tensor, tail: int) -> Tensor:
-        """Return logits for the last ``tail`` positions, [B, tail, vocab].
+        """Return logits for the last ``tail`` positions, ``[B, tail, vocab]``.
 
-        They are the rows that *predict* these positions: of a family that shifts, each is the
-        row of the position before.
+        These are the rows that *predict* those positions: with Dream, each is the row of the
+        position before.
         """
         length, shift = ids.shape[1], self.shape.shift
         first = length - tail - shift

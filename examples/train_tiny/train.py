@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Train a tiny LLaDA or Dream from scratch and write it as a checkpoint in the public layout.
 
-The objective is masked diffusion's: part of a response is hidden, the network says what is there.
-Two processes of one thread each share a batch. Interrupted runs go on with ``--resume`` and give
-what an uninterrupted one gives.
+The objective is masked diffusion's: part of a response is masked, and the network predicts it. By
+default two processes of one thread each share a batch. Interrupted runs continue with ``--resume``
+and give the same result as uninterrupted ones.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# One thread a process: faster than one process of several threads, for matrices so small.
+# One thread per process: for matrices so small, faster than one process with several threads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -40,15 +40,16 @@ STARTS = ("wired", "random")
 
 @dataclass(frozen=True)
 class Cycle:
-    """Steps over which the learning rates rise, stay and fall to 0."""
+    """A sequence of stages over which the learning rates rise, stay constant and fall to 0."""
 
     stages: tuple[Stage, ...]
-    #: Of the learning rates.
+    #: Factor of the learning rates at their highest.
     peak: float = 1.0
-    #: Of the hidden matrices. It takes away what nothing needs of queries and keys: their raw
-    #: products, by which caches choose, are else large where attention makes no use of them.
+    #: Weight decay of the hidden matrices. It removes components of queries and keys that nothing
+    #: needs; otherwise their raw products, by which caches choose, are large even where attention
+    #: makes no use of them.
     weight_decay: float = 0.0
-    #: The last part of the steps, in which the rates fall to 0.
+    #: Share of the steps, at the end, over which the rates fall to 0.
     cooldown: float = 0.4
 
     @property
@@ -58,15 +59,15 @@ class Cycle:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run trains, and on what."""
+    """The network that a run trains, its schedule and its data."""
 
     width: int
     mlp: int
     layers: int
     cycles: tuple[Cycle, ...]
-    #: Of a step, all processes together.
+    #: Tokens per step, over all processes.
     tokens: int
-    #: Learning rates: Muon's, for the hidden matrices, and Adam's, for all others.
+    #: Learning rates: Muon's for the hidden matrices, Adam's for all other parameters.
     hidden_rate: float = 0.01
     other_rate: float = 1.5e-3
     warm_up: int = 40
@@ -90,7 +91,7 @@ class Plan:
         return 0.0, 0.0
 
 
-#: Tokens of a sequence, so often, in stages of the first cycle and later.
+#: Weights of the sequence lengths, for each stage of the first cycle and for later cycles.
 _GROWING = (
     {64: 0.5, 160: 0.5},
     {64: 0.2, 160: 0.6, 288: 0.2},
@@ -99,9 +100,9 @@ _GROWING = (
 )
 _LATE = {64: 0.1, 160: 0.25, 288: 0.25, 544: 0.3, 1056: 0.1}
 _LONG = {160: 0.15, 288: 0.25, 544: 0.5, 1056: 0.1}
-#: Dream has to be taught where a list ends that it has not begun to copy, ...
+#: Dream's mixes: first more copying, to teach it where a list ends before copying has begun, ...
 _COUNTING = {"retrieval": 0.45, "copy": 0.38, "reverse": 0.12, "addition": 0.05}
-#: ... and at last to find what long prompts are asked for.
+#: ... and at last more retrieval, to find what a question asks for in long prompts.
 _ASKING = {"retrieval": 0.55, "copy": 0.33, "reverse": 0.09, "addition": 0.03}
 
 
@@ -126,7 +127,7 @@ PLANS = {
             (Stage(1000, _LONG, _ASKING, unbegun=0.3),), peak=0.35, weight_decay=0.2, cooldown=0.9
         ),
     ),
-    # For tests: seconds.
+    # For tests: takes seconds.
     "toy": Plan(
         width=128,
         mlp=64,
@@ -148,7 +149,7 @@ def shape_of(plan: Plan, family: str, vocab: int) -> Shape:
 
 
 class Training:
-    """A network, its optimisers and how far they are; one in each process, all equal."""
+    """A network, its optimisers and its progress; each process has an identical copy."""
 
     def __init__(self, plan: Plan, family: str, start: str, vocabulary: Vocabulary, seed: int):
         self.plan = plan
@@ -167,7 +168,7 @@ class Training:
         self.cpu_seconds = 0.0
 
     def update(self, forward: nn.Module | Any, batch: Batch) -> tuple[float, float]:
-        """Take one step; return this process's loss and the share of answers' tokens right."""
+        """Take one step; return this process's loss and share of correct answer tokens."""
         with torch.autocast("cpu", torch.bfloat16):
             logits = forward(batch.ids, batch.targets.shape[1])
         masked = batch.weights > 0
@@ -200,7 +201,7 @@ class Training:
             gradient.copy_(part.view_as(gradient))
 
     def save(self, path: Path, run: dict[str, Any]) -> None:
-        """Write all that a run goes on from; the file is there whole or not at all."""
+        """Write, atomically, everything that is needed to resume the run."""
         state = {
             "run": run,
             "step": self.step,
@@ -212,7 +213,7 @@ class Training:
         path.with_suffix(".part").replace(path)
 
     def load(self, path: Path) -> None:
-        """Go on from a file of `save` that `read_state` has found to be of this run."""
+        """Resume from a file of `save`, which `read_state` has checked to belong to this run."""
         state = torch.load(path, weights_only=True)
         self.step, self.cpu_seconds = state["step"], state["cpu_seconds"]
         self.network.load_state_dict(state["network"])
@@ -225,25 +226,25 @@ def plan_of(arguments: argparse.Namespace) -> Plan:
 
 
 def run_of(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return what tells a run from others."""
+    """Return the settings that must be the same when a run is resumed."""
     names = ("model", "start", "seed", "processes", "compile")
     run = {name: getattr(arguments, name) for name in names}
     return run | {"plan": repr(plan_of(arguments))}
 
 
 def read_state(path: Path, run: dict[str, Any]) -> dict[str, Any]:
-    """Read a file of `Training.save`.
+    """Read a file written by `Training.save`.
 
     Raises:
-        ValueError: If it is none, or of a run with other settings.
+        ValueError: If it is no such file, or of a run with other settings.
     """
     try:
         state: dict[str, Any] = torch.load(path, weights_only=True)
         settings = state["run"]
-    except Exception as error:  # whatever a broken file makes of pickle
+    except Exception as error:  # unpickling a broken file can raise anything
         raise ValueError(f"{path} is no state of a run: {error!r}") from error
     for name, value in run.items():
-        # States of before say nothing of what was added to a run since.
+        # States from older versions lack settings that were added since.
         saved = settings.get(name, value)
         if saved != value:
             raise ValueError(f"{path} is of a run with {name}={saved!r}, not {value!r}")
@@ -251,7 +252,7 @@ def read_state(path: Path, run: dict[str, Any]) -> dict[str, Any]:
 
 
 def work(process: int, arguments: argparse.Namespace, port: int) -> None:
-    """Train, in one of the processes; the first reports and saves."""
+    """Train in one of the processes; the first one logs and saves."""
     torch.set_num_threads(1)
     torch.manual_seed(arguments.seed)
     if arguments.processes > 1:
@@ -325,7 +326,7 @@ def _cpu_seconds() -> float:
 
 
 class _Log:
-    """Running means, and a file with a line every 25 steps."""
+    """Running means of loss and accuracy, written to a file every 25 steps."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A start for training: two or three layers as an induction circuit, all else random.
+"""Initial weights for training: two or three layers as an induction circuit, all else random.
 
-From random weights alone, looking a word up by the word before it does not form within the
-minutes that a small machine can spend. So layer 0 starts with heads that attend to a neighbour by
-its position and write what it is into a part of the residual stream of their own; later ones with
-heads that attend to where such a part equals one of the query, and copy the token there; and the
-LM head reads what they copy. Training changes all of it. The embedding's first dimension starts
-as a constant, from which positions can be told without regard to the token.
+From random weights, a network does not learn to look up a word by the word before it within the
+minutes that a small machine can spend. So heads of layer 0 start by attending to a neighbour by
+its position and writing its token into a part of the residual stream that is theirs; heads of
+later layers start by attending to positions where such a part equals a part of the query, and
+copying the token there; and the LM head reads what they copy. Training changes all of these
+weights. The embedding's first dimension starts as a constant, which lets heads attend by position
+independently of the token.
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ import torch
 from network import Attention, Network, Shape
 from torch import Tensor
 
-#: The position's own token, as a part.
+#: Number of the part that holds the position's own token.
 _OWN = -1
 
 
 @dataclass(frozen=True)
 class Circuit:
-    """What a family's heads do.
+    """The function of each head in a family's initial circuit.
 
     Attributes:
-        offsets: Heads of layer 0: the neighbour that each attends to.
-        matches: Heads of later layers: part of the query, part of the key; a part is a head of
-            layer 0 or the position's own token. Heads of one key/value head have the same key.
-        masks_match: Whether a mask in the query's part is matched like any token. If not, it adds
-            nothing to the products with keys, by which caches choose.
+        offsets: For each wired head of layer 0, the relative position of its neighbour.
+        matches: By layer and head: the part of the query and the part of the key that are matched.
+            A part is that of a head of layer 0, or the position's own token. Heads that share a
+            key/value head have the same key.
+        masks_match: Whether masks are matched like any other token. If not, they add nothing to
+            the products of queries and keys, by which caches choose.
     """
 
     offsets: tuple[int, ...]
@@ -39,11 +41,12 @@ class Circuit:
     masks_match: bool
 
 
-#: Of a mask position LLaDA's logits are that position's, Dream's those of the one before. So
-#: LLaDA's query knows its neighbours, Dream's itself and the next but one. Dream has two
-#: key/value heads, so it matches in two layers: each has a free one, whose keys can tell what
-#: else they are, such as a list's. (In the second of them the own part holds what the first has
-#: copied, too, which costs the untrained circuit some of its answers.)
+#: The token at a mask is predicted by LLaDA's logits at that position, by Dream's at the position
+#: before. So LLaDA's query uses its two neighbours, Dream's its own token and the next but one.
+#: Dream has two key/value heads and therefore matches in two layers: each layer leaves one of them
+#: free, whose keys can encode other things, such as being in a list. (In the second of these
+#: layers, the part of the own token also holds what the first has copied, which costs the
+#: untrained circuit some of its answers.)
 CIRCUITS = {
     "llada": Circuit((-1, 1, -2), {1: {0: (0, 0), 1: (1, 1), 2: (0, 1)}}, masks_match=True),
     "dream": Circuit(
@@ -51,21 +54,22 @@ CIRCUITS = {
     ),
 }
 CONSTANT = 4.0
-#: Rotary pairs that tell neighbours apart.
+#: Number of fast rotary pairs, which distinguish neighbouring positions.
 _NUM_FAST = 6
 _WRITE, _MATCH, _COPY, _READ = 2.0, 2.0, 2.0, 0.8
-#: The own token is in the stream unamplified: what makes it as large as a neighbour's part.
+#: The own token is unamplified in the residual stream; this gain makes it as large as a
+#: neighbour's part.
 _OWN_GAIN = 3.5
-#: How far logits are pushed down where the key is a mask.
+#: Query and key weights that push attention logits down where the key is a mask.
 _MASK_QUERY, _MASK_KEY = 5.0, -11.0
 
 
 @torch.no_grad()
 def wire(network: Network, mask_id: int) -> None:
-    """Overwrite embedding, LM head and the attention of layer 0 and of those that match.
+    """Wire the circuit: overwrite weights of embedding, LM head and the circuit's attention layers.
 
     Raises:
-        ValueError: If the network is too narrow for the parts.
+        ValueError: If the network has too few layers, or is too narrow for the parts.
     """
     shape = network.shape
     circuit = CIRCUITS[shape.family]
@@ -86,7 +90,7 @@ def wire(network: Network, mask_id: int) -> None:
 
 
 def _part(shape: Shape, number: int) -> slice:
-    """Dimensions of the residual stream: the own token first, then a part a neighbour."""
+    """Return a part's dimensions in the residual stream: the own token's, then each neighbour's."""
     start = (number + 1) * shape.head_size
     return slice(start, start + shape.head_size)
 
@@ -112,7 +116,7 @@ def _wire_neighbours(network: Network, offsets: tuple[int, ...]) -> None:
         attention.v.weight[rows] = _token(shape)
     for head, offset in enumerate(offsets):
         attention.q.weight[head * size : (head + 1) * size, 0] = 0.0
-        # A query turned by `offset` positions meets its key there.
+        # A query rotated by `offset` positions matches the key at that distance.
         attention.q.weight[head * size + pairs, 0] = torch.cos(offset * angles)
         attention.q.weight[head * size + half + pairs, 0] = torch.sin(offset * angles)
         attention.o.weight[:, head * size : (head + 1) * size] = 0.0
@@ -124,7 +128,7 @@ def _wire_neighbours(network: Network, offsets: tuple[int, ...]) -> None:
 def _wire_matches(attention: Attention, circuit: Circuit, layer: int, mask_token: Tensor) -> None:
     shape = attention.shape
     size, half = shape.head_size, shape.head_size // 2
-    # Only the slow rotary pairs, whose angle says little of the distance.
+    # Match in the slow rotary pairs only, whose angles hardly depend on the distance.
     slow = torch.zeros(size)
     slow[half // 2 : half] = slow[half + half // 2 :] = 1.0
     mask = torch.zeros(shape.width)
@@ -145,7 +149,7 @@ def _wire_matches(attention: Attention, circuit: Circuit, layer: int, mask_token
             gain = _OWN_GAIN if part == _OWN else 1.0
             weight[rows, _part(shape, part)] = _MATCH * gain * matched
             weight[rows, 0] = 0.0
-        # The slowest pair pushes keys down that are masks.
+        # The slowest pair pushes down the logits of keys that are masks.
         attention.q.weight[head * size + half - 1] = 0.0
         attention.q.weight[head * size + half - 1, 0] = _MASK_QUERY
         attention.k.weight[kv_head * size + half - 1] = _MASK_KEY * mask / mask.square().sum()

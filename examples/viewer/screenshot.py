@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Make docs/viewer.png: the page with an answer of the embedded model, in headless Chromium.
+"""Make docs/viewer.png: the page showing an answer of the embedded model, in headless Chromium.
 
 ``python examples/viewer/screenshot.py [OUTPUT]``; needs Debian's package ``chromium``.
 """
@@ -19,12 +19,12 @@ from tests.e2e.server import running_server, tiny_llada  # noqa: E402
 PAGE = Path(__file__).with_name("index.html")
 WIDTH, HEIGHT = 1100, 900
 ALLOW_FILES = ("--allowed-origins", '["null"]')
-#: Passes that have run in the picture.
+#: Passes shown as done in the picture.
 PASSES = 13
 
 
 def main(output: Path) -> None:
-    """Ask a server of its own, and write the page to ``output``."""
+    """Start a server, submit a request from the page and save a screenshot to ``output``."""
     with (
         tempfile.TemporaryDirectory() as folder,
         running_server(Path(folder) / "log", tiny_llada(), *ALLOW_FILES) as server,
@@ -41,7 +41,7 @@ def main(output: Path) -> None:
         page.wait("shown !== null")
         page.evaluate(f"stop(), go({PASSES}), scrollTo(0, 0)")
         print(page.evaluate("answer.choices[0].message.content"))
-        # What the server of the picture was called is of no interest.
+        # Show the page's default server and model instead of the temporary ones.
         page.fill(server="http://localhost:8000", model="tiny-llada")
         page.screenshot(output)
 

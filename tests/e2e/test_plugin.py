@@ -7,6 +7,7 @@ import gc
 import gzip
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -260,8 +261,6 @@ def test_unsupported_llada_config(
     [
         ({"use_sliding_window": True, "sliding_window": 64}, "use_sliding_window"),
         ({"hidden_act": "gelu"}, "hidden_act"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rope_scaling"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "rope_scaling"),
         ({"mask_token_id": None}, "mask_token_id"),
         ({"mask_token_id": 4096}, "mask_token_id"),
     ],
@@ -283,6 +282,57 @@ def test_sliding_window_that_is_off_is_no_obstacle(
     model = copy(dream)
     edit_config(model, use_sliding_window=False, sliding_window=131072)
     assert config_of(model).model_config.get_sliding_window() is None
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
+def test_scaling_under_its_old_name(tmp_path: Path, family: str) -> None:
+    model = write_checkpoint(tmp_path, family, **SMALL)
+    edit_config(model, rope_scaling={"type": "linear", "factor": 2.0})
+    with pytest.raises(ValueError, match=r"sets rope_parameters \(rope_scaling\) to .*linear"):
+        config_of(model)
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+
+
+@pytest.mark.parametrize("overridden", [False, True])
+@pytest.mark.parametrize("family", ["llada", "dream"])
+@pytest.mark.parametrize(
+    ("fields", "base"),
+    [
+        ({"rope_theta": 1234.5}, 1234.5),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 4e6}}, 4e6),
+        ({"rope_scaling": {"rope_type": "default", "rope_theta": 4e6}}, 4e6),
+        ({"rope_parameters": {"rope_type": "default"}}, None),
+        ({"rope_scaling": None}, None),
+        ({"rope_parameters": LINEAR}, "rope_parameters"),
+        ({"rope_scaling": LINEAR}, "rope_parameters"),
+        ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters"),
+        ({"rope_parameters": {**LINEAR, "rope_type": "yarn", "rope_theta": 5e6}}, "rope"),
+        ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial"),
+        ({"rope_theta": -1}, "rope_theta"),
+    ],
+)
+def test_rotary_positions(
+    tmp_path: Path, family: str, fields: dict[str, Any], base: Any, overridden: bool
+) -> None:
+    """The base, whatever it is called and wherever it is set; all else of them is refused."""
+    model = write_checkpoint(tmp_path, family, **SMALL)
+    theta = json.loads((model / "config.json").read_text())["rope_theta"]
+    if not overridden:
+        # As transformers 5 writes it.
+        replaced = {"rope_theta": ...} if "rope_theta" in str(fields) else {}
+        edit_config(model, **{**replaced, **fields})
+    options = {"hf_overrides": fields} if overridden else {}
+    if isinstance(base, str):
+        with pytest.raises(ValueError, match=base):
+            config_of(model, **options)
+        return
+    config = config_of(model, **options)
+    assert config.model_config.hf_config.rope_theta == (base or theta)
+    assert config.model_config.max_model_len == 4096
+    again = pickle.loads(pickle.dumps(config.model_config.hf_config))
+    assert again.rope_theta == (base or theta)
 
 
 def test_uneven_heads(llada: Path, copy: Callable[[Path], Path]) -> None:
@@ -703,13 +753,24 @@ def byte_level_bpe(path: Path) -> Any:
     return tokenizer
 
 
-def test_dream_tokenizer(dream_with_tokenizer: Path) -> None:
+@pytest.mark.parametrize("trusted", [False, True])
+@pytest.mark.parametrize("named", [True, False])
+def test_dream_tokenizer(
+    dream_with_tokenizer: Path, copy: Callable[[Path], Path], trusted: bool, named: bool
+) -> None:
     """Loads through vLLM without remote code, and reads and writes as Qwen2's does."""
     from vllm.tokenizers import get_tokenizer
 
-    path = dream_with_tokenizer
+    path = copy(dream_with_tokenizer)
+    (path / "tokenization_dream.py").write_text("raise RuntimeError('remote code has run')")
+    if not named:
+        file = path / "tokenizer_config.json"
+        settings = json.loads(file.read_text())
+        del settings["tokenizer_class"], settings["auto_map"]
+        file.write_text(json.dumps(settings))
     assert not (path / "tokenizer.json").exists()
-    tokenizer = get_tokenizer(str(path), trust_remote_code=False)
+    tokenizer = get_tokenizer(str(path), trust_remote_code=trusted)
+    assert tokenizer.is_fast
     expected = byte_level_bpe(path)
     for text in TEXTS:
         ids = tokenizer.encode(text, add_special_tokens=False)

@@ -112,9 +112,7 @@ def test_tensors_without_a_use(tmp_path: Path) -> None:
         f"{layer}self_attn.o_proj.bias": torch.zeros(SIZES["d_model"]),
     }
     save_file(tensors, file, metadata={"format": "pt"})
-    assert torch.equal(first_token(quantised), expected) or (
-        likeness(first_token(quantised), expected) == 1.0
-    )
+    assert likeness(first_token(quantised), expected) > 0.9999
     tensors[f"{layer}self_attn.o_proj.bias"][3] = 0.5
     save_file(tensors, file, metadata={"format": "pt"})
     with (

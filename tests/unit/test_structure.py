@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -139,6 +140,16 @@ def test_nobody_but_models_names_a_model_class(file: str) -> None:
 @pytest.mark.parametrize("file", FILES)
 def test_the_tests_and_the_reference_are_no_part_of_the_package(file: str) -> None:
     assert offending(file, "tests", "pytest", "hypothesis") == set()
+
+
+def test_loggers_are_vllms() -> None:
+    """Under another name than its own, vLLM prints no information, and errors without a prefix."""
+    names = {
+        file: re.findall(r"init_logger\((.*?)\)", (ROOT / file).read_text(encoding="utf-8"))
+        for file in FILES
+    }
+    assert sum(map(len, names.values())) > 5
+    assert all(name == '"vllm." + __name__' for found in names.values() for name in found)
 
 
 def test_tables_name_what_the_code_has() -> None:

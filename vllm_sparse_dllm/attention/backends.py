@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which attention a device gets."""
+"""Choice of the attention backend for a device."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_sparse_dllm.kernels import native
 
 logger = init_logger("vllm." + __name__)
 
-#: By their names in the settings, where `auto` stands for the best of a device.
+#: Backends that the settings can name; `auto`, not listed here, picks the best one for a device.
 BACKENDS: dict[str, type[AttentionBackend]] = {
     "triton": TritonBackend,
     "flash_attn": FlashAttentionBackend,
@@ -30,13 +30,13 @@ BACKENDS: dict[str, type[AttentionBackend]] = {
 def choose_backend(
     name: str, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
 ) -> type[AttentionBackend]:
-    """Return the backend of a name.
+    """Return the backend that a name stands for.
 
-    `auto` is our own kernel or vLLM's on a CPU and Triton's on CUDA, plain PyTorch where they do
-    not fit or are the slower ones.
+    `auto` is this package's own kernels or vLLM's on a CPU, Triton's on CUDA, and plain PyTorch
+    where these cannot run or are slower.
 
     Raises:
-        ValueError: If it cannot run here.
+        ValueError: If the named backend cannot run here.
     """
     if name != "auto":
         backend = BACKENDS[name]
@@ -58,10 +58,10 @@ def _preferred(dtype: torch.dtype, device: torch.device) -> Iterator[type[Attent
         return
     yield TileBackend
     if native.lacks_avx512() and dtype != torch.float16:
-        # vLLM's kernel takes twice as long as PyTorch's over whole sequences there, and no less
-        # over a block's kept keys; PyTorch's is the slower one in float16 only.
+        # On such processors vLLM's kernel takes twice as long as PyTorch's over whole sequences
+        # and no less over a block's kept keys; only in float16 is PyTorch's slower.
         return
-    # Only now: the module needs vLLM's CPU build.
+    # Imported only here because the module needs vLLM's CPU build.
     from vllm_sparse_dllm.attention.cpu import CPUBackend
 
     yield CPUBackend
@@ -74,9 +74,9 @@ def make_backend(
     device: torch.device,
     name: str = "auto",
 ) -> AttentionBackend:
-    """Return the backend for a device.
+    """Create the backend for a device.
 
     Raises:
-        ValueError: If the one that is asked for cannot run here.
+        ValueError: If the named backend cannot run here.
     """
     return choose_backend(name, shape, page_size, dtype, device)(shape, page_size, dtype, device)

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention on CPU, by vLLM's paged kernel.
 
-The kernel reads keys only from pages, and is faster than scaled_dot_product_attention also for
-whole sequences; so where `cpu_rows` has no better one, the keys of a full forward are laid out
-in scratch pages, one layer's worth that every layer overwrites.
+The kernel reads keys only from pages. Where `backends` chooses it, it is faster than
+scaled_dot_product_attention for whole sequences too; so unless `cpu_rows` has a faster kernel,
+the keys of a full forward are written to scratch pages, one layer's worth that every layer
+overwrites.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from vllm_sparse_dllm.transfer import HostArrays
 
 
 class _Cells:
-    """Where the numbers of a head's part of a page lie.
+    """The layout of a head's part of a page, of its keys or of its values.
 
     Args:
-        numbers: ``[page_size, head_size]`` cell of each number.
+        numbers: ``[page_size, head_size]`` flat offset of each number in that part.
     """
 
     def __init__(self, numbers: torch.Tensor) -> None:
@@ -51,12 +52,12 @@ class _FullPlan:
     paged: _PagedPlan
     slots: torch.Tensor
     num_pages: int
-    #: Pages that are not filled to their end; what is there is an earlier step's.
+    #: Scratch pages that are not filled to their end, where numbers of an earlier step remain.
     ragged_pages: torch.Tensor
 
 
 class CPUBackend(AttentionBackend):
-    """vLLM's CPU attention kernel, without causality."""
+    """vLLM's CPU attention kernel, without a causal mask."""
 
     def __init__(
         self, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
@@ -124,10 +125,10 @@ class CPUBackend(AttentionBackend):
         self._write(self._pages[layer], keys, values, slots)
 
     def _find_cells(self) -> tuple[_Cells, _Cells]:
-        """Find out where the kernel lays keys and values down within a head's part of a page.
+        """Find out how the kernel lays out keys and values within a head's part of a page.
 
-        Its layout is its own affair and differs between instruction sets, so numbers are
-        written and looked for.
+        The layout is internal to the kernel and differs between instruction sets, so known
+        numbers are written and then located.
 
         Returns:
             Cells of keys, and of values.
@@ -135,7 +136,7 @@ class CPUBackend(AttentionBackend):
         page, size = self.page_size, self.shape.head_size
         numbers = torch.arange(page * size).view(page, 1, size)
         found = torch.zeros(2, page * size, dtype=torch.int64)
-        # Digits that every dtype holds exactly.
+        # Digits to base 128, which every dtype represents exactly.
         for place in (1, 1 << 7, 1 << 14):
             digits = (numbers // place % 128).to(self.dtype)
             digits = digits.expand(page, self.shape.num_kv_heads, size).contiguous()
@@ -155,7 +156,7 @@ class CPUBackend(AttentionBackend):
     def _read(self, part: torch.Tensor, cells: _Cells, slots: torch.Tensor) -> torch.Tensor:
         page, size = self.page_size, self.shape.head_size
         pages, offsets = slots // page, slots % page
-        # A gather of single numbers takes several times as long as these two.
+        # The gather of single numbers below takes several times as long as these two cases.
         if cells.plain:
             return part[pages, :, offsets]
         if cells.transposed:
@@ -173,7 +174,7 @@ class CPUBackend(AttentionBackend):
         page_table: np.ndarray,
         arrays: HostArrays | None = None,
     ) -> _PagedPlan:
-        # A sequence without queries has nothing to compute; the kernel gets none of them.
+        # Sequences without queries have nothing to compute and are not passed to the kernel.
         active = query_lengths > 0
         query_start = np.zeros(int(active.sum()) + 1, dtype=np.int32)
         np.cumsum(query_lengths[active], out=query_start[1:])
@@ -242,7 +243,7 @@ class CPUBackend(AttentionBackend):
                 for first, length in zip(first_pages, key_lengths, strict=False)
             ]
         )
-        # Rows of the table behind a sequence's own pages are never read.
+        # Entries of the table after a sequence's own pages are never read.
         table = np.minimum(table, first_pages[-1] - 1)
         return _FullPlan(
             self.plan_paged(query_lengths, key_lengths, table),

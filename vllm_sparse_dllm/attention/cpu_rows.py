@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on CPU in bfloat16, over the keys of the same pass where they are.
+"""Attention on CPU in bfloat16 that reads the keys of the same pass in place.
 
-vLLM's CPU build has a kernel for cross attention that reads keys and values by a table of rows;
-with a sequence's own rows in the table it is bidirectional self-attention, and nothing is
-copied. It multiplies in bfloat16 with float32 sums, at 1.7 to 2 times the rate of the paged
-kernel over whole sequences; for a block's few queries the paged kernel is the faster one.
+vLLM's CPU build has a cross-attention kernel that looks up keys and values through a table of
+rows. With a sequence's own rows in the table it computes bidirectional self-attention, and
+nothing is copied. It multiplies in bfloat16 with float32 sums, at 1.7 to 2 times the rate of the
+paged kernel over whole sequences; for a block's few queries the paged kernel is faster.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _KERNEL = "extend_attention_cpu"
 
 @dataclass(frozen=True)
 class RowPlan:
-    """The sequences that have queries, as the kernel takes them.
+    """The kernel's arguments for the sequences that have queries.
 
     Attributes:
         key_rows: ``[sequences, width]`` rows of the keys.
-        key_lengths: ``[sequences]`` of them that count.
-        query_lengths: ``[sequences]``.
-        first_queries: ``[sequences]`` first row of each among the queries.
-        most_queries: Of any sequence.
+        key_lengths: ``[sequences]`` number of valid rows in ``key_rows``.
+        query_lengths: ``[sequences]`` number of queries.
+        first_queries: ``[sequences]`` row of the first query.
+        most_queries: Largest of ``query_lengths``.
     """
 
     key_rows: torch.Tensor
@@ -43,7 +43,7 @@ class RowPlan:
     def of(cls, query_lengths: np.ndarray, key_lengths: np.ndarray) -> RowPlan:
         first_keys = np.cumsum(key_lengths) - key_lengths
         key_rows = first_keys[:, None] + np.arange(key_lengths.max())
-        # Behind a sequence's own keys the table is not read, but it has to name rows.
+        # Entries after a sequence's own keys are not read, but have to name existing rows.
         key_rows = np.minimum(key_rows, key_lengths.sum() - 1)
         active = query_lengths > 0
         first_queries = np.cumsum(query_lengths) - query_lengths
@@ -69,7 +69,7 @@ class RowPlan:
 
 
 class RowAttention:
-    """The kernel for cross attention, as bidirectional self-attention."""
+    """The cross-attention kernel, used for bidirectional self-attention."""
 
     def __init__(self, scale: float) -> None:
         self._scale = scale
@@ -77,7 +77,7 @@ class RowAttention:
 
     @staticmethod
     def supports(shape: AttentionShape, dtype: torch.dtype) -> bool:
-        """Return whether the build and this machine have the kernel, and fast."""
+        """Return whether the build has the kernel and this machine runs it fast."""
         return (
             dtype == torch.bfloat16
             and shape.head_size % 32 == 0
@@ -97,8 +97,8 @@ class RowAttention:
         self._run(queries, keys, values, output, plan)
         if len(plan.key_lengths) == 1 or math.isfinite(output.sum(dtype=torch.float32).item()):
             return
-        # The kernel clears its work space once a call, and multiplies what one sequence leaves
-        # there by 0 for the next, which NaN survives: run them one by one.
+        # The kernel clears its work space once per call. It multiplies what one sequence leaves
+        # there by 0 for the next, and 0 times NaN is NaN: run the sequences one by one.
         for own in plan.split():
             self._run(queries, keys, values, output, own)
 

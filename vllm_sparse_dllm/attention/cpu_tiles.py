@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention on CPU in bfloat16 by our own kernels, on processors with tiles (AMX).
+"""Attention on CPU in bfloat16 by this package's kernels, on processors with tiles (AMX).
 
-There, exponentials are the larger part of attention's time; these take them with as few
-instructions as bfloat16 weights need. Pages have the layout that products in tiles read.
+On such processors, exponentials take most of attention's time; these kernels compute them with
+no more instructions than bfloat16 weights need. Pages have the layout that tile products read.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _starts(lengths: np.ndarray) -> torch.Tensor:
 
 
 def why_not_pages_on_cpu(page_size: int, device: torch.device) -> str | None:
-    """Return what keeps kernels for pages in a CPU's memory from running, None if nothing."""
+    """Return what keeps CPU kernels for pages from running, None if nothing does."""
     if device.type != "cpu":
         return f"it is for CPUs, not {device.type}"
     if page_size % 32:
@@ -46,7 +46,7 @@ def why_not_pages_on_cpu(page_size: int, device: torch.device) -> str | None:
 
 
 class TileBackend(AttentionBackend):
-    """Own kernels, for pages and for whole sequences."""
+    """This package's CPU kernels, for pages and for whole sequences."""
 
     def __init__(
         self, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device

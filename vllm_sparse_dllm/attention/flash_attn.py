@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention by the FlashAttention that vLLM's CUDA builds bring along."""
+"""Attention by the FlashAttention library that vLLM's CUDA builds include."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class _Plan:
     """Arguments of the kernel.
 
     Attributes:
-        views: Query starts, then key starts, or key lengths and page table.
+        views: Query starts, followed by key starts, or by key lengths and page table.
         num_queries: Most queries of a sequence.
         num_keys: Most keys of a sequence.
-        arrays: What a static plan is rewritten by.
+        arrays: The arrays behind ``views`` if the plan is static, else None.
     """
 
     views: tuple[torch.Tensor, ...]
@@ -39,7 +39,7 @@ class _Plan:
 
 
 class FlashAttentionBackend(ZeroedSlotBackend):
-    """Varlen kernels without causality; version 3 on Hopper where the build has it, else 2."""
+    """Non-causal varlen kernels; version 3 on Hopper where the build has it, else 2."""
 
     static_plans = True
 
@@ -78,14 +78,14 @@ class FlashAttentionBackend(ZeroedSlotBackend):
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        """Write keys and values to slots; those whose slot is below 0 nowhere."""
+        """Write keys and values to slots; skip those whose slot is below 0."""
         if self._write_rows is not None:
             self._write_rows(keys, values, slots, *self._slots[layer].unbind(0))
             return
         own = slots >= 0
         somewhere = slots.clamp(min=0)
         for pool, rows in zip(self._slots[layer], (keys, values), strict=True):
-            # What is nowhere to be written leaves slot 0 as it is; no sequence has that one.
+            # Skipped rows write back what slot 0 holds; no sequence owns that slot.
             there = pool.index_select(0, somewhere)
             pool.index_copy_(0, somewhere, torch.where(own[:, None, None], rows, there))
 
@@ -103,7 +103,7 @@ class FlashAttentionBackend(ZeroedSlotBackend):
             q=queries,
             k=keys,
             v=values,
-            # With 1 and grouped heads version 2 takes it that every sequence has a query.
+            # With 1 and grouped heads, version 2 assumes that every sequence has a query.
             max_seqlen_q=max(2, plan.num_queries),
             cu_seqlens_q=query_start,
             max_seqlen_k=plan.num_keys,

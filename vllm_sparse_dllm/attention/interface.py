@@ -32,13 +32,13 @@ class AttentionShape:
 class AttentionBackend(ABC):
     """Bidirectional attention over pages, and over keys of the same forward pass.
 
-    Plans are built once per step from host arrays and read by every layer; what they hold is
-    the backend's own affair.
+    Plans are built from host arrays before a step's layers run; what they contain is up to the
+    backend.
 
     Attributes:
-        static_plans: Whether there are plans that can be rewritten in place, which CUDA graphs
-            need: see `static_paged_plan`. Then a slot below 0 is written nowhere, and `write`
-            and `attend_paged` launch the same whatever the numbers in their tensors are.
+        static_plans: Whether the backend has plans that can be rewritten in place, as CUDA
+            graphs need: see `static_paged_plan`. If so, `write` skips slots below 0, and what
+            `write` and `attend_paged` launch does not depend on the numbers in their tensors.
     """
 
     static_plans: ClassVar[bool] = False
@@ -56,21 +56,21 @@ class AttentionBackend(ABC):
     def why_not(
         cls, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> str | None:
-        """Return what keeps the backend from running, None if nothing is known to."""
+        """Return what keeps the backend from running, None if no reason is known."""
         return None
 
     @abstractmethod
     def bind_pages(self, layers: list[torch.Tensor]) -> None:
-        """Take the pool: for each layer a flat byte buffer of all its pages."""
+        """Bind the pool: for each layer a flat byte buffer of all its pages."""
 
     def prepare(self) -> None:  # noqa: B027 (most have nothing to compile)
-        """Compile what steps may launch, once pages are bound, so that no step waits for it."""
+        """Compile the kernels of later steps, so that none waits for it; pages must be bound."""
 
     @abstractmethod
     def clear(self, page_ids: np.ndarray) -> None:
-        """Make pages fit for a new owner: nothing in them may reach its results.
+        """Prepare pages for a new owner, whose results must not depend on their old contents.
 
-        A kernel may multiply what lies behind a sequence's last slot by 0, and NaN stays NaN.
+        A kernel may multiply what follows a sequence's last slot by 0, and 0 times NaN is NaN.
         """
 
     @abstractmethod
@@ -89,7 +89,7 @@ class AttentionBackend(ABC):
 
     @property
     def selection(self) -> SelectionKernels:
-        """How keys are scored and scores pooled here."""
+        """The kernels that score keys and pool scores on this device."""
         return PLAIN
 
     def move(
@@ -101,15 +101,15 @@ class AttentionBackend(ABC):
         slots: torch.Tensor,
         gap: tuple[int, int] = (0, 0),
     ) -> None:
-        """Write some of the keys and values of a sequence to slots.
+        """Write selected keys and values of a sequence to slots.
 
         Args:
             layer: 0-based layer.
             keys: ``[positions, kv_heads, head_size]``, rotated.
             values: ``[positions, kv_heads, head_size]``.
-            entries: ``[n]`` which positions, counted without those of the gap.
-            slots: ``[n]`` where each goes.
-            gap: Start and length of the positions that entries do not count.
+            entries: ``[n]`` selected positions, numbered as if those of the gap did not exist.
+            slots: ``[n]`` target slot of each entry.
+            gap: Start and length of the range of positions that ``entries`` skips.
         """
         start, length = gap
         if length:
@@ -128,10 +128,10 @@ class AttentionBackend(ABC):
 
         Args:
             query_lengths: ``[sequences]``; 0 is allowed.
-            key_lengths: ``[sequences]`` filled slots, from a sequence's first on.
+            key_lengths: ``[sequences]`` filled slots, counted from a sequence's first slot.
             page_table: ``[sequences, width]`` page ids.
-            arrays: What the plan has for the device goes along with these, and they are sent
-                before the plan is used; None: it is sent at once.
+            arrays: Host arrays to send the plan's data with; the caller sends them before the
+                plan is used. None to send the data at once.
         """
 
     @abstractmethod
@@ -143,19 +143,19 @@ class AttentionBackend(ABC):
     def static_paged_plan(
         self, num_sequences: int, num_queries: int, width: int, arrays: HostArrays | None = None
     ) -> Any:
-        """Return a plan that `rewrite_paged_plan` fills, whose tensors never move.
+        """Return a plan for `rewrite_paged_plan` to fill, whose tensors never move.
 
-        Which kernels `attend_paged` launches with it, on which tensors and with how many
-        programs, is fixed by these three numbers, so that it can be captured once and replayed.
-        Memory it needs is allocated here.
+        The three sizes determine which kernels `attend_paged` launches with the plan, on which
+        tensors and with how many programs, so that the launches can be captured once and
+        replayed. The memory they need is allocated here.
 
         Args:
             num_sequences: Most sequences.
             num_queries: Most queries of a sequence.
             width: Most pages of a sequence.
-            arrays: The plan keeps its places among these. Then it holds nothing until it is
-                filled and they are sent; without them it holds no sequence, and
-                `rewrite_paged_plan` sends by itself.
+            arrays: Host arrays in which the plan reserves its places; it is undefined until it
+                is filled and they are sent. None: the plan starts without sequences, and
+                `rewrite_paged_plan` sends its data by itself.
         """
         raise NotImplementedError(f"{type(self).__name__} has no static plans")
 
@@ -166,10 +166,10 @@ class AttentionBackend(ABC):
         key_lengths: np.ndarray,
         page_table: np.ndarray,
     ) -> None:
-        """Fill a static plan; arguments as those of `plan_paged`, as many as it holds or fewer.
+        """Fill a static plan; arguments as in `plan_paged`, for at most as many sequences.
 
-        In the order of the current stream. Rows of queries behind those of the sequences are
-        left out: `attend_paged` does not write their output.
+        Takes effect in the order of the current stream. `attend_paged` does not write the output
+        of query rows after those of the sequences.
 
         Raises:
             ValueError: If the plan is too small.

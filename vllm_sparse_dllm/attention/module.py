@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bidirectional attention of one layer: attend, and fill caches on the way."""
+"""Bidirectional attention of one layer, which also fills and reduces caches."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from vllm_sparse_dllm.cache.selection import select_entries
 
 
 class BidirectionalAttention(nn.Module):
-    """Runs the two kinds of sequences of a step; holds no weights.
+    """Attention of a step's cached and full sequences; holds no weights.
 
     Args:
         layer_index: 0-based layer.
         shape: Heads of this rank.
-        total_heads: Query heads over all ranks; saliency is their mean.
+        total_heads: Query heads over all ranks; saliencies may average over them.
     """
 
     def __init__(self, layer_index: int, shape: AttentionShape, total_heads: int) -> None:
@@ -36,14 +36,14 @@ class BidirectionalAttention(nn.Module):
         plan: ForwardPlan,
         last: bool,
     ) -> torch.Tensor:
-        """Attend.
+        """Attend, and fill or reduce the caches that the plan names.
 
         Args:
             q: ``[tokens, heads, head_size]`` rotated queries.
             k: ``[tokens, kv_heads, head_size]`` rotated keys.
             v: ``[tokens, kv_heads, head_size]`` values.
-            plan: The step.
-            last: The last layer computes only ``plan.last_rows``.
+            plan: The step's plan.
+            last: Whether this is the last layer, which computes only ``plan.last_rows``.
 
         Returns:
             ``[rows, heads * head_size]`` for all tokens, in the last layer for ``last_rows``.
@@ -127,7 +127,7 @@ class BidirectionalAttention(nn.Module):
         block_start, block_end = fill.canvas.block
         kept = select_entries(saliency, fill.selection, backend.selection)
         num_kept = kept.shape[0]
-        # Candidates are everything but the block: behind its start they are shifted by it.
+        # The candidates leave out the block: those after it are shifted by its length.
         block_length = block_end - block_start
         backend.move(layer, k, v, kept, fill.slots[:num_kept], (block_start, block_length))
         fill.num_kept[layer] = num_kept

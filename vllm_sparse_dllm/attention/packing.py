@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The host arrays of a plan, and their way to the device."""
+"""The host arrays of a plan, and their transfer to the device."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from vllm_sparse_dllm.transfer import HostArrays, aligned_bytes
 
 
 class PackedArrays:
-    """Some int32 arrays on the device, brought there by one copy that nobody waits for.
+    """Int32 arrays on the device, sent there by one asynchronous copy.
 
-    The views keep their addresses for good: `rewrite` changes what they hold, which is what a
-    captured CUDA graph reads when it is replayed.
+    The addresses of the views never change: `rewrite` replaces their contents, which a captured
+    CUDA graph reads when it is replayed.
 
     Args:
-        shapes: Of the arrays.
-        device: Where they go.
-        among: Whose copy they go along with; None: they have one of their own.
+        shapes: Shapes of the arrays.
+        device: Device to send them to.
+        among: Host arrays to send them with; None for a copy of their own.
 
     Attributes:
-        views: The arrays on the device, in order; undefined until the first `rewrite`.
+        views: The arrays on the device, in order; undefined until first rewritten and sent.
     """
 
     def __init__(
@@ -41,21 +41,21 @@ class PackedArrays:
 
     @classmethod
     def of(cls, arrays: Sequence[np.ndarray], device: torch.device) -> PackedArrays:
-        """Return arrays packed on a device."""
+        """Send arrays to a device, packed into one copy."""
         packed = cls([array.shape for array in arrays], device)
         packed.rewrite(arrays)
         return packed
 
     def rewrite(self, arrays: Sequence[np.ndarray]) -> None:
-        """Put other numbers in place of those on the device, in the order of its stream.
+        """Replace the contents of the arrays on the device, in the order of its stream.
 
-        Those that go along with others are there when the others are.
+        Arrays that are sent with others arrive when those are sent.
 
         Args:
-            arrays: Of the shapes the object was made for.
+            arrays: New contents, of the shapes given at construction.
 
         Raises:
-            ValueError: If a shape is another.
+            ValueError: If a shape differs.
         """
         if self._own is not None:
             self._own.begin()
@@ -68,7 +68,7 @@ class PackedArrays:
 def pack(
     arrays: Sequence[np.ndarray], device: torch.device, among: HostArrays | None
 ) -> tuple[torch.Tensor, ...]:
-    """Return int32 arrays on a device, brought there with others or, without, at once."""
+    """Return int32 arrays on a device, sent with ``among`` or, if that is None, at once."""
     if among is None:
         return PackedArrays.of(arrays, device).views
     return tuple(among.put(array, np.int32) for array in arrays)
@@ -91,7 +91,7 @@ def row_tiles(row_counts: np.ndarray, tile_rows: int) -> np.ndarray:
 
 
 def starts_of(lengths: np.ndarray) -> np.ndarray:
-    """Return ``[n + 1]`` first rows of consecutive runs, and the end of the last."""
+    """Return ``[n + 1]``: the first rows of consecutive runs, then the end of the last one."""
     return np.concatenate([[0], np.cumsum(lengths)])
 
 
@@ -102,11 +102,11 @@ def pad_sequences(
     key_lengths: np.ndarray,
     page_table: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the arrays of a plan with room for more sequences; those behind have no rows.
+    """Pad sequences to the shapes of a static plan; the added ones have no queries.
 
     Args:
-        table_shape: Sequences and pages that the plan has room for.
-        num_queries: Queries that it has room for in a sequence.
+        table_shape: Sequences, and pages of each, that the plan has room for.
+        num_queries: Queries of a sequence that the plan has room for.
         query_lengths: ``[sequences]``.
         key_lengths: ``[sequences]``.
         page_table: ``[sequences, width]``.

@@ -18,13 +18,13 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class CachedSegment:
-    """The sequences that run against their pages; their tokens come first in the batch.
+    """The sequences that attend to their pages; their tokens come first in the batch.
 
     Attributes:
         num_tokens: Tokens of all these sequences.
-        fresh_slots: ``[num_tokens]`` slots of the tokens' own keys, one for all layers or one
-            for each.
-        plans: The backend's plan, one for all layers or one for each.
+        fresh_slots: ``[num_tokens]`` slots of the tokens' own keys, one tensor for all layers or
+            one per layer.
+        plans: The backend's plans, one for all layers or one per layer.
         last_plan: The plan of the last layer, whose queries are only the needed rows.
     """
 
@@ -42,7 +42,7 @@ class CachedSegment:
 
 @dataclass(frozen=True)
 class FullSegment:
-    """The sequences that run whole; their tokens follow the cached segment's."""
+    """The sequences that run in full; their tokens follow the cached segment's."""
 
     plan: Any
     last_plan: Any
@@ -56,12 +56,12 @@ class Fill:
         first_token: Row of the sequence's position 0 in the batch.
         length: Positions of the sequence that take part.
         canvas: The sequence's canvas.
-        candidates: Position ranges that may be kept, in order.
-        slots: ``[most]`` slots of the kept entries, in the order they are written.
-        selection: Which candidates are kept, None for all.
+        candidates: Position ranges of the candidates, in order.
+        slots: ``[most]`` slots for the kept entries, in the order they are written.
+        selection: How the kept candidates are chosen, None to keep all.
         num_kept: ``[layers]`` host array; each layer writes how many entries it kept.
-        positions: ``[layers, at least most]`` host array or None; each layer writes who was
-            kept in which slot.
+        positions: ``[layers, at least most]`` host array or None; each layer writes the
+            position kept in each slot.
     """
 
     first_token: int
@@ -76,15 +76,15 @@ class Fill:
 
 @dataclass(frozen=True)
 class Eviction:
-    """One sequence whose whole cache is reduced, by the saliency of this step's queries.
+    """One sequence whose cache holds all candidates and is reduced in this step.
 
     Attributes:
         first_token: Row of the block's first query in the batch.
         canvas: The sequence's canvas.
         candidates: Position ranges of the entries, in order.
-        slots: ``[n]`` slots of the entries, in order of their positions; the first ones are
-            those of the kept entries afterwards.
-        selection: Which of them are kept.
+        slots: ``[n]`` slots of the entries, in order of their positions; the first ones hold
+            the kept entries afterwards.
+        selection: How the kept entries are chosen, by this step's queries.
         num_kept: As in `Fill`.
         positions: As in `Fill`.
     """
@@ -100,18 +100,18 @@ class Eviction:
 
 @dataclass(frozen=True)
 class ForwardPlan:
-    """All that the attention layers need to know of a step.
+    """All that the attention layers need to know about a step.
 
     Attributes:
         backend: The device's attention.
-        cached: Sequences that run against pages, or None.
-        full: Sequences that run whole, or None.
+        cached: Sequences that attend to pages, or None.
+        full: Sequences that run in full, or None.
         fills: Caches to fill, of sequences in ``full``.
         evictions: Caches to reduce, of sequences in ``cached``.
         last_rows: ``[rows]`` tokens whose hidden states are needed after the last layer,
             in ascending order; at least one.
         num_last_cached: How many of ``last_rows`` lie in ``cached``.
-        padded: Whether some tokens belong to no sequence; attention has zeros for them.
+        padded: Whether some tokens belong to no sequence; their attention output is zero.
     """
 
     backend: AttentionBackend

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Attention in plain PyTorch: any device, any head size, one call a sequence."""
+"""Attention in plain PyTorch: any device, any head size, one call per sequence."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_sparse_dllm.transfer import HostArrays
 
 @dataclass(frozen=True)
 class _PagedPlan:
-    #: For each sequence with queries: first and last row, and the slots of its keys.
+    #: For each sequence with queries: rows [start, end), and the slots of its keys.
     sequences: tuple[tuple[int, int, torch.Tensor], ...]
 
 

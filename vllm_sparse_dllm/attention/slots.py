@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool as rows of slots: what all backends but the CPU's own share."""
+"""The pool with a row per slot, shared by all backends but those for CPUs only."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from vllm_sparse_dllm.kernels import dtype_name
 
 
 class SlotBackend(AttentionBackend):
-    """Keys of all slots of a layer in one tensor, then the values."""
+    """A layer's pool is one tensor: the keys of all slots, then the values."""
 
     def bind_pages(self, layers: list[torch.Tensor]) -> None:
         shape = self.shape
@@ -22,7 +22,7 @@ class SlotBackend(AttentionBackend):
         ]
 
     def clear(self, page_ids: np.ndarray) -> None:
-        """Only filled slots are ever read."""
+        """Do nothing: only filled slots are ever read."""
 
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
@@ -38,7 +38,7 @@ class SlotBackend(AttentionBackend):
 
 
 class ZeroedSlotBackend(SlotBackend):
-    """For kernels that may multiply what lies behind a sequence's last slot by 0."""
+    """Zeroes pages for kernels that may multiply what follows a sequence's last slot by 0."""
 
     def clear(self, page_ids: np.ndarray) -> None:
         pages = torch.from_numpy(np.asarray(page_ids, dtype=np.int64)).to(
@@ -50,7 +50,7 @@ class ZeroedSlotBackend(SlotBackend):
 
 
 def why_not_half_on_cuda(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Return what keeps libraries of half-precision CUDA kernels from running, None if nothing."""
+    """Return what keeps half-precision CUDA libraries from running, None if nothing does."""
     if device.type != "cuda":
         return f"it runs on CUDA devices only, not on {device.type!r}"
     if dtype not in (torch.float16, torch.bfloat16):

@@ -41,10 +41,10 @@ class TritonPagedPlan:
         views: Tiles, query starts, key lengths and page table on the device.
         config: Launch parameters that the tiles were made for.
         num_splits: Programs that share the keys of a tile.
-        partial: Work space of the kernels; a static plan has its own.
-        statistics: Work space of the kernels; a static plan has its own.
+        partial: Work space of the kernels, shared with other plans.
+        statistics: Work space of the kernels, shared with other plans.
         num_queries: Most queries of a sequence.
-        arrays: What a static plan is rewritten by.
+        arrays: The arrays behind ``views`` if the plan is static, else None.
     """
 
     views: tuple[torch.Tensor, ...]
@@ -57,11 +57,11 @@ class TritonPagedPlan:
 
 
 class TritonBackend(SlotBackend):
-    """Triton kernels for attention, page writes and the scores of a choice.
+    """Triton kernels for attention, page writes and the scoring of keys.
 
-    Nothing waits for the device: plans go along with a step's other arrays, and `attend_full`,
+    Nothing waits for the device: plans are sent with a step's other arrays, and `attend_full`,
     `attend_paged`, `write` and `move` only launch kernels, without allocating memory. So they
-    may be captured in CUDA graphs, with plans of `static_paged_plan`.
+    can be captured in CUDA graphs, with plans from `static_paged_plan`.
     """
 
     static_plans = True
@@ -70,7 +70,7 @@ class TritonBackend(SlotBackend):
         self, shape: AttentionShape, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__(shape, page_size, dtype, device)
-        # Not before somebody wants them: a machine may have no Triton.
+        # Imported only here because a machine may not have Triton.
         from vllm_sparse_dllm.kernels import full_attention, paged_attention, pages, saliency
 
         self._full, self._paged, self._pages = full_attention, paged_attention, pages
@@ -95,7 +95,7 @@ class TritonBackend(SlotBackend):
         return why_unavailable(device)
 
     def prepare(self) -> None:
-        """Launch each kernel in each of its shapes on next to nothing; pages stay as they are."""
+        """Launch each variant of each kernel on tiny inputs; pages keep their contents."""
         if interpreted():
             return
         shape = self.shape
@@ -140,7 +140,7 @@ class TritonBackend(SlotBackend):
     def write(
         self, layer: int, keys: torch.Tensor, values: torch.Tensor, slots: torch.Tensor
     ) -> None:
-        """Write keys and values to slots; those whose slot is below 0 nowhere."""
+        """Write keys and values to slots; skip those whose slot is below 0."""
         key_slots, value_slots = self._slots[layer].unbind(0)
         self._pages.write_rows(keys, values, slots, key_slots, value_slots)
 
@@ -167,7 +167,7 @@ class TritonBackend(SlotBackend):
         num_queries = int(query_lengths.max(initial=0))
         config = self._full.choose_config(self.shape.head_size, self.dtype, num_queries)
         tiles = row_tiles(query_lengths, config.block_m)
-        # The longest first, so that none is left to the end.
+        # The longest sequences first, so that the last tiles to run have few keys.
         order = np.argsort(-key_lengths[tiles[:, 0]], kind="stable")
         numbers = [tiles[order], starts_of(query_lengths), starts_of(key_lengths)]
         return _FullPlan(pack(numbers, self.device, arrays), config)
@@ -198,15 +198,15 @@ class TritonBackend(SlotBackend):
     def _launch(
         self, num_queries: int, num_tiles_of: Callable[[int], int], num_keys: int
     ) -> tuple[int, Any, int, tuple[int, int]]:
-        """Return how `attend_paged` is launched.
+        """Return the launch parameters of `attend_paged`.
 
         Args:
             num_queries: Most queries of a sequence.
-            num_tiles_of: Tiles of so many rows each.
+            num_tiles_of: Returns the number of tiles for a number of rows per tile.
             num_keys: Most keys of a sequence.
 
         Returns:
-            Tiles, their config, splits of the keys, sizes of the two work spaces.
+            Number of tiles, their config, splits of the keys, sizes of the two work spaces.
         """
         shape = self.shape
         config = self._paged.choose_config(shape.head_size, self.dtype, num_queries * self._group)
@@ -220,9 +220,9 @@ class TritonBackend(SlotBackend):
         return num_tiles, config, num_splits, sizes
 
     def _work_space(self, sizes: tuple[int, int]) -> list[torch.Tensor]:
-        """Return the two work spaces that all plans share: they follow each other on one stream.
+        """Return the two work spaces, which plans share as they run one after another.
 
-        A plan keeps those it was given when others have asked for larger ones since.
+        A plan keeps the ones it was given when later plans need larger ones.
         """
         for number, size in enumerate(sizes):
             if self._space[number].shape[0] < size:
@@ -291,7 +291,7 @@ class TritonBackend(SlotBackend):
         sequences = pad_sequences(
             shapes[-1], plan.num_queries, query_lengths, key_lengths, page_table
         )
-        # What is left of a static plan's tiles belongs to nobody.
+        # The remaining tiles of a static plan belong to no sequence.
         tiles = np.full(shapes[0], -1, np.int32)
         own = row_tiles(query_lengths * self._group, plan.config.block_m)
         tiles[: len(own)] = own

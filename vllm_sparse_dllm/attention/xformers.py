@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Attention by xFormers: block-diagonal masks over whole sequences, paged ones over pages.
 
-A mask keeps its lengths on the host too and is several copies to the device, so there are no
+A mask also keeps its lengths on the host and takes several copies to the device, so there are no
 static plans and no CUDA graphs.
 """
 
@@ -20,7 +20,7 @@ from vllm_sparse_dllm.attention.slots import ZeroedSlotBackend, why_not_half_on_
 from vllm_sparse_dllm.transfer import HostArrays
 
 _LIBRARY = "xformers.ops.fmha"
-#: Its modules whose operators may read pages, the fastest first.
+#: Modules of the library whose operators may be able to read pages, the fastest first.
 _PAGED_OPERATORS = ("flash3", "flash", "triton_splitk")
 
 
@@ -32,10 +32,11 @@ class _Plan:
 
 
 class XFormersBackend(ZeroedSlotBackend):
-    """`memory_efficient_attention` with the operator that xFormers prefers.
+    """`memory_efficient_attention`, over whole sequences with the operator that xFormers prefers.
 
-    What it prefers for pages depends on the step's shapes, and need not read pages of this size;
-    so the first operator that does is looked for once, at start, and asked for by name.
+    Its preference for pages depends on the step's shapes and may be an operator that cannot read
+    pages of this size; so the first operator that can is determined once, at start, and requested
+    explicitly.
 
     Raises:
         ValueError: If no operator runs here.
@@ -60,7 +61,7 @@ class XFormersBackend(ZeroedSlotBackend):
         return None
 
     def _try_operators(self) -> Any:
-        """Run queries over a page, and over keys, to see what xFormers has for them here."""
+        """Try attention over keys and over a page, and return the operator to use for pages."""
         shape = self.shape
         two, page = np.array([2]), np.array([self.page_size])
         query = torch.zeros(
@@ -82,7 +83,7 @@ class XFormersBackend(ZeroedSlotBackend):
             try:
                 self._run(query, keys, keys, query.clone(), mask, operator)
             except Exception as error:
-                # A kernel that does not compile with this Triton is no kernel either.
+                # An operator whose kernel does not compile with this Triton is unusable too.
                 reasons.append(f"{type(error).__name__}: {error}")
             else:
                 return operator
@@ -102,7 +103,7 @@ class XFormersBackend(ZeroedSlotBackend):
     ) -> None:
         q, k, v = (tensor.unsqueeze(0) for tensor in (queries, keys, values))
         if self._group > 1:
-            # Heads in groups of those that share a key head.
+            # Group the query heads that share a key head.
             q = q.unflatten(2, (self.shape.num_kv_heads, self._group))
             k, v = (part.unsqueeze(3).expand(-1, -1, -1, self._group, -1) for part in (k, v))
         result = self._library.memory_efficient_attention_forward(
@@ -116,13 +117,13 @@ class XFormersBackend(ZeroedSlotBackend):
         key_lengths: np.ndarray,
         arrays: HostArrays | None = None,
     ) -> _Plan:
-        # A sequence without queries is a run of keys that nobody sees.
+        # A sequence without queries is a run of keys that no query attends to.
         if not query_lengths.any():
             return _Plan(None)
         mask = self._library.attn_bias.BlockDiagonalMask.from_seqlens(
             query_lengths.tolist(), key_lengths.tolist(), device=self.device
         )
-        # With 1 and grouped heads PyTorch's kernel takes it that every sequence has a query.
+        # With 1 and grouped heads, PyTorch's kernel assumes that every sequence has a query.
         mask.q_seqinfo.max_seqlen = max(2, mask.q_seqinfo.max_seqlen)
         return _Plan(mask)
 

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sparse block manager: pages for what a request keeps, through vLLM's KV-cache registry.
+"""The sparse block manager: pages for a request's cache, through vLLM's KV-cache registry.
 
 vLLM's `KVCacheManager`, block pool, memory profiling and usage statistics work on top of this
-unchanged. One page table serves all layers: each layer keeps other positions, but equally many,
-and slot j holds the j-th kept entry of every layer.
+unchanged. One page table serves all layers: in each, the fresh keys of the queries take the first
+slots and the kept entries those after them. Layers keep different positions, and under some
+settings different numbers of them.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ class SparseCacheSpec(AttentionSpec):
     """Pages of a layer of a diffusion model.
 
     Attributes:
-        max_slots: Slots that a request of the whole context needs under the engine's
-            settings; vLLM makes sure at start that the pool has as many.
-        non_causal: Tells vLLM to leave chunked prefill and prefix caching off.
+        max_slots: Slots that a request filling the whole context needs under the engine's
+            settings; vLLM checks at start that the pool has that many.
+        non_causal: Makes vLLM disable chunked prefill and prefix caching.
     """
 
     max_slots: int
@@ -39,20 +40,20 @@ class SparseCacheSpec(AttentionSpec):
         return False
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
-        # At least one page: a pool of none is not a pool to vLLM, even if nothing is kept.
+        # At least one page, even if nothing is kept: vLLM does not accept an empty pool.
         return max(1, cdiv(self.max_slots, self.block_size)) * self.page_size_bytes
 
 
 class SparseBlockManager(SingleTypeKVCacheManager):
-    """Allocates the pages of a request's kept entries.
+    """Allocates the pages of requests.
 
-    A request holds them for its whole life; one that evicts late holds more of them from a
-    refresh until it has evicted. There is no prefix to share: a key of a bidirectional model
-    depends on all of its request.
+    A request holds its pages for as long as it runs; one that evicts late holds more of them from
+    a refresh until the eviction. There is no prefix to share: in a bidirectional model a key
+    depends on the whole request.
     """
 
     def grow(self, request_id: str, num_pages: int) -> list[int] | None:
-        """Give a request pages beyond those it holds.
+        """Allocate further pages to a request.
 
         Returns:
             Ids of the new pages, or None if the pool has too few free pages now.
@@ -65,7 +66,7 @@ class SparseBlockManager(SingleTypeKVCacheManager):
         return [page.block_id for page in pages]
 
     def shrink(self, request_id: str, num_pages: int) -> None:
-        """Take back all pages of a request but its first ``num_pages``."""
+        """Free all pages of a request except its first ``num_pages``."""
         if self.held_pages(request_id) <= num_pages:
             return
         pages = self.req_to_blocks[request_id]
@@ -76,12 +77,12 @@ class SparseBlockManager(SingleTypeKVCacheManager):
 
     @property
     def num_free_pages(self) -> int:
-        """Pages that nobody holds."""
+        """Pages that no request holds."""
         return self.block_pool.get_num_free_blocks()
 
     @property
     def num_pages(self) -> int:
-        """Pages of the pool; vLLM keeps one of its blocks for itself."""
+        """Pages of the pool, without the one block that vLLM reserves for itself."""
         return self.block_pool.num_gpu_blocks - 1
 
     def held_pages(self, request_id: str) -> int:
@@ -107,13 +108,13 @@ class SparseBlockManager(SingleTypeKVCacheManager):
         return 0
 
     def cache_blocks(self, request: Request, num_tokens: int, *args: Any, **kwargs: Any) -> None:
-        """Nothing is shared between requests."""
+        """Do nothing: nothing is shared between requests."""
 
     def get_num_skipped_tokens(self, num_computed_tokens: int) -> int:
         return 0
 
 
 def register_block_manager() -> None:
-    """Register the spec and its manager with vLLM; may be repeated."""
+    """Register the spec and its manager with vLLM; repeated calls are harmless."""
     KVCacheSpecRegistry._ensure_registered()
     KVCacheSpecRegistry.register(SparseCacheSpec, manager_class=SparseBlockManager)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The pool of pages in memory."""
+"""Allocation of the pool of pages."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ def allocate_pages(
     """Allocate the pool as vLLM sized it.
 
     Returns:
-        For each layer its pages as one flat, zeroed byte buffer. On CPU the memory is taken
-        as pages are first written.
+        For each layer its pages as one flat, zeroed byte buffer. On CPU, physical memory is
+        taken only when pages are first written.
     """
     layers: dict[str, torch.Tensor] = {}
     spec = kv_cache_config.kv_cache_groups[0].kv_cache_spec

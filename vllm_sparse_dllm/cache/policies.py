@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache policies: which keys a step sees, which queries it runs, how many slots it holds.
+"""Cache policies: which keys a step sees, which queries it runs, how many slots a request needs.
 
-Pure Python. The scheduler asks what a step costs, the block manager how many slots a request
-needs, the runner which positions to run and to keep: all three ask here.
+No arrays, only counts and position ranges. The scheduler asks here what a step costs and how many
+pages a request needs, admission whether these fit the pool, and the runner which positions to run
+and to keep.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ Span = tuple[int, int]
 class StepKind(Enum):
     """What a denoising step runs.
 
-    FULL: all positions, nothing kept. REFRESH: all positions, and the cache is filled from
+    FULL: all positions; nothing is kept. REFRESH: all positions, and the cache is filled from
     their keys and values. CACHED: some positions against the kept keys and their own. APPEND:
-    a cached step that runs the block before once more, now without masks; its keys join the
-    kept ones. EVICT: a cached step on the whole cache, which is then reduced.
+    a cached step that also runs the previous block once more, now without masks, and adds its
+    keys to the kept ones. EVICT: a cached step on the whole cache, which is then reduced.
     """
 
     FULL = "full"
@@ -47,7 +48,7 @@ class Progress:
         block: Block of its next step.
         step: Next step within the block.
         refreshed: Block of the last refresh, -1 before the first.
-        whole: Whether the cache holds all candidates still, some to be evicted.
+        whole: Whether the cache still holds all candidates, before a late eviction.
     """
 
     block: int = 0
@@ -57,12 +58,12 @@ class Progress:
 
 
 class CachePolicy(ABC):
-    """One policy; stateless, the settings of a request are passed in."""
+    """A cache policy. Stateless: the settings of a request are passed in."""
 
     name: ClassVar[str]
-    #: Dream writes only the block's first position in the first step of a block.
+    #: Whether Dream commits only a block's first position in the block's first step.
     first_step_commits_one: ClassVar[bool] = True
-    #: Kept entries are chosen by saliency (else all candidates are kept).
+    #: Whether kept entries are chosen by saliency; if not, all candidates are kept.
     selects: ClassVar[bool] = False
 
     def kind(self, progress: Progress, settings: DecodingSettings) -> StepKind:
@@ -72,7 +73,7 @@ class CachePolicy(ABC):
         return self._kind(progress.step, settings)
 
     def keeps_cache(self, progress: Progress, settings: DecodingSettings) -> bool:
-        """Return whether the block goes on with the cache of an earlier block's refresh."""
+        """Return whether the block continues with the cache of an earlier block's refresh."""
         last = progress.refreshed
         return 0 <= last < progress.block < last + settings.refresh_interval
 
@@ -81,16 +82,16 @@ class CachePolicy(ABC):
         return StepKind.REFRESH if step == 0 else StepKind.CACHED
 
     def choice(self, settings: DecodingSettings) -> StepKind:
-        """Return the kind of step in which it is settled what is kept."""
+        """Return the kind of step that decides which entries are kept."""
         return StepKind.REFRESH
 
     def next_change(self, progress: Progress, settings: DecodingSettings) -> int | None:
-        """Return the first step from the next one on that changes the cache, if there is one."""
+        """Return the first step, from the next one on, that changes the cache, or None."""
         steps = (0,) if self.keeps_cache(progress, settings) else self._changes(settings)
         return min((step for step in steps if step >= progress.step), default=None)
 
     def _changes(self, settings: DecodingSettings) -> tuple[int, ...]:
-        """Return the steps of a block with a cache of its own that change it."""
+        """Return the steps that change the cache, in a block with a cache of its own."""
         return (0,)
 
     @abstractmethod
@@ -104,14 +105,14 @@ class CachePolicy(ABC):
         """Return the position ranges that the block's cache is filled from, in order."""
 
     def num_kept(self, num_candidates: int, settings: DecodingSettings, page_size: int) -> int:
-        """Return how many of the candidates are kept, at most."""
+        """Return the largest number of candidates that a layer keeps."""
         return num_candidates
 
     def num_slots(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
         """Return the slots one sequence needs for its whole life.
 
-        Kept entries, the own fresh keys of the largest CACHED step, and the keys that blocks
-        append.
+        They hold the kept entries, the fresh keys of the largest CACHED step, and the keys that
+        blocks append.
         """
         most = 0
         for index in _largest_blocks(canvas):
@@ -121,7 +122,7 @@ class CachePolicy(ABC):
             kept = self.num_kept(candidates, settings, page_size)
             most = max(most, kept + end - start)
         appended = min(settings.refresh_interval, canvas.num_blocks) - 1
-        # Every slot has a position of its own.
+        # No two slots hold the same position.
         return min(most + appended * canvas.longest_block, canvas.length)
 
     def peak_slots(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
@@ -138,7 +139,7 @@ class CachePolicy(ABC):
 
 
 class NoCache(CachePolicy):
-    """Vanilla: every step is a full forward; no page is held."""
+    """Vanilla: every step is a full forward; no pages are held."""
 
     name = "none"
     first_step_commits_one = False
@@ -162,7 +163,7 @@ class NoCache(CachePolicy):
 
 
 class PrefixCache(CachePolicy):
-    """Fast-dLLM prefix cache: what lies before the block is kept, the rest is run."""
+    """Fast-dLLM prefix cache: positions before the block are kept, the rest are run."""
 
     name = "prefix"
 
@@ -176,7 +177,7 @@ class PrefixCache(CachePolicy):
 
 
 class DualCache(CachePolicy):
-    """Fast-dLLM dual cache: everything but the block is kept, the block is run."""
+    """Fast-dLLM dual cache: all positions but the block's are kept, the block is run."""
 
     name = "dual"
 
@@ -192,7 +193,7 @@ class DualCache(CachePolicy):
 class SparseCache(DualCache):
     """Sparse-dLLM: the most salient fraction of prefix and suffix is kept (section 3.2).
 
-    With ``eviction_delay`` a refresh keeps everything, and the choice is made so many block
+    With ``eviction_delay`` a refresh keeps everything, and the choice is made that many block
     steps later.
     """
 
@@ -221,7 +222,7 @@ class SparseCache(DualCache):
     def peak_slots(self, canvas: Canvas, settings: DecodingSettings, page_size: int) -> int:
         if not settings.eviction_delay:
             return self.num_slots(canvas, settings, page_size)
-        # The last block sees all there is.
+        # The last block sees the whole canvas.
         return canvas.length
 
 
@@ -255,14 +256,14 @@ def step_tokens(canvas: Canvas, settings: DecodingSettings, progress: Progress) 
 
 
 def _pages(num_slots: int, settings: DecodingSettings, page_size: int) -> int:
-    """Return the pages for so many slots of each sequence of a request."""
+    """Return the pages of a request for ``num_slots`` slots in each of its sequences."""
     return settings.num_sequences * -(-num_slots // page_size)
 
 
 def _largest_blocks(canvas: Canvas) -> set[int]:
-    """Return blocks one of which needs the most slots: the first, the last two.
+    """Return blocks among which is the one that needs the most slots: the first, the last two.
 
-    A window moves on with the block, so late blocks see more; the last may be shorter.
+    A suffix window moves with the block, so later blocks see more; the last may be shorter.
     """
     last = canvas.num_blocks - 1
     return {0, max(0, last - 1), last}

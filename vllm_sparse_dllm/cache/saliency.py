@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What cache entries are worth to a block: the published score, and others."""
+"""Saliencies, which rank cache entries for a block: the published score, and others."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ WINDOW = 16
 
 @dataclass(frozen=True)
 class CanvasView:
-    """What a choice may know of the canvas it is made for.
+    """What a saliency can know about the canvas.
 
-    The arrays are the engine's own: not to be changed, nor kept beyond the call.
+    The arrays belong to the engine: they must not be modified, or kept beyond the call.
 
     Attributes:
-        request_id: vLLM's, of the request; the engine adds to the one that a client gave.
-        token_ids: ``[L]`` ids as the pass saw them.
+        request_id: vLLM's id of the request, which extends the id that the client gave.
+        token_ids: ``[L]`` ids that were the input of the pass.
         prompt_length: Positions of the prompt.
         block: Positions [start, end) of the current block.
         masked: ``[block]`` which of its positions were masks in the pass.
@@ -47,21 +47,21 @@ class CanvasView:
 
 @dataclass(frozen=True)
 class SaliencyInputs:
-    """What a choice may look at: one layer of one sequence in one pass.
+    """The inputs of a saliency: one layer of one sequence in one pass.
 
     Attributes:
         layer: 0-based layer.
         queries: ``[rows, heads, head_size]`` this rank's rotated queries of the pass: of all
             positions in a refresh, of the block in a late eviction.
-        first_query: Position of the first of them.
-        keys: ``[m, kv_heads, head_size]`` this rank's rotated keys, the candidates' among them.
-        rows: Ranges of ``keys`` that are the candidates', in order.
-        candidates: Their position ranges, in order.
+        first_query: Position of the first query.
+        keys: ``[m, kv_heads, head_size]`` this rank's rotated keys, including the candidates'.
+        rows: Ranges of the rows of ``keys`` that are candidates, in order.
+        candidates: Position ranges of the candidates, in order.
         canvas: The canvas.
-        fresh_keys: ``[block, kv_heads, head_size]`` keys of the block where ``keys`` lacks them,
-            in a late eviction.
+        fresh_keys: ``[block, kv_heads, head_size]`` keys of the block in a late eviction, where
+            ``keys`` lacks them; else None.
         total_heads: Query heads over all tensor-parallel ranks.
-        kernels: The device's.
+        kernels: The device's kernels for scoring and pooling.
     """
 
     layer: int
@@ -89,26 +89,27 @@ class SaliencyInputs:
         return torch.cat([self.keys, self.fresh_keys])
 
     def of_candidates(self, values: torch.Tensor) -> torch.Tensor:
-        """Return ``[n]`` the candidates' of values that are one a key."""
+        """Return the candidates' values ``[n]``, out of one value for each of `seen_keys`."""
         return torch.cat([values[start:end] for start, end in self.rows])
 
     @property
     def window(self) -> Span:
-        """Positions of the end of the prompt."""
+        """Position range of the end of the prompt."""
         return max(0, self.canvas.prompt_length - WINDOW), self.canvas.prompt_length
 
 
 class Saliency(ABC):
-    """One way to rank keys; stateless, asked once a layer where a choice is made."""
+    """A way to rank keys. Stateless; called once per layer in a pass that chooses entries."""
 
     name: ClassVar[str]
 
     @abstractmethod
     def score(self, inputs: SaliencyInputs) -> torch.Tensor:
-        """Return ``[n]`` scores of the candidates in position order, the highest kept first.
+        """Return ``[n]`` scores of the candidates in position order; the highest are kept.
 
-        Tensor-parallel ranks must return the same, bit for bit: each has some of the heads, and
-        has to exchange what it makes of them, by `sum_of_ranks` or `max_of_ranks`.
+        Tensor-parallel ranks must return the same scores, bit for bit: each has only some of the
+        heads, and has to combine its result with the others', by `sum_of_ranks` or
+        `max_of_ranks`.
         """
 
 
@@ -123,13 +124,13 @@ def importance(
 
     Args:
         block_queries: ``[block, heads, head_size]``, rotated.
-        keys: ``[L, kv_heads, head_size]``, rotated.
-        candidates: Position ranges, in order.
+        keys: ``[m, kv_heads, head_size]``, rotated.
+        candidates: Ranges of the rows of ``keys`` that are candidates, in order.
         total_heads: Query heads over all tensor-parallel ranks.
-        kernels: The device's.
+        kernels: The device's kernels.
 
     Returns:
-        ``[n]`` importance of the candidates in position order, in the keys' dtype.
+        ``[n]`` importance of the candidates in the same order, in the keys' dtype.
     """
     return sum_of_ranks(kernels.scores(block_queries, keys, candidates)) / total_heads
 
@@ -146,9 +147,9 @@ class Paper(Saliency):
 
 
 class BlockAttention(Saliency):
-    """Attention that the block pays: the mean share over its positions and all heads.
+    """Attention paid by the block: the mean share over its positions and all heads.
 
-    The published score's queries, but what the softmax makes of their products with the keys.
+    Uses the same queries as the published score, but the softmax of their products with the keys.
     """
 
     name = "attention"
@@ -159,11 +160,11 @@ class BlockAttention(Saliency):
 
 
 class Window(Saliency):
-    """Attention that the prompt's end and the block pay; the end itself stays (after SnapKV).
+    """Attention paid by the prompt's end and the block; the end itself is kept (after SnapKV).
 
-    In each head a key gets the mean share of attention that the prompt's last positions pay it,
-    softmax over all keys that they see, and the mean share that the block's pay it; of the
-    heads' sums the largest counts. A late eviction has the block's queries only.
+    In each head, a key's score is the mean share of attention that the prompt's last positions
+    pay it (softmax over all keys that they see) plus the mean share that the block's positions
+    pay it; the score is the maximum over heads. A late eviction has only the block's queries.
     """
 
     name = "window"
@@ -175,8 +176,8 @@ class Window(Saliency):
         if inputs.first_query == 0 and end > start:
             shares += attention_shares(inputs.queries[start:end], keys).mean(dim=1)
         scores = max_of_ranks(inputs.of_candidates(shares.amax(dim=0)))
-        # The prompt is where the candidates begin. No other score is above 2; where not all of
-        # the window can stay, its end does.
+        # The candidates begin with the prompt, so these rows are the window. No other score is
+        # above 2; if not all of the window can be kept, its end is.
         scores[start:end] = torch.arange(3, 3 + end - start, device=scores.device)
         return scores
 
@@ -202,8 +203,8 @@ SALIENCIES: dict[str, Saliency] = {
 def register_saliency(saliency: Saliency) -> None:
     """Let settings name a further saliency, in this process.
 
-    Engines of several processes need it in each of them, as from an own entry point of vLLM's
-    group ``vllm.general_plugins``.
+    An engine of several processes needs the call in each of them, for example from an entry point
+    of vLLM's group ``vllm.general_plugins``.
 
     Raises:
         ValueError: If the name is taken.
@@ -215,29 +216,29 @@ def register_saliency(saliency: Saliency) -> None:
 
 
 def unregister_saliency(name: str) -> None:
-    """Take a registered saliency back; no request may be using it."""
+    """Remove a registered saliency, which must not be in use by any request."""
     del SALIENCIES[name]
     allow_saliencies(SALIENCIES)
 
 
 def sum_of_ranks(scores: torch.Tensor) -> torch.Tensor:
-    """Add up what each tensor-parallel rank has, with the very same result on all of them.
+    """Return the sum of ``scores`` over tensor-parallel ranks, bit-identical on all of them.
 
-    Ranks must keep the same positions, so not a bit may differ. An all-reduce does not promise
-    that: vLLM's for CPU adds in another order on each rank.
+    Ranks must keep the same positions, so not a bit may differ. An all-reduce does not guarantee
+    that: vLLM's for CPU adds in a different order on each rank.
     """
     return _reduce(scores, lambda parts: parts.float().sum(dim=0).to(scores.dtype))
 
 
 def max_of_ranks(scores: torch.Tensor) -> torch.Tensor:
-    """Return the largest that any tensor-parallel rank has, the same on all of them."""
+    """Return the maximum of ``scores`` over tensor-parallel ranks, identical on all of them."""
     return _reduce(scores, lambda parts: parts.amax(dim=0))
 
 
 def _reduce(
     scores: torch.Tensor, reduction: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Reduce what the tensor-parallel ranks have, ``[ranks, n]`` in their order."""
+    """Gather scores from the tensor-parallel ranks, ``[ranks, n]`` in rank order, and reduce."""
     world_size = get_tensor_model_parallel_world_size()
     if world_size == 1:
         return scores

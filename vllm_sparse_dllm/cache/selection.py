@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cache entries a block keeps, by what they are worth (Sparse-dLLM, arXiv 2508.02558)."""
+"""Which cache entries a block keeps, by their saliency (Sparse-dLLM, arXiv 2508.02558)."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Selection:
     Attributes:
         keep: Entries to keep, at most as many as there are.
         kernel_size: Odd width of the max-pool over saliency.
-        run_length: 1 to select entries; more to select whole runs of that many, each by its
-            maximum, ``ceil(keep / run_length)`` of them (the last run may be short).
-        saliency: What they are ranked by, of `SALIENCIES`.
+        run_length: 1 to select single entries; more to select ``ceil(keep / run_length)`` whole
+            runs of that many entries, ranked by their maxima (the last run may be short).
+        saliency: Name of what ranks the entries, a key of `SALIENCIES`.
     """
 
     keep: int
@@ -33,20 +33,20 @@ def select_entries(
 ) -> torch.Tensor:
     """Choose entries by max-pooled saliency.
 
-    Ties decide results, and `torch.topk` breaks them by the whole vector: it is called on
-    exactly the ``[1, n]`` vector, neither padded nor sorted.
+    Ties affect results, and how `torch.topk` breaks them depends on the whole vector: it is
+    called on exactly the ``[1, n]`` vector, neither padded nor sorted.
 
     Args:
         saliency: ``[n]``.
-        selection: How, with 1 <= keep <= n.
-        kernels: The device's.
+        selection: How to choose, with 1 <= keep <= n.
+        kernels: The device's kernels.
 
     Returns:
-        Indices of the kept entries, in order of falling importance.
+        Indices of the kept entries, those with the highest pooled saliency first.
     """
     keep, run_length = selection.keep, selection.run_length
     n = saliency.shape[0]
-    # A wider window sees no more, but costs its width.
+    # A wider window covers no more entries, but costs more.
     kernel_size = min(selection.kernel_size, 2 * n - 1)
     pooled = kernels.pool(saliency, kernel_size, run_length).unsqueeze(0)
     chosen = torch.topk(pooled, -(-keep // run_length)).indices[0]

@@ -27,18 +27,19 @@ class LogitsEdit(Protocol):
 
         Args:
             logits: ``[n, vocab]`` float32 of the request's candidates first, first + 1, ...
-            first: Above 0 where the request's logits are computed a part at a time.
+            first: Number of the first of these candidates; above 0 where the request's logits are
+                computed in parts.
         """
 
 
-#: Decides between commits of one step. Takes ``[k]`` candidate rows, surest first, and their
+#: Decides which commits of one step stand. Takes ``[k]`` candidate rows, surest first, and their
 #: ``[k]`` tokens; returns ``[k]`` booleans, False for a row that stays masked.
 CommitCheck = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Allow:
-    """Nothing but some tokens.
+    """Allows only the given tokens.
 
     Attributes:
         token_ids: ``[k]`` distinct ids.
@@ -54,10 +55,10 @@ class Allow:
 
 @dataclass(frozen=True)
 class AllowMask:
-    """Nothing but the tokens of a bit mask, as grammars have them.
+    """Allows only the tokens of a bit mask, as grammars produce it.
 
     Attributes:
-        bits: Host array of int32, token i the bit i % 32 of word i // 32.
+        bits: Host array of int32; token i is bit i % 32 of word i // 32.
     """
 
     bits: np.ndarray
@@ -71,7 +72,7 @@ class AllowMask:
 
 @dataclass(frozen=True)
 class Forbid:
-    """Some tokens not at some candidates.
+    """Forbids some tokens at some candidates.
 
     Attributes:
         rows: ``[k]`` host array of candidates.
@@ -83,7 +84,7 @@ class Forbid:
 
     def apply(self, logits: torch.Tensor, first: int) -> None:
         own = (self.rows >= first) & (self.rows < first + logits.shape[0])
-        # A tokenizer's end of text may have an id that the model has not.
+        # A tokenizer's end-of-text id may lie outside the model's vocabulary.
         own &= self.token_ids < logits.shape[1]
         index = np.stack([self.rows[own] - first, self.token_ids[own]])
         rows, token_ids = torch.from_numpy(index).to(logits.device)
@@ -92,7 +93,7 @@ class Forbid:
 
 @dataclass(frozen=True)
 class Add:
-    """A number a token, the same at every candidate.
+    """Adds a value per token, the same at every candidate.
 
     Attributes:
         token_ids: ``[k]`` distinct ids.
@@ -108,7 +109,7 @@ class Add:
 
 @dataclass(frozen=True)
 class Repetition:
-    """A penalty on tokens that are there already: logits above 0 divided, others multiplied.
+    """Penalises tokens that are already present: divides logits above 0, multiplies others.
 
     Attributes:
         token_ids: ``[k]`` distinct ids.
@@ -127,8 +128,8 @@ class Repetition:
 class BadWords:
     """Sequences of tokens that the response must not contain.
 
-    Positions are committed in any order, so the last missing token of a word is what is
-    forbidden, wherever in the word it is missing.
+    Positions are committed in any order, so the last missing token of a word is forbidden,
+    wherever in the word it is missing.
 
     Args:
         words: Token ids of each word, none empty.
@@ -147,11 +148,11 @@ class BadWords:
         return max(self._by_length)
 
     def forbidden(self, response: np.ndarray, candidates: np.ndarray) -> Forbid:
-        """Return which tokens would complete a word with what is committed.
+        """Return the edit that forbids tokens that would complete a word with committed ones.
 
         Args:
             response: ``[G]`` ids, `MASKED` where nothing is committed.
-            candidates: ``[n]`` masked positions of it, ascending, at least one.
+            candidates: ``[n]`` masked positions of the response, ascending, at least one.
         """
         rows, token_ids = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         row_of = np.full(len(response), -1)
@@ -165,7 +166,7 @@ class BadWords:
             differs = windows[:, None, :] != words
             window, word = np.nonzero(differs.sum(axis=-1) == 1)
             missing = differs[window, word].argmax(axis=-1)
-            # A position outside the candidates, or one that holds another token, is no matter.
+            # Ignore positions that are no candidates, and ones that hold another token.
             row = row_of[start + window + missing]
             own = (row >= 0) & (windows[window, missing] == MASKED)
             rows.append(row[own])
@@ -175,12 +176,12 @@ class BadWords:
     def compatible(
         self, response: np.ndarray, positions: np.ndarray, tokens: np.ndarray
     ) -> np.ndarray:
-        """Return which commits of one step may stand: one that completes a word may not.
+        """Return which commits of one step can stand: one that completes a word cannot.
 
         Args:
             response: ``[G]`` ids, `MASKED` where nothing is committed before the step.
-            positions: ``[k]`` positions to commit, surest first: each is judged with those
-                before it that may stand.
+            positions: ``[k]`` positions to commit, surest first: each is checked together with
+                the accepted ones before it.
             tokens: ``[k]`` their tokens.
         """
         response = response.copy()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Confidences at temperature 0 by a kernel that never writes probabilities down."""
+"""Confidences at temperature 0 by kernels that never store probabilities."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from vllm_sparse_dllm.kernels import why_unavailable
 
 
 def greedy_distribution(device: torch.device) -> GreedyDistribution | None:
-    """Return the device's own way at temperature 0, None where there is none."""
+    """Return the device's own distribution at temperature 0, None where there is none."""
     return FusedDistribution if why_unavailable(device) is None else None
 
 
 class FusedDistribution(TokenDistribution):
     """`TokenDistribution` of the most probable tokens, from logits in any dtype.
 
-    The same functions in float32; sums are added up in another order.
+    Computes the same functions in float32, but adds up sums in a different order.
 
     Args:
-        logits: ``[n, vocab]``, a row side by side.
+        logits: ``[n, vocab]``, contiguous within each row.
         mask_token_id: Never chosen.
     """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is known of a denoising step before the network runs: who commits what, and how."""
+"""What is known about a denoising step before the network runs: its rows and how they commit."""
 
 from __future__ import annotations
 
@@ -21,21 +21,22 @@ class Candidates:
     """The candidate positions of one request in this step, and how it commits them.
 
     Attributes:
-        num: Rows of the logits that are this request's, at least 1.
+        num: The request's rows of logits, at least 1.
         count: Positions to commit; unused with threshold, factor or an independent rule.
         rule: How positions are ranked.
-        commit_probability: For an independent rule: chance of each position.
+        commit_probability: For an independent rule: the chance that a position is committed.
         threshold: Fast-dLLM's threshold, or None.
         factor: Fast-dLLM's factor, or None.
         temperature: 0 for the most probable token.
-        top_p: Nucleus, 1 for none.
-        top_k: 0 for none.
+        top_p: Probability of the nucleus, 1 for no restriction.
+        top_k: 0 for no restriction.
         alg_temp: Noise on the order of commits, 0 for none.
-        generator: The request's own noise; needed wherever something is drawn.
-        num_logprobs: Most probable alternatives to report a committed token, or None.
-        min_p: Least probability relative to the largest, 0 for none.
-        edits: Changes of the logits, in order.
-        check: Decides between the commits of this step, or None.
+        generator: The request's own source of noise, used for everything that is drawn.
+        num_logprobs: Most probable alternatives to report per committed token, None for no
+            log-probabilities.
+        min_p: Least probability relative to the largest, 0 for no restriction.
+        edits: Edits of the logits, in order.
+        check: Decides which commits of this step stand, or None.
         traced: Whether the confidences are reported.
     """
 
@@ -58,7 +59,7 @@ class Candidates:
 
     @property
     def ranking(self) -> UnmaskingRule:
-        """The rule whose confidence counts."""
+        """The rule that ranks the candidates."""
         parallel = self.threshold is not None or self.factor is not None
         return PROBABILITY_RULE if parallel else self.rule
 
@@ -68,7 +69,7 @@ class RankedRows:
     """Rows of a group that one rule ranks.
 
     Attributes:
-        rule: It has a confidence.
+        rule: The rule; its ``confidence`` is not None.
         rows: ``[n]`` rows of the group, None for all.
     """
 
@@ -81,11 +82,11 @@ class RowGroup:
     """Rows of a chunk whose tokens are chosen the same way.
 
     Attributes:
-        requests: Whose rows they are, in order.
+        requests: Requests that the rows belong to, in order.
         spans: Rows of each request in the group.
         rows: ``[n]`` rows of the chunk, None for all.
-        draws: Whether tokens are drawn, as some request has a temperature.
-        ranked: Which rule ranks which rows; a row of none has the confidence 0.
+        draws: Whether some request has a temperature above 0, so that tokens are drawn.
+        ranked: Rules and the rows they rank; rows without a rule have the confidence 0.
     """
 
     requests: tuple[Candidates, ...]
@@ -97,13 +98,13 @@ class RowGroup:
 
 @dataclass(frozen=True)
 class RowChunk:
-    """Rows whose logits exist at a time.
+    """Rows whose logits are in memory at the same time.
 
     Attributes:
-        span: First row of the step, and the end.
-        edits: Requests' edits, each with its rows of the chunk, and the row among the
-            request's own that these begin with.
-        groups: All rows, each once.
+        span: Rows [start, end) of the step.
+        edits: Requests' edits, each with its rows of the chunk and the number of the first of
+            these among the request's rows.
+        groups: Groups that hold each row of the chunk once.
     """
 
     span: Span
@@ -113,11 +114,11 @@ class RowChunk:
 
 @dataclass(frozen=True)
 class Criterion:
-    """What counts the commits of some of the requests.
+    """A rule for how many positions are committed, and the requests that it applies to.
 
     Attributes:
-        applies: ``[requests]`` whose.
-        values: ``[requests]`` threshold, factor, or chance.
+        applies: ``[requests]`` whether the rule applies to the request.
+        values: ``[requests]`` threshold, factor, or chance; unused where it does not apply.
     """
 
     applies: torch.Tensor
@@ -126,19 +127,20 @@ class Criterion:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """A step's requests, and what the device has to know of them.
+    """A step's requests, and what the device has to know about them.
 
     Attributes:
         requests: In the order of their rows.
-        spans: Rows of each.
-        max_rows: Logits that exist at a time.
-        chunks: The rows in parts of no more.
-        places: ``[2, rows]`` request of each row, and which of its rows it is.
-        sizes: ``[requests]`` rows of each.
+        spans: Rows of each request.
+        max_rows: Most rows whose logits are in memory at the same time.
+        chunks: All rows, in parts of at most ``max_rows``.
+        places: ``[2, rows]`` request of each row, and the row's number within the request.
+        sizes: ``[requests]`` rows of each request.
         counts: ``[requests]`` commits under fixed steps.
-        threshold: Where some request has one.
-        factor: Where some request has one.
-        chance: Where some request's positions are committed by their own draws.
+        threshold: Thresholds, None if no request has one.
+        factor: Factors, None if no request has one.
+        chance: Chances of rules that commit each position by its own draw, None if no request
+            has such a rule.
     """
 
     requests: tuple[Candidates, ...]
@@ -165,10 +167,10 @@ def plan_step(
     Args:
         requests: Their candidates are rows 0, 1, ..., one request after the other, each in
             position order.
-        max_rows: Logits that exist at a time, at least 1.
-        arrays: What the plan goes to the device with; they have to be sent before it is used.
-        fused: Whether tokens at temperature 0 are chosen in a way of their own, which drawn
-            ones do not take part in.
+        max_rows: Most rows whose logits are in memory at the same time, at least 1.
+        arrays: Host arrays to send the plan's data with; they must be sent before it is used.
+        fused: Whether the device's own kernels choose tokens at temperature 0; they run on groups
+            without drawn tokens.
     """
     sizes = np.array([request.num for request in requests])
     ends = np.cumsum(sizes)
@@ -212,8 +214,8 @@ def _criterion(
 def _cut(spans: Sequence[Span], max_rows: int) -> Iterator[list[tuple[int, Span]]]:
     """Pack the requests' rows into chunks.
 
-    A request is cut only where it alone is too large, and then from its own first row on: how
-    its noise is drawn must not depend on who else is in the batch.
+    A request is cut only if it alone is too large, and then from its own first row on: how its
+    noise is drawn must not depend on the rest of the batch.
     """
     chunk: list[tuple[int, Span]] = []
     num_rows = 0
@@ -242,7 +244,8 @@ def _chunk(
     if not fused or len(drawing) == 1:
         groups = [_group(own, None, arrays)]
     else:
-        # A row's result must not depend on who else is in the batch: each goes its own way.
+        # A row's result must not depend on the rest of the batch: group greedy rows and drawn
+        # rows apart.
         groups = []
         for draws in drawing:
             members = [part for part in own if (part[0].temperature > 0) is draws]
@@ -275,7 +278,7 @@ def _group(
     for members in by_rule.values():
         rule = members[0][0].ranking
         if rule.confidence is None:
-            # Its order is drawn later; only a trace shows how sure the model is.
+            # The order is drawn later; confidences are needed for a trace only.
             if not any(request.traced for request, _ in members):
                 continue
             rule = PROBABILITY_RULE

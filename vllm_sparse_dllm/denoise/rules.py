@@ -14,13 +14,14 @@ from vllm_sparse_dllm.denoise.sampling import TokenDistribution
 
 @dataclass(frozen=True)
 class UnmaskingRule:
-    """One rule.
+    """An unmasking rule.
 
     Attributes:
-        name: As in the settings.
-        confidence: ``[n]`` confidences of a distribution; None if they are drawn at random.
-        independent: Every position is committed or not by its own draw (``origin``), so that
-            the number of commits is drawn too.
+        name: Name in the settings.
+        confidence: Returns ``[n]`` confidences of a distribution; None if they are drawn at
+            random.
+        independent: Whether each position is committed by its own draw (``origin``), so that
+            the number of commits is random too.
     """
 
     name: str
@@ -48,7 +49,7 @@ def threshold_counts(ordered: torch.Tensor, threshold: torch.Tensor) -> torch.Te
     """Count commits under Fast-dLLM's threshold: the surest, and all others that reach it.
 
     Args:
-        ordered: ``[requests, most]`` confidences in falling order, -inf behind the candidates.
+        ordered: ``[requests, most]`` confidences in descending order, -inf past the candidates.
         threshold: ``[requests]``.
     """
     return (ordered >= threshold.unsqueeze(-1)).sum(dim=-1).clamp(min=1)
@@ -59,11 +60,12 @@ def factor_counts(
 ) -> torch.Tensor:
     """Count commits under Fast-dLLM's factor rule (2601 form).
 
-    With k the first index whose confidence is below ``1 - factor / (index + 2)`` (never 0), or
-    the last index if there is none, k are committed; one more where k is the last index.
+    Let k be the first index above 0 whose confidence is below ``1 - factor / (index + 2)``, or
+    the last index if there is none. Then k positions are committed, and one more if k is the last
+    index.
 
     Args:
-        ordered: ``[requests, most]`` confidences in falling order, -inf behind the candidates.
+        ordered: ``[requests, most]`` confidences in descending order, -inf past the candidates.
         factor: ``[requests]``.
         num_candidates: ``[requests]``.
     """

@@ -26,8 +26,8 @@ class TokenDistribution:
     def probabilities(self) -> torch.Tensor:
         """``[n, vocab]`` softmax; NaN where the logits are unusable.
 
-        Kept as it is, not as a log-normaliser: sure positions are told apart in the last bits
-        below 1, which a difference of large logarithms has not.
+        Stored as probabilities, not as a log-normaliser: near-certain positions differ only in
+        the last bits below 1, which a difference of large logarithms loses.
         """
         return torch.softmax(self.logits, dim=-1)
 
@@ -63,7 +63,7 @@ def greedy_tokens(logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
 
 
 class TokenSampler(ABC):
-    """A model family's way to draw at ``temperature > 0``."""
+    """A model family's way to draw tokens at ``temperature > 0``."""
 
     name: ClassVar[str]
 
@@ -78,7 +78,7 @@ class TokenSampler(ABC):
         generator: torch.Generator,
         min_p: float = 0.0,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Draw one token a row.
+        """Draw one token per row.
 
         Args:
             logits: ``[n, vocab]`` float32.
@@ -146,7 +146,7 @@ class CategoricalSampler(TokenSampler):
 def _best(scores: torch.Tensor, logits: torch.Tensor, mask_token_id: int) -> torch.Tensor:
     """Return the best token of each row that is not the mask id.
 
-    Where a restriction leaves the mask id alone, that is the most probable other token.
+    Where a restriction leaves only the mask id, that is the most probable other token.
     """
     scores[:, mask_token_id] = -torch.inf
     best = scores.max(dim=-1)
@@ -156,11 +156,11 @@ def _best(scores: torch.Tensor, logits: torch.Tensor, mask_token_id: int) -> tor
 
 
 def restrict(logits: torch.Tensor, top_p: float, top_k: int, min_p: float = 0.0) -> torch.Tensor:
-    """Set what ``min_p``, then ``top_p``, then ``top_k`` leaves out to -inf.
+    """Set the logits that ``min_p``, then ``top_p``, then ``top_k`` excludes to -inf.
 
-    ``min_p`` keeps what is at least that part as probable as the most probable token; ``top_p``
-    keeps the smallest set of most probable tokens whose probability reaches it, at
-    least one; ``top_k`` keeps what is no smaller than the k-th largest logit.
+    ``min_p`` keeps tokens that are at least that fraction as probable as the most probable one;
+    ``top_p`` keeps the smallest set of most probable tokens whose total probability exceeds it;
+    ``top_k`` keeps logits no smaller than the k-th largest.
     """
     if min_p > 0:
         probabilities = torch.softmax(logits, dim=-1)

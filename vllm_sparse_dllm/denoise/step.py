@@ -21,7 +21,7 @@ from vllm_sparse_dllm.transfer import HostArrays, read_back
 
 @dataclass(frozen=True)
 class Logprobs:
-    """Log-probabilities at the step of commit, for the committed rows in order.
+    """Log-probabilities in the step of the commit, for the committed rows in order.
 
     Attributes:
         token_ids: ``[commits, 1 + k]`` the chosen token, then the k most probable.
@@ -42,10 +42,10 @@ class Commits:
         tokens: ``[rows]`` host array, the token chosen for each candidate.
         committed: ``[rows]`` host array, True where it is committed.
         failed: ``[requests]`` host array, True where the logits were not finite.
-        logprobs: For each request that asked for them, else None.
+        logprobs: Those of each request, None if it did not ask for them.
         confidences: ``[rows]`` host array, the confidence by which each candidate was ranked,
-            before noise; its probability under a rule that draws the order. None if nobody
-            asked for them.
+            before noise; its token's probability under a rule that draws the order. None if no
+            request asked for them.
     """
 
     tokens: np.ndarray
@@ -55,13 +55,13 @@ class Commits:
     confidences: np.ndarray | None = None
 
 
-#: The logits of a step's rows from one to another (its end), ``[n, vocab]`` in the model dtype;
-#: a new tensor each time. Where an index is given, ``[m]`` on the device and counted from the
-#: first of these rows, only of those; then they are all of one request.
+#: Returns the logits of a step's rows [start, end), ``[n, vocab]`` in the model dtype, or in
+#: float32 with guidance; a new tensor each time. With an index, ``[m]`` on the device and counted
+#: from start, only those of the indexed rows; the rows must then belong to one request.
 LogitsOf = Callable[[int, int, torch.Tensor | None], torch.Tensor]
 
-#: What a device makes of rows of logits at temperature 0, in any dtype, without their
-#: probabilities: ``[n, vocab]`` logits and the mask id.
+#: Returns a device's own distribution at temperature 0, which stores no probabilities, from
+#: ``[n, vocab]`` logits in any dtype and the mask id.
 GreedyDistribution = Callable[[torch.Tensor, int], TokenDistribution]
 
 
@@ -75,17 +75,17 @@ def denoise(
 ) -> Commits:
     """Choose tokens, rank the candidates of each request and commit the surest.
 
-    Logits exist for a chunk of rows at a time, so that the vocabulary times the candidates of a
-    large batch need never fit the memory. The device is waited for once, and once more where
-    log-probabilities are asked for.
+    Logits are computed for a chunk of rows at a time, so that those of all candidates of a large
+    batch need never fit in memory. The step waits for the device once, and again where
+    log-probabilities are requested.
 
     Args:
-        logits_of: The logits of the plan's rows.
-        plan: The requests; what it has for the device has been sent.
+        logits_of: Computes the logits of the plan's rows.
+        plan: The step's plan; its data for the device has been sent.
         mask_token_id: Never chosen.
         sampler: How the model family draws at ``temperature > 0``.
-        arrays: What goes to the device in the course of the step.
-        greedy: The device's own way at temperature 0, or None for PyTorch's.
+        arrays: Host arrays for what is sent to the device during the step.
+        greedy: The device's own distribution at temperature 0, or None for PyTorch's.
     """
     requests, spans, device = plan.requests, plan.spans, plan.places.device
     tokens = torch.empty(plan.num_rows, dtype=torch.int64, device=device)
@@ -121,7 +121,7 @@ def denoise(
     if any(request.check is not None for request in requests):
         results.append(order)
 
-    # The one read of a step's results.
+    # The only read of a step's results.
     read = iter(read_back(results))
     host_tokens, host_finite = next(read), next(read)
     confidences = next(read) if traced else None
@@ -203,19 +203,19 @@ def _confidence(distribution: TokenDistribution, group: RowGroup) -> torch.Tenso
 
 
 def _add_draws(confidence: torch.Tensor, plan: StepPlan) -> None:
-    """Draw the confidences that are drawn, and add noise where the order has some."""
+    """Draw the confidences of rules that draw them, and add noise to the order where set."""
     for request, (start, end) in zip(plan.requests, plan.spans, strict=True):
         own = confidence[start:end]
         if request.ranking.confidence is None:
             own.copy_(torch.rand(end - start, device=own.device, generator=request.generator))
         if request.ranking.independent:
-            # The smaller the draw, the surer: those below the chance are committed.
+            # A smaller draw is a higher confidence: draws below the chance are committed.
             own.neg_()
         elif request.alg_temp > 0:
             race = torch.empty(end - start, dtype=torch.float64, device=own.device)
             race.exponential_(generator=request.generator)
             weights = torch.log_softmax(own.double() / request.alg_temp, dim=-1)
-            # Only the order counts, and logarithms keep it where float32 would underflow.
+            # Only the order matters, and logarithms keep it where float32 would underflow.
             own.copy_(weights - race.log())
 
 
@@ -240,9 +240,10 @@ def _logprobs(
     plan: StepPlan,
     arrays: HostArrays,
 ) -> list[Logprobs | None]:
-    """Return what the requests asked for.
+    """Return the log-probabilities that requests asked for.
 
-    The device is waited for once, or more often where results would take more than logits may.
+    Waits for the device once, or more often where the results would take more memory than a
+    chunk of logits.
     """
     asking = [n for n, request in enumerate(plan.requests) if request.num_logprobs is not None]
     if not asking:
@@ -265,7 +266,7 @@ def _logprobs(
         k = vocab if k is None or k < 0 else k
         pending = sum(result.numel() for result in results)
         if pending and pending + num_rows * 2 * k > plan.max_rows * vocab:
-            # Before there are more: what one part takes is what profiling has run.
+            # Read back before there are more: profiling measures the memory of one part.
             read += read_back(results)
             results = []
         results += _ranked_logprobs(logits, own_tokens, k)

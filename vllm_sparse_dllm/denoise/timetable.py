@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks of a response, denoising steps per block, and how many tokens a step commits.
 
-Pure Python: the scheduler and the runner read the same timetable.
+The scheduler needs only the blocks (`Canvas`); the runner also follows the steps and commits.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from functools import lru_cache
 
 import numpy as np
 
-#: Lower end of Dream's time axis (Dream, `generation_utils`; algorithms: "Times").
+#: Lower end of Dream's time axis (Dream, `generation_utils`).
 _DREAM_EPS = 1e-3
 
 
 @dataclass(frozen=True)
 class Canvas:
-    """Where the blocks of one request lie.
+    """The layout of a request's prompt and blocks.
 
     Attributes:
         prompt_length: P, positions of the prompt.
         response_length: G, positions of the response.
-        block_length: B, positions of a block; the last one has what is left.
+        block_length: B, positions of a block; the last one takes the remainder.
     """
 
     prompt_length: int
@@ -53,7 +53,7 @@ class Canvas:
 def share_steps(
     canvas: Canvas, steps: int | None, masked_of_block: Sequence[int] | None = None
 ) -> tuple[int, ...]:
-    """Share denoising steps out among the blocks, in proportion to their masked positions.
+    """Distribute denoising steps among the blocks, in proportion to their masked positions.
 
     Args:
         canvas: The blocks.
@@ -61,8 +61,8 @@ def share_steps(
         masked_of_block: Masked positions of each block at the start; None for all.
 
     Returns:
-        Steps of each block, at least 1 where something is masked, else 0; what division leaves
-        goes to the first blocks that have any.
+        Steps of each block, at least 1 where something is masked, else 0; the remainder of the
+        division goes to the first blocks with masked positions.
     """
     masked = masked_of_block
     if masked is None:
@@ -85,10 +85,10 @@ class CommitSchedule(ABC):
 
         Args:
             step: 0-based index within the block.
-            num_steps: S, the block's share of steps. At ``step >= num_steps`` one position
-                is committed a step, so that every block ends.
+            num_steps: S, the block's share of steps. At ``step >= num_steps`` each step commits
+                one position, so that every block ends.
             num_masked: Positions of the block that are masked now.
-            num_at_start: Masked positions of the block before its first step: its size, but for
+            num_at_start: Masked positions of the block before its first step: its size less the
                 fixed positions.
         """
 
@@ -96,10 +96,10 @@ class CommitSchedule(ABC):
         """Return the first step from ``step`` on that commits something.
 
         Args:
-            step: Where to begin.
+            step: First step to consider.
             num_steps: S, the block's share of steps.
-            num_masked: Positions of the block that are masked, and stay so meanwhile; above 0.
-            num_at_start: Masked positions of the block before its first step: its size, but for
+            num_masked: Positions of the block that are masked until that step; above 0.
+            num_at_start: Masked positions of the block before its first step: its size less the
                 fixed positions.
         """
         while self.count(step, num_steps, num_masked, num_at_start) == 0:
@@ -118,7 +118,7 @@ class EvenSchedule(CommitSchedule):
 
 
 class LinearTimeSchedule(CommitSchedule):
-    """Dream: a share ``1 - t[i+1] / t[i]`` of the remaining masks, all at the last step."""
+    """Dream: a share ``1 - t[i+1] / t[i]`` of the remaining masks, all of them at the last step."""
 
     def count(self, step: int, num_steps: int, num_masked: int, num_at_start: int) -> int:
         if step >= num_steps:

@@ -4,8 +4,8 @@
 A `RequestError` is a ``ValueError`` offline and HTTP 400 in the server. vLLM has a hook that
 sees a request's parameters (`LogitsProcessor.validate_params`) but none that sees them together
 with the prompt and the engine's configuration, and both decide whether a request can ever run;
-so `install` wraps `InputProcessor.process_inputs` (and what beam search asks first), for
-diffusion models only. A server's requests also tell which of their fields vLLM does not know.
+so `install` wraps `InputProcessor.process_inputs` (and a method that beam search calls first), for
+diffusion models only. In a server, fields of a request that vLLM does not know are checked too.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from vllm_sparse_dllm.engine.structured_output import check_structured_output
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import REQUEST_PREFIX, EngineSettings, request_settings
 
-#: vLLM's parameters that are not honoured, and the one value that asks for nothing.
+#: vLLM's parameters that are not supported, each with the values that request nothing.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "prompt_logprobs": (None,),
     "prompt_logprob_token_ids": (None,),
@@ -46,7 +46,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 
 
-#: Where `SamplingParams` from HTTP carry the fields that vLLM's front end does not know.
+#: Attribute of `SamplingParams` from HTTP with the fields that vLLM's front end does not know.
 _UNKNOWN_FIELDS = "unknown_fields"
 _SAMPLING_FIELDS = frozenset(SamplingParams.__struct_fields__)
 
@@ -56,16 +56,16 @@ class RequestError(VLLMValidationError, ValueError):
 
 
 def check_sampling(sampling: SamplingParams) -> None:
-    """Refuse vLLM's parameters that a diffusion model does not honour.
+    """Refuse vLLM's parameters that diffusion models do not support.
 
     Raises:
         RequestError: Naming the parameter, its value and the value that is allowed.
     """
     for name, neutral in _NEUTRAL.items():
         value = getattr(sampling, name)
-        # vLLM turns some lists into arrays, which have no equality.
+        # vLLM turns some lists into arrays, for which `in` is ambiguous.
         if not isinstance(value, int | None) or value not in neutral:
-            # A field of the server that vLLM's front end turns into this one.
+            # vLLM's front end turns this field of a server's request into `prompt_logprobs`.
             echo = " (echo with logprobs asks for it)" if name == "prompt_logprobs" else ""
             raise RequestError(
                 f"{name} is not supported by diffusion models; it must be {neutral[0]!r}, "
@@ -76,14 +76,14 @@ def check_sampling(sampling: SamplingParams) -> None:
 
 
 def _check_transport(given: msgspec.Struct) -> None:
-    """Refuse what vLLM's messages between its processes cannot hold.
+    """Refuse values that the messages between vLLM's processes cannot hold.
 
-    vLLM finds out when it sends a request to the engine: that is HTTP 500, and the front end
-    keeps the request for ever.
+    vLLM would fail only when it sends the request to the engine: the client gets HTTP 500, and
+    the front end keeps the request forever.
 
     Args:
-        given: The request; or its parameters, before vLLM gives their texts to the tokenizer,
-            which no broken Unicode may reach.
+        given: The request, or its parameters before vLLM passes their texts to the tokenizer,
+            which must not receive invalid Unicode.
 
     Raises:
         RequestError: Naming the field, its value and what is allowed.
@@ -103,7 +103,7 @@ def _check_transport(given: msgspec.Struct) -> None:
 
 def _fits_message(value: Any) -> bool:
     try:
-        # Types are vLLM's concern; what is unknown here becomes null.
+        # vLLM checks the types; an object of an unknown type becomes null here.
         msgspec.msgpack.encode(value, enc_hook=lambda _: None)
     except (OverflowError, UnicodeEncodeError):
         return False
@@ -183,7 +183,7 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
 
 
 def _check_canvas(given: tuple[int, ...], sampling: SamplingParams, vocab_size: int) -> None:
-    """Refuse a canvas that the response cannot be.
+    """Refuse a canvas that the response cannot have.
 
     Raises:
         RequestError: Naming the field, its value and what is allowed.
@@ -214,7 +214,7 @@ def _check_canvas(given: tuple[int, ...], sampling: SamplingParams, vocab_size: 
 
 
 def _check_unknown_fields(fields: Mapping[str, Any]) -> None:
-    """Refuse fields of an HTTP request that were meant to change its answer.
+    """Refuse unknown fields of an HTTP request that were meant to change its answer.
 
     The OpenAI API allows any field, and vLLM's front end drops those it does not know.
 
@@ -236,7 +236,7 @@ def _check_unknown_fields(fields: Mapping[str, Any]) -> None:
 
 
 def install() -> None:
-    """Put admission into vLLM's front end; may be repeated."""
+    """Add admission to vLLM's front end; may be called repeatedly."""
     if getattr(InputProcessor, "checks_diffusion_requests", False):
         return
     InputProcessor.checks_diffusion_requests = True  # type: ignore[attr-defined]
@@ -246,8 +246,8 @@ def install() -> None:
 
 
 def _wrap_init() -> None:
-    # Of the processes that the plugin is loaded in, front ends make an `InputProcessor`, first
-    # of all: what follows is for those of diffusion models only.
+    # Only front ends construct an `InputProcessor`, before anything else: the place to install
+    # what only the front end of a diffusion model needs.
     original = InputProcessor.__init__
 
     @functools.wraps(original)
@@ -265,7 +265,7 @@ def _wrap_init() -> None:
 
 @contextmanager
 def _refusals(vllm_config: VllmConfig) -> Iterator[None]:
-    """Count what is refused inside, and let it be a `RequestError`."""
+    """Count a `ValueError` raised inside as a refusal, and raise it as a `RequestError`."""
     try:
         yield
     except ValueError as error:
@@ -295,12 +295,12 @@ def _wrap_process_inputs() -> None:
         request = original(self, request_id, prompt, given, *args, **kwargs)
         sampling = request.sampling_params
         if sampling is not None and params.max_tokens is None:
-            # vLLM fills up the context where nothing is named.
+            # Without `max_tokens`, vLLM fills up the context.
             assert sampling.max_tokens is not None
             sampling.max_tokens = min(sampling.max_tokens, model_config.default_response_length)
         with _refusals(self.vllm_config):
             if isinstance(params, SamplingParams):
-                # As they were given: vLLM writes into its own copy that watermarking is off.
+                # The parameters as given: vLLM sets `watermarking` to False in its own copy.
                 check_sampling(params)
                 _check_unknown_fields(getattr(params, _UNKNOWN_FIELDS, {}))
             check_request(request, self.vllm_config)
@@ -310,8 +310,8 @@ def _wrap_process_inputs() -> None:
 
 
 def _wrap_beam_search() -> None:
-    # Beam search reaches `process_inputs` only as requests of one token; this is what both of
-    # its front ends ask first.
+    # Beam search reaches `process_inputs` only as requests of one token; both of its front ends
+    # call this method first.
     original = InputProcessor.resolve_watermarking
 
     @functools.wraps(original)
@@ -332,7 +332,7 @@ def _wrap_beam_search() -> None:
 
 
 def _keep_unknown_fields() -> None:
-    """Let `SamplingParams` from HTTP carry the fields that they were not made from."""
+    """Attach the fields of HTTP requests that vLLM does not know to their `SamplingParams`."""
     from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
     from vllm.entrypoints.openai.completion.protocol import CompletionRequest
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest

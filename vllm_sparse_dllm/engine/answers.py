@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Traces in vLLM's answers: offline and over HTTP, for the requests that ask for one.
 
-The parts of a trace come with the engine's outputs in ``kv_transfer_params``, which vLLM hands
-from scheduler to front end unread. There they are put together on the `CompletionOutput`, as its
-attribute ``diffusion_trace``, and taken out again, so that nobody else sees them. vLLM's OpenAI
-answers have that field once for all choices, and not at all when streamed; so the four methods
-that make answers of outputs are wrapped, and add ``diffusion_trace`` to each choice, in a stream
-to the chunk that ends it. Other OpenAI and Anthropic endpoints refuse to trace. A request without
+The parts of a trace come with the engine's outputs in ``kv_transfer_params``, which vLLM passes
+from scheduler to front end unread. There they are taken out, so that nothing else sees them, and
+merged into the attribute ``diffusion_trace`` of the `CompletionOutput`. vLLM's OpenAI answers have
+``kv_transfer_params`` once for all choices, and not at all when streamed; so the four methods that
+build answers from outputs are wrapped and add ``diffusion_trace`` to each choice, in a stream to
+the chunk that ends it. Other OpenAI and Anthropic endpoints refuse to trace. A request without
 ``diffusion_trace`` passes through untouched.
 """
 
@@ -29,11 +29,11 @@ _EVENT = "data: "
 
 
 def install() -> None:
-    """Put traces into the answers of this process's front end; may be repeated."""
+    """Add traces to the answers of this process's front end; may be called repeatedly."""
     if getattr(RequestState, "attaches_diffusion_traces", False):
         return
     RequestState.attaches_diffusion_traces = True  # type: ignore[attr-defined]
-    # Late: an engine core has no use for the server's modules.
+    # Imported late: an engine core does not need the server's modules.
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
     from vllm.entrypoints.openai.chat_completion.serving import OpenAIServingChat
@@ -45,7 +45,7 @@ def install() -> None:
     _wrap_stream(OpenAIServingCompletion, "completion_stream_generator")
     _wrap_chat(OpenAIServingChat)
     _wrap_completion(OpenAIServingCompletion)
-    # Their answers have no place for it.
+    # Their answers have no place for a trace.
     _refuse(OpenAIServingChatBatch, "create_batch_chat_completion")
     _refuse(OpenAIServingResponses, "create_responses")
     _refuse(AnthropicServingMessages, "create_messages")
@@ -84,7 +84,7 @@ def _wrap_request_output() -> None:
         trace = getattr(self, TRACE, None)
         if trace:
             if finish_reason is not None and self.detokenizer is not None:
-                # The end of a stop string may lie inside a part.
+                # A stop string may end inside a part.
                 finish(trace, self.detokenizer.num_output_tokens())
             _attach(self, output, trace)
         return output
@@ -93,14 +93,14 @@ def _wrap_request_output() -> None:
 
 
 def _attach(state: RequestState, output: Any, trace: dict[str, Any]) -> None:
-    """Give the completion of a request its trace; with ``n`` it may wait for the others."""
+    """Attach a request's trace to its completion, which may still wait for other samples."""
     if isinstance(output, RequestOutput):
         completions = output.outputs
     else:
         completions = state.parent_req.output_aggregator if state.parent_req is not None else []
     for completion in completions:
         if completion is not None and completion.index == state.request_index:
-            # One object for all outputs of the request: a slow reader gets them merged.
+            # All outputs of a request share one trace: vLLM merges them for a slow reader.
             setattr(completion, TRACE, trace)
 
 
@@ -112,7 +112,7 @@ def _asks(request: Any) -> bool:
 async def _watched(
     results: AsyncGenerator[Any, None], num_choices: int, traces: dict[int, Any]
 ) -> AsyncGenerator[Any, None]:
-    """Pass outputs on and note the traces by the index of their choice."""
+    """Pass outputs on and record their traces by the index of the choice."""
     async with aclosing(results):  # a client that leaves aborts its request at once
         async for result in results:
             number, output = result if isinstance(result, tuple) else (0, result)
@@ -124,7 +124,7 @@ async def _watched(
 def _watch(
     signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[inspect.BoundArguments, dict[int, Any]]:
-    """Return the arguments of a method with its outputs watched, and where traces will be."""
+    """Return a method's arguments with its outputs watched, and the dict that traces go to."""
     given = signature.bind(*args, **kwargs)
     traces: dict[int, Any] = {}
     given.arguments["result_generator"] = _watched(

@@ -28,16 +28,16 @@ from vllm_sparse_dllm.transfer import HostArrays
 
 @dataclass(frozen=True)
 class LogitsRows:
-    """Whose logits a step needs.
+    """The rows whose logits a step needs.
 
     Attributes:
-        rows: ``[rows]`` of the hidden states: the candidates of each request in order, then the
-            unconditional rows of guided requests.
-        num: Candidates.
+        rows: ``[rows]`` rows of the hidden states: the candidates of each request in order, then
+            the unconditional rows of guided requests.
+        num: Number of candidates.
         guided_candidates: ``[guided rows]`` host array, the candidates that are guided,
             ascending, in the order of their unconditional rows.
         guided: The same on the device.
-        guidance: ``[guided rows]`` their weights.
+        guidance: ``[guided rows]`` guidance weights.
     """
 
     rows: torch.Tensor
@@ -49,16 +49,16 @@ class LogitsRows:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """A step's inputs. They are on the device when `arrays` has been sent.
+    """A step's inputs. They are on the device once `arrays` has been sent.
 
     Attributes:
         input_ids: ``[tokens]``.
         positions: ``[tokens]``.
         plan: What attends to what.
-        logits: Whose logits are needed.
-        arrays: What the inputs go along with.
-        replay: Returns the hidden states of these inputs by a captured graph; None: the model
-            has to be run.
+        logits: Rows whose logits are needed.
+        arrays: Arrays that carry the inputs to the device.
+        replay: Replays a captured graph on these inputs and returns the hidden states; None if
+            the model has to be run.
     """
 
     input_ids: torch.Tensor
@@ -74,12 +74,12 @@ class _Entry:
     """A sequence's part of the batch.
 
     Attributes:
-        request: Number of its request.
+        request: Index of its request.
         sequence: The sequence.
         step: What it runs.
-        first_token: Where its tokens begin in the batch.
+        first_token: Index of its first token in the batch.
         num_rows: Rows of hidden states that its candidates need.
-        first_row: Where they begin among those of the batch.
+        first_row: Index of the first of these rows among those of the batch.
     """
 
     request: int
@@ -96,11 +96,11 @@ class CachedLayout:
 
     Attributes:
         lengths: ``[sequences]`` tokens of each.
-        fresh: ``[layers, tokens]`` slots of own keys, or one row for all layers.
-        filled: ``[layers, sequences]`` slots that hold keys, or one row for all layers.
-        last_filled: ``[sequences]`` those of the last layer.
+        fresh: ``[layers, tokens]`` slots of the tokens' own keys, or one row for all layers.
+        filled: ``[layers, sequences]`` numbers of slots that hold keys, or one row for all layers.
+        last_filled: ``[sequences]`` the same for the last layer.
         page_table: ``[sequences, width]``.
-        plain: Whether all are block steps that leave the kept entries as they are.
+        plain: Whether all are block steps that leave the kept entries unchanged.
     """
 
     lengths: np.ndarray
@@ -115,15 +115,15 @@ class StepLayout:
     """The next steps of requests, laid out as one batch of host arrays.
 
     Args:
-        requests: Whose steps they are.
-        steps: One of each.
+        requests: The requests to run.
+        steps: The next step of each request.
 
     Attributes:
         input_ids: ``[tokens]``, cached sequences first.
         positions: ``[tokens]``.
         last_rows: ``[rows]`` tokens whose hidden states are needed, ascending, at least one.
         cached: The sequences that run against their pages, or None.
-        num_full: Sequences that run whole.
+        num_full: Number of sequences that run whole.
     """
 
     def __init__(self, requests: SequenceOf[RequestState], steps: SequenceOf[NextStep]) -> None:
@@ -146,13 +146,13 @@ class StepLayout:
         starts = np.array([e.step.queries[0] for e in ordered])
         self.positions = np.arange(len(self.input_ids)) - np.repeat(firsts - starts, lengths)
 
-        # Rows whose hidden states are needed after the last layer: the candidates' own, one
-        # before for a model that shifts.
+        # Rows whose hidden states are needed after the last layer: those of the candidates, or
+        # the rows before them if the model shifts logits.
         rows_of = [_logits_rows(requests[e.request], e) for e in ordered]
         counts = np.array([len(rows) for rows in rows_of])
         self.last_rows = np.concatenate(rows_of)
         if not len(self.last_rows):
-            # The layers behind the attention want at least one row.
+            # The layers after the attention need at least one row.
             self.last_rows = np.zeros(1, dtype=np.int64)
             counts[0] = 1
         self._row_counts = counts
@@ -165,7 +165,7 @@ class StepLayout:
             self.cached = _cached_layout(requests, self._cached, lengths[: len(self._cached)])
 
     def batch(self, backend: AttentionBackend, arrays: HostArrays) -> StepBatch:
-        """Return the batch with plans of its own, everything on its way to the device."""
+        """Return the batch with its own plans; ``arrays`` carries it to the device."""
         num_cached = len(self._cached)
         row_counts = self._row_counts
         plan = ForwardPlan(
@@ -210,13 +210,13 @@ class StepLayout:
         )
 
     def logits_rows(self, arrays: HostArrays, of_all_tokens: bool = False) -> LogitsRows:
-        """Return whose logits are needed.
+        """Return the rows whose logits are needed.
 
         Args:
-            arrays: What it goes along with.
-            of_all_tokens: Whether there are hidden states of all tokens, not of ``last_rows``.
+            arrays: Arrays that carry the result to the device.
+            of_all_tokens: Whether the hidden states are of all tokens, not only ``last_rows``.
         """
-        # Back from the batch's order to the requests', unconditional rows last.
+        # From the order of the batch back to that of the requests, unconditional rows last.
         nothing = np.zeros(0, dtype=np.int64)
         ranges, unconditional, guided = [nothing], [nothing], [nothing]
         weights = [np.zeros(0)]
@@ -244,10 +244,10 @@ class StepLayout:
 
 
 class StaticBatches(Protocol):
-    """Batches whose tensors never move: what captured graphs are replayed on."""
+    """Batches whose tensors never move, for captured graphs to be replayed on."""
 
     def fill(self, layout: StepLayout) -> StepBatch | None:
-        """Return the batch of a layout, None if it is none of those."""
+        """Return a layout as one of these batches, None if none fits it."""
 
 
 def build_batch(
@@ -260,11 +260,12 @@ def build_batch(
     """Lay the next steps of the requests out as one batch.
 
     Args:
-        requests: Whose steps they are.
-        steps: One of each.
+        requests: The requests to run.
+        steps: The next step of each request.
         backend: The device's attention.
-        arrays: What goes to the device with the batch; a round of it begins here.
-        static: What takes the steps that were captured. Such a batch has arrays of its own.
+        arrays: Arrays that carry the batch to the device in a new round, if none of ``static``
+            fits.
+        static: The batches of captured steps, which have arrays of their own.
     """
     layout = StepLayout(requests, steps)
     batch = None if static is None else static.fill(layout)
@@ -278,7 +279,8 @@ def _logits_rows(request: RequestState, entry: _Entry) -> np.ndarray:
     """Return the batch rows that predict the candidates of an entry, in their order."""
     rows = entry.step.candidates - entry.step.queries[0]
     if request.traits.shifts_logits:
-        # In a cached step the block's first position keeps its own row; it is filled by then.
+        # The first row has none before it and stands for itself; in a cached step it is that of
+        # the block's first position, which is committed by then.
         rows = np.maximum(rows - 1, 0)
     return rows + entry.first_token
 
@@ -290,7 +292,7 @@ def _cached_layout(
         _fresh_slots(requests[entry.request], entry, length)
         for entry, length in zip(entries, lengths.tolist(), strict=True)
     ]
-    # One row for all layers, unless some entry has one for each.
+    # One row for all layers, unless an entry needs a row per layer.
     num_rows = max(len(slots) for slots in own)
     fresh = np.concatenate(
         [np.broadcast_to(slots, (num_rows, slots.shape[1])) for slots in own], axis=1
@@ -312,7 +314,7 @@ def _cached_layout(
 
 
 def _fresh_slots(request: RequestState, entry: _Entry, length: int) -> np.ndarray:
-    """Return ``[layers, length]`` slots of the own keys of an entry; ``[1, ...]`` for all."""
+    """Return the slots of an entry's own keys: ``[layers, length]``, or one row for all."""
     sequence = entry.sequence
     if entry.step.kind is not StepKind.APPEND:
         return sequence.slots[None, :length]

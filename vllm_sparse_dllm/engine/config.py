@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a diffusion model changes in vLLM's configuration, so that no flag is needed."""
+"""Changes to vLLM's configuration for diffusion models, so that no flag is needed."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ _WORKERS = {
     "cpu": "vllm_sparse_dllm.engine.cpu_worker.DiffusionCPUWorker",
     "cuda": "vllm_sparse_dllm.engine.worker.DiffusionGPUWorker",
 }
-#: The smallest page that vLLM's CPU attention kernel runs at full speed.
+#: The smallest page size at which vLLM's CPU attention kernel runs at full speed.
 _CPU_PAGE_SIZE = 32
-#: Why an option is refused, where that is not plain.
+#: Reasons for the refusals that need one, appended to the error message.
 _REASONS = {
     "pipeline_parallel_size": ": a step needs the tokens of the last one, so stages would idle",
 }
-#: What vLLM's own processes take before the pool is allocated, in bytes, with some room.
+#: Bytes that vLLM's own processes take before the pool is allocated, with some margin.
 _MEMORY_OF_PROCESSES = 2 << 30
 
 
 class DiffusionModelConfig(ModelConfig):
-    """vLLM's model configuration with the defaults that diffusion models want.
+    """vLLM's model configuration with defaults for diffusion models.
 
-    `DiffusionConfigHook` turns the configuration of a diffusion model into this class; it
-    adds no fields.
+    `DiffusionConfigHook` sets this class on the existing configuration of a diffusion model, so
+    the attributes below are not dataclass fields.
 
     Attributes:
-        default_response_length: Of a request that names none.
-        graph_tokens: Tokens of the steps that are captured as CUDA graphs; None for the default
-            ones.
-        most_graph_tokens: Of the largest of the default ones, None for the default.
+        default_response_length: Response length of a request that names none.
+        graph_tokens: Sizes, in tokens, of the steps to capture as CUDA graphs; None for the
+            default sizes.
+        most_graph_tokens: Upper limit of the default sizes, in tokens; None for the default.
     """
 
     default_response_length: int = 256
@@ -59,13 +59,14 @@ class DiffusionModelConfig(ModelConfig):
     most_graph_tokens: int | None = None
 
     def get_diff_sampling_param(self) -> dict[str, Any]:
-        """Default to the most probable token and to `default_response_length` tokens.
+        """Default to temperature 0 and to `default_response_length` tokens.
 
-        What `generation_config.json` or the user's generation config says wins.
+        Values of the generation config take precedence; ``generation_config="vllm"`` leaves the
+        temperature to vLLM.
         """
         defaults = super().get_diff_sampling_param()
         if self.generation_config in ("auto", "vllm"):
-            # With a generation config of the user's, vLLM would take this for a limit.
+            # With a generation config of the user's, vLLM would treat this as an upper limit.
             defaults.setdefault("max_tokens", self.default_response_length)
         if self.generation_config != "vllm":
             defaults.setdefault("temperature", 0.0)
@@ -73,14 +74,14 @@ class DiffusionModelConfig(ModelConfig):
 
 
 class DiffusionConfigHook(VerifyAndUpdateConfig):
-    """Registered in vLLM's `MODELS_CONFIG_MAP` for each architecture."""
+    """The configuration hook; in vLLM's `MODELS_CONFIG_MAP` for each architecture."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
-        """Choose worker and scheduler and switch off what has no meaning here.
+        """Choose worker and scheduler and disable what does not apply to diffusion models.
 
         Raises:
-            ValueError: If the configuration asks for what diffusion models cannot do.
+            ValueError: If the configuration asks for something diffusion models cannot do.
         """
         model_config = vllm_config.model_config
         check_config(model_config.hf_config)
@@ -100,7 +101,7 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         scheduler = vllm_config.scheduler_config
         scheduler.scheduler_cls = _SCHEDULER
         scheduler.async_scheduling = False
-        # A full forward cannot be cut: every position attends to every other.
+        # A full forward cannot be split: every position attends to every other.
         scheduler.enable_chunked_prefill = False
         vllm_config.cache_config.enable_prefix_caching = False
         if vllm_config.structured_outputs_config.backend == "auto":
@@ -110,10 +111,10 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         _raise_default_token_budget(vllm_config)
         cache = vllm_config.cache_config
         if current_platform.is_cpu():
-            native.switched_off()  # An odd value ends here, not in a worker.
+            native.switched_off()  # Validates the variable here instead of in a worker.
             if not cache.user_specified_block_size:
                 cache.block_size = _CPU_PAGE_SIZE
-                # Keeps the platform from putting its own default in its place.
+                # Keeps the platform from replacing it by its own default.
                 cache.user_specified_block_size = True
             if parallel.use_ray:
                 _prepare_ray(parallel)
@@ -122,9 +123,9 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
 
 
 def _take_over_graphs(vllm_config: VllmConfig, model_config: DiffusionModelConfig) -> None:
-    """Keep vLLM's own CUDA graphs and compilation out, and what was asked of them for ours.
+    """Disable vLLM's own CUDA graphs and compilation, and keep the options for `BlockGraphs`.
 
-    vLLM clears the sizes where its own graphs are off, so they are noted in the model's
+    vLLM clears the capture sizes when its own graphs are off, so they are stored in the model's
     configuration.
     """
     compilation = vllm_config.compilation_config
@@ -139,7 +140,7 @@ def _take_over_graphs(vllm_config: VllmConfig, model_config: DiffusionModelConfi
 
 
 def _refuse(vllm_config: VllmConfig) -> None:
-    """Refuse engine options that would have no effect or a wrong one."""
+    """Refuse engine options that would have no effect or the wrong effect."""
     model, cache, parallel = (
         vllm_config.model_config,
         vllm_config.cache_config,
@@ -178,9 +179,9 @@ def _refuse(vllm_config: VllmConfig) -> None:
 
 
 def _check_tensor_parallel(vllm_config: VllmConfig) -> None:
-    """Refuse ranks that heads, channels or the vocabulary cannot be divided among.
+    """Refuse a tensor-parallel size that heads, channels or the vocabulary do not allow.
 
-    That the query heads can be divided vLLM has checked.
+    vLLM checks the query heads itself, after this hook.
     """
     from vllm.model_executor.layers.vocab_parallel_embedding import pad_vocab_size
 
@@ -206,7 +207,7 @@ def _check_tensor_parallel(vllm_config: VllmConfig) -> None:
 
 
 def _check_attention_backend(vllm_config: VllmConfig, name: str) -> None:
-    """Refuse vLLM's own choice of attention, and one of ours that cannot run here."""
+    """Refuse vLLM's own option for the backend, and a backend that cannot run here."""
     from vllm_sparse_dllm.attention.backends import choose_backend
     from vllm_sparse_dllm.attention.interface import AttentionShape
 
@@ -236,10 +237,10 @@ def _shown(value: Any) -> str:
 
 
 def _raise_default_token_budget(vllm_config: VllmConfig) -> None:
-    """Make the token budget hold a request of the whole context, unless the user set it.
+    """Raise the token budget to hold a request of the whole context, unless the user set it.
 
-    vLLM fills its default in before this hook runs and does not say so; a budget that equals
-    one of its defaults is taken for one.
+    vLLM fills in its default before this hook runs and does not record that it did; a budget
+    equal to one of its defaults is assumed to be one.
     """
     from vllm.engine.arg_utils import EngineArgs
 
@@ -274,8 +275,8 @@ def _raise_default_token_budget(vllm_config: VllmConfig) -> None:
 def _leave_memory_to_others(vllm_config: VllmConfig) -> None:
     """Lower vLLM's default share of the memory to what is free, unless the user set one.
 
-    The default, 0.92 of all memory, is made for a GPU. A machine whose memory is partly in use
-    would refuse to start.
+    The default, 0.92 of all memory, is meant for a GPU. On a machine whose memory is partly in
+    use, vLLM would refuse to start.
     """
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, get_memory_node_info
@@ -288,7 +289,7 @@ def _leave_memory_to_others(vllm_config: VllmConfig) -> None:
         return
     memory = get_memory_node_info(get_allowed_cpu_list()[0].numa_node)
     parallel = vllm_config.parallel_config
-    # A front end may have all its engines on other machines.
+    # The local size is 0 if all engines of a front end run on other machines.
     workers = parallel.world_size * max(1, parallel.data_parallel_size_local)
     share = (memory.available_memory - _MEMORY_OF_PROCESSES) / memory.total_memory / workers
     if 0 < share < cache.gpu_memory_utilization:
@@ -297,7 +298,7 @@ def _leave_memory_to_others(vllm_config: VllmConfig) -> None:
 
 
 def _prepare_ray(parallel: ParallelConfig) -> None:
-    """Make Ray's processes take the platform that this one has, and wait as its threads do."""
+    """Make Ray's processes use the platform and the OpenMP waiting of this process."""
     if not current_platform.ray_device_key:
         raise ValueError(
             f"Ray needs the environment variable {RAY_ON_CPU}=1 on a CPU, got "
@@ -310,24 +311,25 @@ def _prepare_ray(parallel: ParallelConfig) -> None:
 
 
 def pages_of_an_engine(vllm_config: VllmConfig) -> int | None:
-    """Return the pages of one engine's pool, as a front end knows them; None before they are made.
+    """Return the number of pages in one engine's pool; None before the pool exists.
 
-    A front end has the sum over the engines that it manages, whose pools may differ: then this is
-    their mean.
+    A front end knows only the sum over the engines that it manages; if their pools differ, the
+    result is the mean.
     """
     blocks, parallel = vllm_config.cache_config.num_gpu_blocks, vllm_config.parallel_config
     if not blocks:
         return None
     local = parallel.local_engines_only
     engines = parallel.data_parallel_size_local if local else parallel.data_parallel_size
-    # One block of each pool is vLLM's own.
+    # vLLM keeps one block of each pool for itself.
     return blocks // max(1, engines) - 1
 
 
 def _use_all_cores(parallel: ParallelConfig) -> None:
     """Let the workers have every core: the front end of a diffusion model is mostly idle.
 
-    vLLM reserves one for it by default, half of a small machine. What the user set wins.
+    vLLM reserves one per worker by default, which may be half of a small machine. Settings of the
+    user take precedence.
     """
     cpu_cores.bind_workers(parallel)
     if not os.environ.get(cpu_cores.BINDING):

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """vLLM's sampling parameters that edit logits, defined for commits in any order.
 
-What is committed in the response, in whatever order and by whomever (the model, or a fixed
-position of the request's canvas), is the text that penalties count and that bad words match.
-Nothing is kept from step to step: the canvas says it all, so a burst or a preemption cannot
-put a count wrong.
+Penalties count, and bad words match, all tokens committed in the response, in whatever order and
+whether the model chose them or the request's canvas fixed them. No state is kept between steps:
+everything follows from the canvas, so neither a burst nor a preemption can make a count wrong.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from vllm_sparse_dllm.denoise.constraints import (
     Repetition,
 )
 
-#: Wider than any use, narrow enough that float32 logits stay finite.
+#: Wider than any practical use, narrow enough that float32 logits stay finite.
 _REPETITION_RANGE = (0.01, 100.0)
 _BIAS_LIMIT = 1e9
-#: Tokens of all bad words of a request: every commit is compared with each of them.
+#: Most tokens in all bad words of a request: every commit is compared with each of them.
 _MOST_BAD_TOKENS = 4096
 
 
@@ -45,7 +44,7 @@ def _is_constrained(sampling: SamplingParams) -> bool:
 
 
 def check_constraints(sampling: SamplingParams, mask_token_id: int, vocab_size: int) -> None:
-    """Refuse constraints that the engine cannot keep, or that may leave a position no token.
+    """Refuse constraints that the engine cannot enforce or that may leave no token to commit.
 
     Raises:
         ValueError: Naming the parameter, its value and what is allowed.
@@ -89,7 +88,7 @@ def check_constraints(sampling: SamplingParams, mask_token_id: int, vocab_size: 
             f"bad_words must be of tokens from 0 to {vocab_size - 1}, got {sampling.bad_words!r} "
             f"with tokens {sorted(outside)}"
         )
-    # In any order, every token of a bad word may be the one that is missing.
+    # Commits come in any order, so any token of a bad word may be the last one missing.
     forbidden = bad | {mask_token_id}
     if sampling.min_tokens:
         forbidden |= sampling.all_stop_token_ids
@@ -108,7 +107,7 @@ class RequestConstraints:
     Args:
         sampling: vLLM's parameters of the request, checked at admission.
         prompt: ``[P]`` token ids.
-        device: Where the logits are.
+        device: Device of the logits.
     """
 
     def __init__(self, sampling: SamplingParams, prompt: np.ndarray, device: torch.device) -> None:
@@ -133,7 +132,7 @@ class RequestConstraints:
     def of(
         cls, sampling: SamplingParams, prompt: np.ndarray, device: torch.device
     ) -> RequestConstraints | None:
-        """Return a request's constraints, None if it has none."""
+        """Return the request's constraints, None if it has none."""
         return cls(sampling, prompt, device) if _is_constrained(sampling) else None
 
     def edits(self, response: np.ndarray, candidates: np.ndarray) -> tuple[LogitsEdit, ...]:
@@ -167,7 +166,7 @@ class RequestConstraints:
         return penalties
 
     def check(self, response: np.ndarray, candidates: np.ndarray) -> CommitCheck | None:
-        """Return what decides between the commits of a step; arguments as in `edits`."""
+        """Return the check of a step's commits, None if none is needed; arguments as in `edits`."""
         words = self._bad_words
         if words is None or not self._has_long_words or len(candidates) < 2:
             return None

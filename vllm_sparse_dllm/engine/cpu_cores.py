@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which CPU cores each worker of a machine gets: equal shares that do not overlap.
 
-vLLM by itself gives a worker a NUMA node: it does not start more workers of an engine than
-there are nodes, and gives replicas the same cores.
+By default vLLM gives each worker of an engine a NUMA node: it does not start if there are more
+workers than nodes, and replicas get the same cores.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from vllm.utils.cpu_resource_utils import get_allowed_cpu_list, parse_id_list
 
 BINDING = "VLLM_CPU_OMP_THREADS_BIND"
 
-#: What this module set the variable to, to be told from what a user did.
+#: The value that this module set the variable to, to distinguish it from a user's.
 _own_binding: str | None = None
 
 
 def shares(num_workers: int) -> list[list[int]]:
-    """Divide the cores that this process may use, neighbours together.
+    """Divide the cores that this process may use, keeping neighbours together.
 
-    Of a core with several hardware threads only the first counts. Where there are more workers
-    than cores, some share one.
+    Of a core with several hardware threads only the first is used. If there are more workers
+    than cores, some share a core.
 
     Returns:
-        For each worker its logical CPUs, at least one.
+        The logical CPUs of each worker, at least one.
     """
     cores: dict[tuple[int, int], int] = {}
     for cpu in sorted(get_allowed_cpu_list(), key=lambda cpu: cpu.id):
@@ -40,13 +40,13 @@ def shares(num_workers: int) -> list[list[int]]:
 
 
 def bind_workers(parallel: ParallelConfig) -> None:
-    """Tell vLLM's multi-process executor which cores its workers get; what a user set wins.
+    """Tell vLLM's multi-process executor which cores its workers get, unless the user did.
 
-    One worker alone is left to vLLM.
+    A single worker is left to vLLM.
     """
     global _own_binding
     if os.environ.get(BINDING) == _own_binding:
-        # An earlier engine's, perhaps of another size.
+        # Set for an earlier engine, which may have had another number of workers.
         os.environ.pop(BINDING, None)
         _own_binding = None
     num_workers = parallel.local_world_size * parallel.data_parallel_size_local
@@ -59,7 +59,7 @@ def bind_workers(parallel: ParallelConfig) -> None:
 def bind_ray_worker() -> None:
     """Bind this process, a worker that Ray started, to its share of the machine's cores.
 
-    Ray numbers the places of a machine, whichever engine they belong to; each is worth an equal
+    Ray numbers the places of a machine, whichever engine they belong to; each gets an equal
     share. Must run before the process has started threads of its own.
     """
     import ray

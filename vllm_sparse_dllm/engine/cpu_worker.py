@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's worker of a CPU with the diffusion model runner in it."""
+"""vLLM's CPU worker with the diffusion model runner."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm.v1.worker.worker_base import CompilationTimes
 from vllm_sparse_dllm.engine.cpu_cores import bind_ray_worker
 from vllm_sparse_dllm.engine.worker import DiffusionWorker
 
-# Of glibc's malloc.h.
+# From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
 
@@ -30,14 +30,14 @@ class DiffusionCPUWorker(DiffusionWorker, CPUWorker):
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
         if vllm_config.parallel_config.use_ray:
-            # vLLM's own executor binds its workers as it starts them; Ray's leaves it to them.
+            # vLLM's own executor binds the workers that it starts; Ray's leaves it to them.
             bind_ray_worker()
         super().__init__(vllm_config, *args, **kwargs)
 
     def init_device(self) -> None:
-        # As CPUWorker does, which builds vLLM's runner at its end and leaves no hook for another.
+        # As in `CPUWorker`, which ends by building vLLM's runner and has no hook for another.
         self.device = torch.device("cpu")
-        # The executor bound the threads; a later change would undo it.
+        # The threads are bound already; setting their number now would undo that.
         torch.set_num_threads = lambda num: None  # type: ignore[assignment]
         os.environ["VLLM_DIST_IDENT"] = shared_memory_name(self.distributed_init_method)
         init_worker_distributed_environment(
@@ -57,10 +57,10 @@ class DiffusionCPUWorker(DiffusionWorker, CPUWorker):
 
 
 def shared_memory_name(method: str) -> str:
-    """Return what ranks of one engine on one machine agree on, and no others.
+    """Return a name that only the ranks of one engine on one machine have in common.
 
-    vLLM exchanges by shared memory where all ranks have the same name, over sockets elsewhere. Its
-    own names (a port, a file) are the same on all machines of an engine.
+    vLLM uses shared memory if all ranks have the same name, and sockets otherwise. Its own names
+    (a port, a file) are the same on all machines of an engine.
 
     Args:
         method: Where the ranks find each other: ``tcp://HOST:PORT`` or ``file://PATH``.
@@ -70,11 +70,11 @@ def shared_memory_name(method: str) -> str:
 
 
 def _keep_freed_memory() -> None:
-    """Have malloc keep what is freed for the next step, instead of giving it back.
+    """Have malloc keep freed memory for the next step instead of returning it to the system.
 
-    glibc maps large blocks anew each time they are allocated, so that every activation of a
-    full pass starts with page faults: a tenth of its time. Other allocators have no `mallopt`
-    or take no notice.
+    glibc maps a large block anew each time it is allocated, so that every activation of a full
+    pass starts with page faults, a tenth of the pass's time. Other allocators have no `mallopt`
+    or ignore it.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt

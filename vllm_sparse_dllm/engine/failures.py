@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that end without an answer by their own fault are told so: HTTP 400 in the server.
+"""Refuses running requests that cannot be answered: HTTP 400 in the server, with the reason.
 
-vLLM answers 500 to whatever ends with an error. Where the scheduler sends a reason with the end
-(as ``stop_reason``, which offline users see on the output), the request itself left nothing to
-write: its client gets a refusal with that reason, as at admission.
+vLLM answers HTTP 500 to every request that ends with an error. If the scheduler ends one with a
+reason (as ``stop_reason``, which offline users see on the output), the request is itself the cause,
+and its client gets a refusal with that reason, as at admission.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from vllm.v1.engine.output_processor import RequestState
 
 
 def install() -> None:
-    """Put this into the front end of this process; may be repeated."""
+    """Wrap the output of this process's front end; may be called repeatedly."""
     if getattr(RequestState, "tells_diffusion_failures", False):
         return
     RequestState.tells_diffusion_failures = True  # type: ignore[attr-defined]
-    # Late: an engine core has no use for it.
+    # Imported late: an engine core does not need it.
     from vllm.v1.engine.async_llm import InputStreamError
 
     original = RequestState.make_request_output
@@ -43,10 +43,10 @@ def install() -> None:
         if not told or self.queue is None:
             return output
         assert isinstance(stop_reason, str)
-        # A reason begins with what is wrong: the length, or what a grammar allows.
+        # A reason that is not about the length is about the grammar.
         parameter = "max_tokens" if stop_reason.startswith("max_tokens") else "structured_outputs"
         refusal = VLLMValidationError(stop_reason, parameter=parameter)
-        # Of the errors that reach a client as they are, the one that also ends the request's
+        # vLLM passes the wrapped refusal to the client unchanged, and also aborts the request's
         # other samples.
         self.queue.put(InputStreamError(refusal))
         return None

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the engine counts: integers, summed per step, from the runner to the front end.
+"""Counters of the engine: integers, summed per step, on their way to the front end.
 
-The runner fills a `StepCounts`, the scheduler adds what it alone knows (`EngineFigures`) and
-sends the sum with vLLM's own statistics of the step; `metrics.py` publishes it.
+The runner fills a `StepCounts`, the scheduler adds what only it knows (`EngineFigures`) and sends
+everything with vLLM's own statistics of the step; `metrics.py` publishes it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from typing import Any
 
 #: Name of the figures in `SchedulerStats.kv_connector_stats`.
 FIGURES = "sparse_dllm"
-#: What the first of the waiting requests waits for, and all others with it.
+#: What the first waiting request waits for; all others wait behind it.
 QUEUE_CAUSES = ("pages", "token_budget", "max_num_seqs")
 #: Why a request ends without an answer.
 FAILURE_CAUSES = ("refused", "pages", "grammar", "logits")
-#: Those of them that the engine finds and that are the request's own fault.
+#: Those found by the engine and caused by the request itself; its client gets the reason.
 TOLD_CAUSES = ("pages", "grammar")
 
 
@@ -26,14 +26,14 @@ class StepCounts:
 
     Attributes:
         full_passes: Steps of a request that ran all its positions.
-        refreshes: Those of them that filled its cache.
+        refreshes: Full passes that filled the request's cache.
         block_steps: Steps of a request that ran against its cache.
         blocks: Blocks that were finished.
-        finished_positions: Their positions.
-        positions: Positions of the current block, a step of a request.
+        finished_positions: Positions of the finished blocks.
+        positions: Positions of the current block, for each step of a request.
         committed: Tokens that were committed.
-        kept: Positions that a layer kept, a refreshed sequence.
-        evicted: Positions that a layer might have kept and did not, a refreshed sequence.
+        kept: Most positions that a layer kept, for each sequence and choice of what to keep.
+        evicted: Candidates of these choices minus ``kept``.
     """
 
     full_passes: int = 0
@@ -54,11 +54,11 @@ class StepCounts:
 
 @dataclass
 class EngineFigures:
-    """What an engine counted since it last told.
+    """What an engine counted since its last report.
 
     Attributes:
         steps: What was run.
-        queued: Requests that waited while others ran, a step, by cause.
+        queued: Requests that waited while others ran, summed over steps, by cause.
         failures: Requests that failed, by cause.
     """
 

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Block steps that are captured once for a batch size, and replayed from then on.
+"""Block steps that are captured once per batch size and replayed from then on.
 
 On a GPU a step of few tokens takes longer to launch than to run. A block step launches the same
-kernels every time, on other numbers, so it can be captured as a CUDA graph whose inputs keep
-their places. What the graph computes are the hidden states of all tokens; logits and the choice
-of tokens, whose shapes depend on what is masked, follow it.
+kernels every time, on different data, so it can be captured as a CUDA graph whose inputs stay in
+place. The graph computes the hidden states of all tokens; the logits and the choice of tokens,
+whose shapes depend on what is masked, are computed outside it.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from vllm_sparse_dllm.attention.plan import CachedSegment, ForwardPlan
 from vllm_sparse_dllm.engine.batch import StepBatch, StepLayout
 from vllm_sparse_dllm.transfer import HostArrays
 
-#: Runs a function and returns what does the same to the same tensors again, whatever the
-#: function would do by then.
+#: Captures a function: returns a callable that launches the same operators on the same tensors
+#: again, without calling the function.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
 
-#: The model's forward pass: input ids, positions and plan to hidden states.
+#: The model's forward pass, from input ids, positions and plan to hidden states.
 Forward = Callable[[torch.Tensor, torch.Tensor, ForwardPlan], torch.Tensor]
 
-#: Tokens of the largest step that is captured by default: one of a few more keeps a GPU busy
-#: for longer than its launches take.
+#: Tokens of the largest step that is captured by default: a larger one keeps a GPU busy for longer
+#: than its launches take.
 _MOST_TOKENS = 1024
-#: Slots of a captured sequence at the most. Each replay sends the page tables, 4 bytes a page of
-#: all sequences; one that keeps more has enough to read to hide its launches.
+#: Most slots of a captured sequence. Each replay sends the page tables of all sequences, 4 bytes
+#: per page; a sequence with more slots has enough to read to hide its launches.
 MOST_SLOTS = 16_384
 
 
@@ -41,16 +41,16 @@ def ladder(
     tokens: Sequence[int] | None = None,
     most_tokens: int | None = None,
 ) -> list[int]:
-    """Return the batch sizes that are captured, in sequences, ascending.
+    """Return the batch sizes to capture, in sequences, ascending.
 
-    By default the powers of 2 and what lies half way between, so that at most a third of a
-    step is padding.
+    By default these are the powers of 2 and the sizes halfway between them, so that at most a
+    third of a step is padding.
 
     Args:
-        max_sequences: More are never captured.
+        max_sequences: Most sequences of a step.
         block_length: Tokens of a sequence.
-        tokens: Sizes to capture in tokens, as vLLM has them, instead of the default ones.
-        most_tokens: Tokens of the largest of the default ones.
+        tokens: Sizes to capture in tokens, as in vLLM's options, instead of the default sizes.
+        most_tokens: Upper limit of the default sizes, in tokens.
     """
     if tokens is not None:
         sizes = {-(-size // block_length) for size in tokens if size > 0}
@@ -63,13 +63,13 @@ def ladder(
 
 
 class BlockGraphs:
-    """A captured block step for each of some batch sizes.
+    """Captured block steps, one for each of several batch sizes.
 
     Args:
-        forward: The model.
-        capture: The device's way to capture.
-        backend: With `AttentionBackend.static_plans`, its pages bound for good.
-        sizes: Of the batches, in sequences, ascending.
+        forward: The model's forward pass.
+        capture: Captures on the device.
+        backend: A backend with `AttentionBackend.static_plans`, whose pages are bound for good.
+        sizes: Batch sizes in sequences, ascending.
         block_length: Most tokens of a sequence.
         width: Most pages of a sequence.
         hidden_size: Channels of a hidden state.
@@ -91,18 +91,19 @@ class BlockGraphs:
         output = torch.zeros(
             self.sizes[-1] * block_length, hidden_size, dtype=backend.dtype, device=backend.device
         )
-        # The largest first: the others find the memory they need among its own.
+        # The largest first: the others reuse its memory.
         self._graphs = [
             _BlockGraph(forward, capture, backend, size, block_length, width, output)
             for size in reversed(self.sizes)
         ][::-1]
 
     def fill(self, layout: StepLayout) -> StepBatch | None:
-        """Return the batch of a layout on the smallest graph that holds it.
+        """Return a layout as the batch of the smallest graph that holds it.
 
         Returns:
-            None if no graph does: some sequence runs whole, changes what it has kept, keeps
-            different numbers in different layers, or is too long; or there are too many.
+            None if no graph does: a sequence runs whole, changes its kept entries, keeps different
+            numbers of them in different layers, or has too many tokens or pages; or there are too
+            many sequences.
         """
         cached = layout.cached
         if cached is None or layout.num_full or not cached.plain or len(cached.filled) > 1:
@@ -114,7 +115,7 @@ class BlockGraphs:
 
 
 class _BlockGraph:
-    """One batch size. Tokens behind those of the sequences are padding: written nowhere."""
+    """The graph of one batch size. Tokens after those of the sequences are padding, not cached."""
 
     def __init__(
         self,
@@ -127,7 +128,7 @@ class _BlockGraph:
         output: torch.Tensor,
     ) -> None:
         num_tokens = num_sequences * block_length
-        # Some room for what else a step sends.
+        # With room for everything else that a step sends.
         capacity = 64 * num_tokens + 4 * num_sequences * (width + 64) + (1 << 16)
         self._arrays = arrays = HostArrays(backend.device, capacity)
         self._input_ids = arrays.reserve((num_tokens,), np.int64)
@@ -182,7 +183,7 @@ class _BlockGraph:
         self._backend.rewrite_paged_plan(self._paged, lengths, filled, page_table)
 
     def fill(self, layout: StepLayout) -> StepBatch:
-        """Return the batch of a layout that fits."""
+        """Return a layout that fits as a batch of this graph."""
         cached = layout.cached
         assert cached is not None
         self._write(
@@ -208,10 +209,10 @@ class _BlockGraph:
 
 
 class CudaCapture:
-    """Captures as a CUDA graph; all share one pool of memory, as they never run together.
+    """Captures CUDA graphs, which share one pool of memory as they never run at the same time.
 
-    PyTorch gives memory of a pool to the stream that had it first and to no other, so all are
-    captured on one.
+    PyTorch reuses a pool's memory only on the stream that it was first allocated for, so all
+    graphs are captured on one stream.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -222,12 +223,12 @@ class CudaCapture:
     def __call__(self, run: Callable[[], None]) -> Callable[[], None]:
         from vllm.distributed.parallel_state import graph_capture
 
-        # Once for real: what is compiled, chosen or allocated on first use is so before.
+        # Run once without capturing, for all that is compiled, chosen or allocated on first use.
         run()
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        # vLLM's own all-reduce has to know of the capture; the stream that comes with it is a new
-        # one each time.
+        # vLLM's own all-reduce has to know of the capture. The stream that `graph_capture` offers
+        # is a new one each time, so it is not used.
         with (
             graph_capture(device=self._device),
             torch.cuda.graph(graph, pool=self._pool, stream=self._stream),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What scheduler and runner tell each other beyond vLLM's own messages."""
+"""Messages between scheduler and runner that extend vLLM's own."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from vllm_sparse_dllm.engine.figures import StepCounts
 
 @dataclass
 class DiffusionSchedulerOutput(SchedulerOutput):
-    """vLLM's message and how far the runner may go on by itself.
+    """vLLM's message, and how many steps the runner may take by itself.
 
     Attributes:
-        max_steps: Denoising steps to run at the most. The runner stops earlier at the end of
-            a block, of a response, or at anything else that is the scheduler's to decide.
+        max_steps: Most denoising steps to run. The runner stops earlier at the end of a block or
+            of a response, and wherever else the scheduler has to decide.
         allowed_tokens: For each scheduled request that a grammar constrains: the bit mask of
             its next token, as in `AllowedTokens`.
     """
@@ -35,7 +35,7 @@ class Failure:
 
     Attributes:
         cause: One of `FAILURE_CAUSES`.
-        reason: In words. Those of `TOLD_CAUSES` are told to whoever sent it.
+        reason: In words. With a cause in `TOLD_CAUSES`, the client gets it.
     """
 
     cause: str
@@ -44,15 +44,15 @@ class Failure:
 
 @dataclass
 class DiffusionRunnerOutput(ModelRunnerOutput):
-    """vLLM's output and where each request stands.
+    """vLLM's output, and the progress of each request.
 
     Attributes:
-        progress: For each request that ran: where it stands now.
+        progress: The progress of each request that ran, after these steps.
         num_steps: Denoising steps that were run.
         failed: Requests that cannot go on.
         counts: What was run.
-        traces: For each request that asked for it and has new final tokens: how they came
-            about (`CommitTrace.take`).
+        traces: For each traced request with new final tokens: the part of the trace that
+            belongs to them (`CommitTrace.take`).
     """
 
     progress: dict[str, Progress] = field(default_factory=dict)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The costliest steps there may be, run before vLLM gives the rest of the memory to the pool."""
+"""Runs of the costliest possible steps, before vLLM gives the remaining memory to the pool."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _NOTHING = np.zeros(0, dtype=np.int64)
 
 
 def run_full_pass(runner: DiffusionModelRunner, num_tokens: int) -> None:
-    """Run a full pass of about ``num_tokens`` tokens, and logits for its blocks."""
+    """Run a full pass of about ``num_tokens`` tokens, and compute logits for its blocks."""
     states = _requests(runner, num_tokens, cache_policy="none")
     runner.run_step(states, [state.next_step() for state in states])
 
@@ -39,18 +39,19 @@ def run_full_pass(runner: DiffusionModelRunner, num_tokens: int) -> None:
 def profile_steps(runner: DiffusionModelRunner) -> None:
     """Run the steps that take the most memory, one after the other.
 
-    They are: refreshes of as many tokens as a step may have, with every way to choose what is
-    kept, and everything kept; late evictions, which read a whole cache back, beside such
-    refreshes; the same under guidance; and sampling from as many logits as may ever exist at a
-    time, in the costliest way. Meanwhile as much memory is held as captured graphs will take.
+    They are: refreshes of as many tokens as a step may have, with every saliency, keeping
+    everything; late evictions, which read a whole cache back, together with such refreshes; the
+    same under guidance, with the engine's saliency; and sampling, in the costliest way, from as
+    many logits as can exist at a time. Meanwhile as much memory is held as captured graphs will
+    take.
 
-    A pass of a single token goes before them: what `torch.compile` compiles for any number of
-    rows it compiles once more for one, and no request is to wait for that. The same goes for the
-    kernels that follow the logits, of either dtype.
+    A pass of a single token comes first: `torch.compile` compiles separately for a single row,
+    and no request should have to wait for that. The same goes for the kernels that follow the
+    logits, for both dtypes.
 
-    Of the layers only the first and the last run: those between take no more memory than the
-    first, and a pass of 131,072 tokens through all of them would take a fast card a quarter of a
-    minute, by arithmetic.
+    Only the first and the last layer run: those between take no more memory than the first, and a
+    pass of 131,072 tokens through all of them would take a fast GPU an estimated quarter of a
+    minute.
     """
     run_full_pass(runner, 1)
     _prepare_confidences(runner)
@@ -67,10 +68,10 @@ def profile_steps(runner: DiffusionModelRunner) -> None:
 
 
 def graph_bytes(runner: DiffusionModelRunner) -> int:
-    """Return about what captured graphs take: what lives at a time in the largest of them.
+    """Estimate the bytes that captured graphs take: all that is alive at a time in the largest.
 
     Graphs share their memory, so the others need no more. What the driver takes for the graphs
-    themselves is not in it.
+    themselves is not included.
     """
     sizes = runner.graph_sizes
     if not sizes:
@@ -84,13 +85,13 @@ def graph_bytes(runner: DiffusionModelRunner) -> int:
     # the attention's result; gate, up and their product.
     numbers = 4 * shape.hidden_size + 2 * (qk + v)
     numbers += 3 * shape.intermediate_size // tensor_parallel_size
-    # Queries and keys are rotated in float32, there and back.
+    # Queries and keys are rotated in float32: copies before and after.
     return num_tokens * (numbers * runner.dtype.itemsize + 2 * 4 * qk)
 
 
 @contextmanager
 def _one_page(runner: DiffusionModelRunner) -> Iterator[None]:
-    """Have a page to write to, the same for all layers and all requests, as none is allocated."""
+    """Bind a single page for all layers and requests, as the pool is not allocated yet."""
     shape = runner.attention_shape
     numbers = 2 * runner.cache_config.block_size * shape.num_kv_heads * shape.head_size
     page = torch.zeros(numbers * runner.dtype.itemsize, dtype=torch.int8, device=runner.device)
@@ -103,7 +104,7 @@ def _one_page(runner: DiffusionModelRunner) -> Iterator[None]:
 
 @contextmanager
 def _two_layers(runner: DiffusionModelRunner) -> Iterator[None]:
-    """Have a pass run the first and the last layer alone, unless others may differ from them."""
+    """Run only the first and last layer, except in quantised models, whose layers may differ."""
     model, layers = runner.model, runner.model.layers
     if runner.vllm_config.quant_config is None:
         model.layers = nn.ModuleList([layers[0], *layers[1:][-1:]])
@@ -114,7 +115,7 @@ def _two_layers(runner: DiffusionModelRunner) -> Iterator[None]:
 
 
 def _prepare_confidences(runner: DiffusionModelRunner) -> None:
-    """Launch the device's own kernels for confidences on each dtype that logits may have."""
+    """Launch the device's own kernels for confidences on each dtype that logits can have."""
     if runner.greedy is None:
         return
     size, device = runner.model.shape.hidden_size, runner.device
@@ -148,7 +149,7 @@ def _refresh_and_evict(
     runner.run_step([evicted], [evicted.next_step()])
     evicted.commit(_NOTHING, _NOTHING, None)
     for sequence in evicted.sequences:
-        # Layers that did not run hold what the others do.
+        # Layers that did not run count as holding what the first holds.
         sequence.num_kept[:] = sequence.num_kept[0]
     step = evicted.next_step()
     assert step.kind is StepKind.EVICT
@@ -162,7 +163,7 @@ def _requests(
 ) -> list[RequestState]:
     """Return requests whose full passes have ``num_tokens`` tokens, the longest first.
 
-    Their pages are one and the same.
+    All their pages are the same one.
     """
     settings = request_settings(
         runner.engine_settings,
@@ -194,7 +195,7 @@ def _requests(
 
 
 def _sample(runner: DiffusionModelRunner) -> None:
-    """Sample from as many logits as may ever exist at a time, in the costliest way."""
+    """Sample from as many logits as can exist at a time, in the costliest way."""
     rows = runner.max_logits_rows
     device = runner.device
     hidden = torch.zeros(rows, runner.model.shape.hidden_size, dtype=runner.dtype, device=device)
@@ -223,7 +224,7 @@ def _sample(runner: DiffusionModelRunner) -> None:
     )
     kinds = [drawn]
     if runner.greedy is not None:
-        # So that its kernels are compiled now.
+        # Also at temperature 0, so that the kernels for it are compiled now.
         kinds.append(replace(drawn, temperature=0.0))
     for kind in kinds:
         runner.arrays.begin()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's CPU platform, with a Ray resource: what Ray's executor misses on a CPU.
+"""vLLM's CPU platform with the Ray resource that the Ray executor needs.
 
-Nothing here is imported unless the user asks for it (`plugin.platform`).
+This module is imported only if the user asks for it (`plugin.platform`).
 """
 
 from __future__ import annotations
@@ -20,11 +20,10 @@ _Base: Any = resolve_obj_by_qualname(cpu_platform_plugin() or "vllm.platforms.cp
 
 
 class RayCPUPlatform(_Base):
-    """A CPU platform whose workers each take one "GPU" of Ray's.
+    """A CPU platform whose workers each take one of Ray's "GPU" resources.
 
-    The word means no more than one place for a worker. It has to be this one: vLLM asks Ray
-    which of them a worker got, and Ray numbers its known accelerators only, not resources that
-    users define.
+    Here a "GPU" is only a place for a worker. It has to have this name: vLLM asks Ray which one a
+    worker got, and Ray numbers only the accelerators it knows, not resources that users define.
     """
 
     ray_device_key = "GPU"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The runner's state of a request: canvas, step counters, pages, and what it runs next."""
+"""The runner's state of a request: canvas, step counters, pages and next step."""
 
 from __future__ import annotations
 
@@ -33,20 +33,22 @@ from vllm_sparse_dllm.settings import DecodingSettings
 class Sequence:
     """One canvas and its pages. A request has one, under guidance two.
 
-    Own fresh keys take the first slots, kept entries those behind them, without a gap.
+    The fresh keys of the positions that are run take the first slots, the kept entries those
+    after them, without a gap.
 
     Args:
-        token_ids: ``[L]`` ids; the response starts as mask ids, but for fixed positions.
-        page_ids: ``[pages]`` of the pool.
+        token_ids: ``[L]`` ids; the response starts as mask ids, except for fixed positions.
+        page_ids: ``[pages]`` page ids in the pool.
         page_size: Slots of a page.
         num_layers: Decoder layers.
-        tracks_positions: Whether it has to be known who is kept where.
+        tracks_positions: Whether to record which position each slot holds.
 
     Attributes:
         slots: ``[pages * page_size]`` slots of the pages, in order.
-        num_fresh: Slots of own fresh keys.
-        num_kept: ``[layers]`` kept entries.
-        positions: ``[layers, L]`` position of each slot's entry, -1 for none, or None.
+        num_fresh: Slots of fresh keys.
+        num_kept: ``[layers]`` numbers of kept entries.
+        positions: ``[layers, L]`` position that each slot keeps, -1 for none; None if they are
+            not recorded.
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class Sequence:
         self.set_pages(page_ids)
 
     def set_pages(self, page_ids: np.ndarray) -> None:
-        """Hold these pages; the first ones are those it has had."""
+        """Hold these pages: those held before and further ones, or the first of them."""
         self.page_ids = page_ids
         self.slots = (page_ids[:, None] * self.page_size + np.arange(self.page_size)).reshape(-1)
 
@@ -78,15 +80,15 @@ class Sequence:
         return [np.sort(own[own >= 0]) for own in self.positions]
 
     def make_room(self, finished: Span, queries: Span) -> np.ndarray:
-        """Let a finished block's keys join the kept ones, and the queries' own leave them.
+        """Add a finished block's keys to the kept entries, and drop the entries of the queries.
 
-        The finished block takes what becomes free, and then the slots behind. That always
-        leaves no gap: the queries' entries and the slots between the old and the new fresh keys
-        are never more than the finished block's.
+        The finished block takes the slots that become free, then those after the last entry. No
+        gap remains: the dropped entries and the slots that the fresh keys no longer need are
+        never more than the finished block's keys.
 
         Args:
-            finished: Positions of the block that is done.
-            queries: Positions of the coming steps; their entries are stale.
+            finished: Positions of the finished block.
+            queries: Positions of the coming steps; their kept entries are stale.
 
         Returns:
             ``[layers, block]`` indices into `slots` for the finished block's keys.
@@ -98,7 +100,7 @@ class Sequence:
         positions[(positions >= queries[0]) & (positions < queries[1])] = -1
         free = positions[:, num_fresh:] < 0
         block = np.arange(*finished)
-        # Free slots in order, those before the entries' end first.
+        # Free slots in order: gaps between the entries first, then those after the last one.
         targets = np.argsort(~free, axis=1, kind="stable")[:, : len(block)] + num_fresh
         np.put_along_axis(positions, targets, block[None], axis=1)
         self.num_kept = (positions >= 0).sum(axis=1)
@@ -112,8 +114,8 @@ class NextStep:
     Attributes:
         kind: What it does with the cache.
         block: Positions [start, end) of the current block.
-        queries: Positions that are run.
-        candidates: ``[n]`` masked positions that may be committed, ascending; may be empty.
+        queries: Positions [start, end) that are run.
+        candidates: ``[n]`` masked positions that can be committed, ascending; may be empty.
         count: How many of them are committed under fixed steps.
     """
 
@@ -131,18 +133,18 @@ class RequestState:
         prompt: Token ids of the prompt.
         settings: The request's settings, checked at admission.
         sampling: vLLM's parameters of the request.
-        traits: The model.
+        traits: The model's traits.
         page_ids: Pages of all sequences of the request, those it always holds first.
         page_size: Slots of a page.
         num_layers: Decoder layers.
-        generator: The request's own noise.
+        generator: Source of the request's own noise.
         num_delivered: Tokens that were delivered before a preemption; they are computed
             again, identically, and not delivered twice.
-        request_id: vLLM's.
+        request_id: vLLM's id of the request.
 
     Attributes:
-        allowed_tokens: Where a grammar constrains the request: the bit mask of its next token,
-            as in `AllowedTokens`. The runner sets it before each step.
+        allowed_tokens: Bit mask of the next token, as in `AllowedTokens`, if a grammar constrains
+            the request; the runner sets it before each step.
     """
 
     def __init__(
@@ -189,7 +191,7 @@ class RequestState:
             for token_ids, own_pages in zip(canvases, pages, strict=True)
         ]
         self.add_pages(page_ids[self.num_pages :])
-        # Not the prompt's: a mask id there is text.
+        # Only in the response: a mask id in the prompt is text.
         self.masked = response == mask
         starts = np.arange(0, self.canvas.response_length, self.canvas.block_length)
         self._masked_of_block = np.add.reduceat(self.masked.astype(np.int64), starts).tolist()
@@ -213,7 +215,7 @@ class RequestState:
         self._num_final = 0
         self._logprobs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
         if sampling.logprobs is not None:
-            # What is given is certain.
+            # Given tokens have probability 1.
             for position in np.flatnonzero(~self.masked) + len(prompt):
                 given = conditional[position : position + 1].copy()
                 self._logprobs[int(position)] = (given, np.zeros(1, np.float32), 1)
@@ -225,7 +227,7 @@ class RequestState:
 
     @property
     def progress(self) -> Progress:
-        """Where the request stands."""
+        """The request's progress."""
         return Progress(self.block_index, self.step, self.refreshed, self.cache_is_whole)
 
     def add_pages(self, page_ids: list[int]) -> None:
@@ -261,7 +263,7 @@ class RequestState:
             return True
         if self.step or not self.traits.shifts_logits or not self.policy.first_step_commits_one:
             return False
-        # Only this step has the row that predicts it; a fixed one needs none.
+        # Only this step runs the row that predicts it; a fixed position needs no prediction.
         start, _ = self.canvas.block(self.block_index)
         return bool(self.masked[start - self.canvas.prompt_length])
 
@@ -270,7 +272,7 @@ class RequestState:
         return np.flatnonzero(self.masked[block[0] - first : block[1] - first]) + block[0]
 
     def _scheduled_count(self, num_masked: int) -> int:
-        """Return the commits of this step under fixed steps; elsewhere any number above 0."""
+        """Return the commits of this step under fixed steps, otherwise ``num_masked``."""
         settings = self.settings
         if settings.threshold is not None or settings.factor is not None or self.rule.independent:
             return num_masked
@@ -281,12 +283,12 @@ class RequestState:
 
     @property
     def _ranking_of_one(self) -> UnmaskingRule:
-        """What a lone candidate is ranked by: nothing is drawn, and a trace shows it."""
+        """The rule that ranks a lone candidate: never by a draw, so that a trace can show it."""
         parallel = self.settings.threshold is not None or self.settings.factor is not None
         return PROBABILITY_RULE if parallel or self.rule.confidence is None else self.rule
 
     def candidates_of(self, step: NextStep) -> Candidates:
-        """Return how the candidates of a step are to be committed; there must be some."""
+        """Return how to commit the candidates of a step, of which there must be at least one."""
         settings, sampling = self.settings, self.sampling
         special = self._commits_first_position_only
         num_steps = self.steps_of_block[self.block_index]
@@ -322,11 +324,11 @@ class RequestState:
         )
 
     def failure(self, vocab_size: int) -> Failure:
-        """Return why no token could be chosen for the step that comes next."""
+        """Return why no token could be chosen in the step that was run and not committed."""
         if self.allowed_tokens is None:
             return Failure("logits", "the model's logits are not finite")
         step = self.next_step()
-        # Whatever the model says of them.
+        # Only the edits matter here, not the model.
         logits = torch.zeros(1, vocab_size, device=self.generator.device)
         for edit in self.candidates_of(step).edits:
             edit.apply(logits, 0)
@@ -346,7 +348,7 @@ class RequestState:
         return Failure("grammar", f"structured_outputs allows no token at {where}{names}")
 
     def commit(self, positions: np.ndarray, tokens: np.ndarray, logprobs: Logprobs | None) -> None:
-        """Write committed tokens and go on to the next step that does something."""
+        """Write committed tokens and advance to the next step that has an effect."""
         kind = self.policy.kind(self.progress, self.settings)
         if kind is StepKind.REFRESH:
             self.refreshed = self.block_index
@@ -368,7 +370,7 @@ class RequestState:
     def _skip_blocks_without_masks(self) -> None:
         while not self.finished and not self._masked_of_block[self.block_index]:
             self.block_index += 1
-            # Only the block right behind one that was denoised can go on with its cache.
+            # Only the block directly after a denoised one can go on with its cache.
             self.refreshed = -1
 
     def _advance(self) -> None:
@@ -386,7 +388,7 @@ class RequestState:
             self.step += 1
         if self._commits_first_position_only or self._scheduled_count(num_masked) > 0:
             return
-        # A step that commits nothing and leaves the cache as it is changes nothing: pass over it.
+        # A step that commits nothing and leaves the cache unchanged has no effect: skip it.
         next_commit = self.traits.schedule.next_commit(
             self.step,
             self.steps_of_block[self.block_index],
@@ -398,7 +400,7 @@ class RequestState:
 
     @property
     def continues_alone(self) -> bool:
-        """Whether the next step is a block step that nobody has to decide on."""
+        """Whether the next step is a block step that the scheduler need not decide on."""
         if self.finished:
             return False
         if self.policy.kind(self.progress, self.settings) is not StepKind.CACHED:
@@ -412,10 +414,10 @@ class RequestState:
         return int(np.argmax(masked)) if masked.any() else len(masked)
 
     def take_final(self) -> tuple[list[int], list[tuple[np.ndarray, np.ndarray, int]]]:
-        """Return the tokens that became final, with everything before them, since last time.
+        """Return the tokens that became final (as has all before them) since the last call.
 
         Returns:
-            Token ids, and their log-probabilities where the request asked for them.
+            Token ids, and their log-probabilities if the request asked for them.
         """
         num_new = self._num_newly_final()
         start = max(self._num_final, self.num_delivered)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model runner, the same on every device: requests in, committed tokens out."""
+"""The model runner, the same on every device: takes requests, returns committed tokens."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ from vllm_sparse_dllm.transfer import HostArrays
 
 logger = init_logger("vllm." + __name__)
 
-#: Logits that exist at a time; sampling needs a few float64 copies of them.
+#: Most logits that exist at a time; sampling needs a few float64 copies of them.
 _MAX_LOGITS = 1 << 26
 
 
 class DiffusionModelRunner:
-    """Keeps the requests' canvases and runs one ragged batch a step; takes no decisions."""
+    """Keeps the requests' canvases and runs one ragged batch per step, as scheduled."""
 
     def __init__(self, vllm_config: VllmConfig, device: torch.device) -> None:
         self.vllm_config = vllm_config
@@ -74,7 +74,7 @@ class DiffusionModelRunner:
         self.arrays = HostArrays(device)
         self.graphs: BlockGraphs | None = None
 
-    # What vLLM's worker asks of a runner.
+    # The methods that vLLM's worker calls on a runner.
 
     def load_model(self, load_dummy_weights: bool = False) -> None:
         if load_dummy_weights:
@@ -150,7 +150,7 @@ class DiffusionModelRunner:
             self.kv_caches = allocate_pages(kv_cache_config, self.num_layers, self.device)
         self.backend.bind_pages(self.kv_caches)
         self.backend.prepare()
-        # Captured ones would write to the pages of before.
+        # Graphs captured before would write to the previous pages.
         self.graphs = None
 
     def get_draft_model(self) -> None:
@@ -162,17 +162,17 @@ class DiffusionModelRunner:
         weights_path: str | None = None,
         is_checkpoint_format: bool = True,
     ) -> None:
-        """Load the weights anew, in their places, as vLLM's own runner does.
+        """Reload the weights in place, as vLLM's own runner does.
 
         Args:
-            weights_iterator: Names and weights, all that a checkpoint has; None for a file's.
-            weights_path: Of that checkpoint, None for the model's own.
-            is_checkpoint_format: Whether they are as in a checkpoint, or as the layers have them,
-                which on a CPU keep no weights but packed ones.
+            weights_iterator: Names and weights of a whole checkpoint; None to load from disk.
+            weights_path: The checkpoint on disk; None for the model's own.
+            is_checkpoint_format: Whether the weights are as in a checkpoint. Otherwise they are as
+                in the layers, which is refused on a CPU, whose layers keep only packed weights.
 
         Raises:
-            ValueError: If they cannot be loaded so, or some are missing: then the model is of no
-                use any more.
+            ValueError: If the format is refused, or if weights do not fit the model or are
+                missing, which leaves it unusable.
         """
         if not is_checkpoint_format and self.device.type == "cpu":
             raise ValueError("is_checkpoint_format must be True on a CPU, got False")
@@ -186,13 +186,13 @@ class DiffusionModelRunner:
         self.model.process_tied_head()
 
     def shutdown(self) -> None:
-        """Forget all requests, and let go of what holds the device's memory."""
+        """Forget all requests, and release the device's memory."""
         self.requests.clear()
         self.graphs = None
         self.kv_caches = []
         for name in ("backend", "model"):
             self.__dict__.pop(name, None)
-        # What vLLM keeps for the next model of this process: tables of angles, work spaces.
+        # vLLM keeps these for the next model of the process: rotary tables and workspaces.
         _ROPE_DICT.clear()
         reset_workspace_manager()
 
@@ -211,12 +211,12 @@ class DiffusionModelRunner:
 
     @torch.inference_mode()
     def _dummy_run(self, num_tokens: int, **kwargs: object) -> None:
-        # What data parallelism runs on a rank that has nothing to do.
+        # Data parallelism runs this on a rank that has nothing to do.
         run_full_pass(self, num_tokens)
 
     @property
     def graph_sizes(self) -> list[int]:
-        """Sequences of the block steps that are to be captured; none where that is not wanted."""
+        """Batch sizes of the block steps to capture, in sequences; empty to capture none."""
         config = self.model_config
         if config.enforce_eager or not self.backend.static_plans:
             return []
@@ -229,11 +229,11 @@ class DiffusionModelRunner:
 
     @torch.inference_mode()
     def capture_graphs(self, capture: Capture, sizes: list[int] | None = None) -> None:
-        """Capture block steps; the pages must be there.
+        """Capture block steps; the pages must have been allocated.
 
         Args:
-            capture: The device's way.
-            sizes: Of the batches, in sequences; None for `graph_sizes`.
+            capture: Captures on the device.
+            sizes: Batch sizes in sequences; None for `graph_sizes`.
         """
         sizes = self.graph_sizes if sizes is None else sizes
         if sizes:
@@ -252,7 +252,7 @@ class DiffusionModelRunner:
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: object = None
     ) -> DiffusionRunnerOutput:
-        """Run the scheduled requests, one step or as many as the scheduler leaves to us."""
+        """Run the scheduled requests for one step, or for up to ``max_steps``."""
         self._update_requests(scheduler_output)
         request_ids = list(scheduler_output.num_scheduled_tokens)
         output = DiffusionRunnerOutput(
@@ -263,7 +263,7 @@ class DiffusionModelRunner:
         if not request_ids:
             return output
         states = [self.requests[request_id] for request_id in request_ids]
-        # A canvas that was given without a mask is finished before its first step.
+        # A request whose given canvas has no mask is finished before its first step.
         active = [index for index, state in enumerate(states) if not state.finished]
         running = [states[index] for index in active]
         max_steps = getattr(scheduler_output, "max_steps", 1)
@@ -321,7 +321,7 @@ class DiffusionModelRunner:
         )
 
     def run_step(self, states: list[RequestState], steps: list[NextStep]) -> Commits | None:
-        """Run a step of each of some requests; None if none has anything to commit."""
+        """Run a step of each request; return None if none has anything to commit."""
         batch = build_batch(states, steps, self.backend, self.arrays, self.graphs)
         candidates = [
             state.candidates_of(step)
@@ -332,7 +332,7 @@ class DiffusionModelRunner:
         if candidates:
             fused = self.greedy is not None
             plan = plan_step(candidates, self.max_logits_rows, batch.arrays, fused)
-        # All that the device has to know of the step goes there now, at once.
+        # Send everything that the device needs for this step at once.
         batch.arrays.send()
         if batch.replay is None:
             hidden = self._run_model(batch.input_ids, batch.positions, batch.plan)
@@ -357,7 +357,7 @@ class DiffusionModelRunner:
 
     @property
     def max_logits_rows(self) -> int:
-        """Rows of logits that exist at a time."""
+        """Most rows of logits that exist at a time."""
         return max(1, _MAX_LOGITS // self.model.shape.vocab_size)
 
     def logits_of(
@@ -368,25 +368,25 @@ class DiffusionModelRunner:
         end: int,
         index: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Return logits of a step's candidates, guided where a request asks for it; `LogitsOf`.
+        """Return logits of a step's candidates, guided if the request asks for it (`LogitsOf`).
 
         Args:
             hidden: ``[n, hidden]`` states of the step.
-            of: Whose logits the step needs.
+            of: The rows whose logits the step needs.
             start: First candidate.
-            end: Behind the last one.
-            index: Which of them, None for all.
+            end: Candidate after the last.
+            index: ``[m]`` the candidates to return, counted from ``start``; None for all.
         """
         rows = of.rows[start:end]
         logits = self._head(hidden, rows if index is None else rows.index_select(0, index))
         first, last = np.searchsorted(of.guided_candidates, (start, end)).tolist()
         if first == last:
             return logits
-        # Unconditional rows lie behind all candidates, in the order of the guided ones.
+        # Unconditional rows follow all candidates, in the order of the guided ones.
         rows, weights = of.rows[of.num + first : of.num + last], of.guidance[first:last]
         guided = of.guided[first:last] - start
         if index is not None:
-            # Candidates of one request: all of them are guided.
+            # The candidates are of one request, so all of them are guided.
             rows, weights = rows.index_select(0, index), weights.index_select(0, index)
             guided = torch.arange(index.shape[0], device=index.device)
         unconditional = self._head(hidden, rows).float()
@@ -408,7 +408,7 @@ class DiffusionModelRunner:
         commits: Commits | None,
         counts: StepCounts,
     ) -> list[int]:
-        """Write what a step decided to the canvases; return the requests that failed."""
+        """Write a step's commits to the canvases; return the indices of failed requests."""
         failed: list[int] = []
         nothing = np.zeros(0, dtype=np.int64)
         row = active = 0
@@ -450,7 +450,7 @@ class DiffusionModelRunner:
 
     @staticmethod
     def _report(states: list[RequestState], output: DiffusionRunnerOutput) -> None:
-        """Tell the scheduler what became final and where each request stands."""
+        """Report to the scheduler the tokens that became final and each request's progress."""
         logprobs: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
         for index, (request_id, state) in enumerate(zip(output.req_ids, states, strict=True)):
             output.sampled_token_ids[index], own = state.take_final()
@@ -472,7 +472,7 @@ def _count_step(state: RequestState, step: NextStep, counts: StepCounts) -> None
         spans = state.policy.candidates(state.canvas, step.block, state.settings)
         num_candidates = sum(end - start for start, end in spans)
         for sequence in state.sequences:
-            # With runs of positions a layer that takes the short last one keeps fewer.
+            # With granularity `page`, a layer that keeps the short last run has fewer positions.
             num_kept = int(sequence.num_kept.max())
             counts.kept += num_kept
             counts.evicted += num_candidates - num_kept
@@ -481,9 +481,9 @@ def _count_step(state: RequestState, step: NextStep, counts: StepCounts) -> None
 def _logprobs_lists(
     tokens: list[list[int]], entries: list[list[tuple[np.ndarray, np.ndarray, int]]]
 ) -> LogprobsLists:
-    """Lay log-probabilities out as vLLM has them: a row a token, all of one width.
+    """Lay out log-probabilities as vLLM does: one row per token, all of the same width.
 
-    A short row is filled up with its own token, which vLLM's dictionaries hold once.
+    A shorter row is padded with its own token, which vLLM's dictionaries hold only once.
     """
     width = max(len(entry[0]) for own in entries for entry in own)
     ends = np.cumsum([len(own) for own in tokens])

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who runs in each step: continuous batching of full forwards, refreshes and block steps.
+"""Which requests run in each step: continuous batching of full forwards and block steps.
 
-Every step is packed by one rule: who was served least recently goes first. A request that does
-not fit what is left of the token budget is passed over for this step, and is then further
-ahead in the next; at the head it has the whole budget, which admission made sure is enough.
-So no request waits more steps than there are requests ahead of it, whatever they run. The head
-of the waiting queue takes part in the same order, from the step on in which it was first passed
-over, so that running requests cannot keep it out, nor newcomers starve the running.
+Every step is packed by one rule: the least recently served request goes first. A request that does
+not fit the rest of the token budget is passed over for this step and is then further ahead in the
+next; at the head it has the whole budget, which admission has made sure is enough. So no request
+waits more steps than there are requests ahead of it, whatever they run. The head of the waiting
+queue takes part in the same order from the step in which it was first passed over, so that running
+requests cannot keep it out, nor newcomers starve running ones.
 
-Pages that a request needs for a time only (late eviction) are given out in the same order: who
-lacks pages has the next ones that come free, and until then only those run that need none.
+Pages that a request needs only temporarily (late eviction) are given out in the same order: the
+first request that lacks pages gets the next free ones, and until then only requests that need none
+run.
 """
 
 from __future__ import annotations
@@ -44,22 +45,22 @@ from vllm_sparse_dllm.settings import DecodingSettings, EngineSettings, request_
 
 logger = init_logger("vllm." + __name__)
 
-#: How long the runner may go on by itself, in seconds: what a request that comes in or is
-#: aborted meanwhile waits at the most, and how coarse a stream may get.
+#: Seconds that the runner may go on by itself. A request that arrives or is aborted meanwhile waits
+#: for up to that long, and a stream becomes as coarse.
 _BURST_SECONDS = 0.02
 _MAX_BURST_STEPS = 64
 
 
 @dataclass
 class Tracked:
-    """What the scheduler knows of a request.
+    """The scheduler's state of a request.
 
     Attributes:
         settings: The request's settings.
-        canvas: Its blocks.
-        num_pages: Pages it holds while it runs.
+        canvas: The layout of its blocks.
+        num_pages: Pages it always holds while it runs.
         peak_pages: Pages it holds from a refresh until it has evicted.
-        progress: Where it stands.
+        progress: The request's progress.
         last_served: Scheduler step in which it last ran.
     """
 
@@ -72,7 +73,7 @@ class Tracked:
 
     @property
     def num_committed(self) -> int:
-        """Tokens on the canvas of a request that commits one a step, left to right."""
+        """Tokens committed by a request that commits one per step, from left to right."""
         return self.progress.block * self.canvas.block_length + self.progress.step
 
     @property
@@ -87,12 +88,12 @@ class Tracked:
 
     @property
     def extra_pages(self) -> int:
-        """Pages that it needs for a time, beyond those it always holds."""
+        """Pages that it needs temporarily, beyond those it always holds."""
         return self.peak_pages - self.num_pages
 
     @property
     def missing_pages(self) -> int:
-        """Pages that it lacks for its next step, beyond those it always holds."""
+        """Pages that it has to get for its next step, beyond those it always holds."""
         return self.extra_pages if self.kind is StepKind.REFRESH else 0
 
 
@@ -113,14 +114,15 @@ class DiffusionScheduler(Scheduler):
         )
         self.figures = EngineFigures()
         self.tracked: dict[str, Tracked] = {}
-        # Admitted by a front end that knows only the mean of several engines' pools.
+        # Requests admitted by a front end that knows only the mean of several engines' pools.
         self._too_large: dict[str, Failure] = {}
-        # Step since which the head of the waiting queue, whoever it is, is passed over.
+        # Step in which the head of the waiting queue was first passed over, None if it was not;
+        # kept if another request becomes the head without an admission.
         self._head_ticket: int | None = None
-        # Whether somebody lacked pages in this step.
+        # Whether a request lacked pages in this step.
         self._pages_are_spoken_for = False
         self._scheduled_at = 0.0
-        # Of the last step; until one was measured, steps are run one at a time.
+        # Duration of the last step; until one is measured, steps are run one at a time.
         self._step_seconds = _BURST_SECONDS
 
     def add_request(self, request: Request) -> None:
@@ -166,7 +168,7 @@ class DiffusionScheduler(Scheduler):
         new_pages: dict[str, list[int]] = {}
         self._pages_are_spoken_for = False
         if self._pause_state != PauseState.PAUSED_ALL:
-            # Python's sort is stable: among equals, the order of admission.
+            # Python's sort is stable: ties keep the order of admission.
             queue = sorted(self.running, key=lambda r: self.tracked[r.request_id].last_served)
             head = self._waiting_head()
             if head is not None and self._head_ticket is not None:
@@ -246,10 +248,10 @@ class DiffusionScheduler(Scheduler):
         return output
 
     def _burst(self, scheduled: dict[str, int]) -> int:
-        """Return how many steps the runner may take before it asks again.
+        """Return how many steps the runner may take by itself.
 
-        More than one only where there is nothing to decide: nobody waits, everybody runs, and
-        all take block steps.
+        More than one only if there is nothing to decide: no request waits, all run, and all take
+        block steps that leave the cache unchanged.
         """
         if self.waiting or not scheduled or len(scheduled) < len(self.running):
             return 1
@@ -258,7 +260,7 @@ class DiffusionScheduler(Scheduler):
         return max(1, min(_MAX_BURST_STEPS, int(_BURST_SECONDS / self._step_seconds)))
 
     def _waiting_head(self) -> Request | None:
-        """Return the request that is next to be admitted, if one may be."""
+        """Return the next request to admit, None if none can be."""
         if self._pause_state != PauseState.UNPAUSED or not self.waiting:
             return None
         if len(self.running) >= self.max_num_active_reqs:
@@ -266,7 +268,7 @@ class DiffusionScheduler(Scheduler):
         head = self.waiting.peek_request()
         if self._is_ready(head):
             return head
-        # What waits for its grammar is overtaken.
+        # Requests that wait for their grammar are overtaken.
         return next(filter(self._is_ready, self.waiting), None)
 
     def _is_ready(self, request: Request) -> bool:
@@ -279,9 +281,10 @@ class DiffusionScheduler(Scheduler):
         return True
 
     def _take_pages(self, request: Request, num_pages: int) -> list[int] | None:
-        """Give a request further pages, None if there are too few or others have a right to them.
+        """Give a request further pages; None if too few are free or another one is to get them.
 
-        Who gets none is next: whoever is asked for later in this step takes none either.
+        The first request that gets none is to get the next ones: requests that come later in this
+        step get none either.
         """
         if not num_pages:
             return []
@@ -292,11 +295,11 @@ class DiffusionScheduler(Scheduler):
         return pages
 
     def _admit(self, request: Request, now: float) -> NewRequestData | None:
-        """Give a waiting request its pages, None if there are too few.
+        """Give a waiting request its pages and admit it; None if there are too few pages.
 
-        Beyond what all requests always hold, the pool has room for the largest of the peaks
-        between a refresh and an eviction: so whoever waits for such pages gets them once others
-        have evicted, and peaks do not coincide where there is no room for it.
+        Beyond what all requests always hold, the pool must have room for the largest temporary
+        need between a refresh and an eviction. So a request that waits for such pages gets them
+        once others have evicted, and temporary needs coincide only where there is room.
         """
         tracked = self.tracked[request.request_id]
         company = [self.tracked[r.request_id] for r in self.running]
@@ -320,13 +323,13 @@ class DiffusionScheduler(Scheduler):
         request.status = RequestStatus.RUNNING
         self.running.append(request)
         new = NewRequestData.from_request(request, (pages,))
-        # What a request delivered before a preemption is computed again, not delivered again.
+        # Tokens delivered before a preemption are computed again, but not delivered again.
         new.num_computed_tokens = request.num_output_tokens
         return new
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
-        # A denoising step makes no prefix of the canvas final, so vLLM's counter of computed
-        # tokens follows what was delivered.
+        # A step's tokens are not a prefix that stays computed, so vLLM's counter of computed
+        # tokens follows the delivered ones instead.
         for request_id, num_tokens in scheduler_output.num_scheduled_tokens.items():
             request = self.requests[request_id]
             request.num_computed_tokens = request.num_tokens
@@ -368,7 +371,7 @@ class DiffusionScheduler(Scheduler):
             for client_outputs in outputs.values():
                 for output in client_outputs.outputs:
                     if output.request_id in traces:
-                        # The one field that vLLM carries to a request's output unread.
+                        # The one field that vLLM passes on to a request's output unread.
                         output.kv_transfer_params = {TRACE: traces[output.request_id]}
         if constrained:
             self._explain_ends(constrained, outputs)
@@ -381,7 +384,7 @@ class DiffusionScheduler(Scheduler):
                     request_id=request.request_id,
                     new_token_ids=[],
                     finish_reason=request.get_finished_reason(),
-                    # The front end tells it to the client.
+                    # The front end reports it to the client.
                     stop_reason=reason if failed[request.request_id].cause in TOLD_CAUSES else None,
                     events=request.take_events(),
                     trace_headers=request.trace_headers,
@@ -401,7 +404,7 @@ class DiffusionScheduler(Scheduler):
     def _explain_ends(
         self, constrained: dict[str, Request], outputs: dict[int, EngineCoreOutputs]
     ) -> None:
-        """Say why vLLM has ended requests whose grammars could not be compiled or followed."""
+        """Add the reason to the outputs of requests that vLLM ended because of their grammar."""
         for client_outputs in outputs.values():
             for output in client_outputs.outputs:
                 request = constrained.get(output.request_id)
@@ -416,7 +419,7 @@ class DiffusionScheduler(Scheduler):
         if stats is not None:
             num_pages = self.block_manager.num_pages
             held = num_pages - self.block_manager.num_free_pages
-            # vLLM's dictionary for the statistics of out-of-tree parts.
+            # vLLM's dictionary for the statistics of out-of-tree components.
             stats.kv_connector_stats = {FIGURES: self.figures.message(held, num_pages)}
             self.figures = EngineFigures()
         return stats
@@ -424,7 +427,7 @@ class DiffusionScheduler(Scheduler):
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
-        # vLLM preempts only to reset its caches; the request starts anew.
+        # vLLM preempts only to reset its caches; the request starts over.
         tracked = self.tracked[request.request_id]
         first = self._first_block(tracked.canvas, tracked.settings)
         tracked.progress, tracked.last_served = Progress(first), -1

@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's HTTP server of a diffusion model: how it ends, and one field of the wrong type.
+"""Corrects vLLM's HTTP server of a diffusion model: how it ends, and a field of the wrong type.
 
-vLLM ends a server whose engine has died with status 0, as if it had been asked to; a service
-manager then leaves it down. One of several API servers does not notice that an engine was killed:
-the process above it does, and ends it, while its requests wait for ever. And vLLM's own check of
-``structured_outputs`` takes for granted that the field is an object, and fails with 500 where it
-is not. None has a hook, so `install` wraps `serve_http`, the call that a server spends its life
-in.
+When its engine has died, vLLM's server exits with status 0, as if it had been asked to, and a
+service manager does not restart it. One of several API servers does not notice that an engine was
+killed; its parent process does and ends it, while its requests wait forever. And vLLM's own check
+of ``structured_outputs`` assumes that the field is an object, and otherwise answers HTTP 500. None
+of these has a hook, so `install` wraps `serve_http`, the call in which a server spends its life.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _FIELD = "structured_outputs"
 
 
 def install() -> None:
-    """Put all of it into this process's server, if it is one; may be repeated."""
-    # Not imported: a process without it, with an `LLM` say, is no server.
+    """Install the corrections in this process if it is a server; may be called repeatedly."""
+    # Not imported here: a process that has not imported it, as with an `LLM`, is no server.
     entry: Any = sys.modules.get(_ENTRY)
     if entry is None or hasattr(entry.serve_http, "__wrapped__"):
         return
@@ -39,8 +38,8 @@ def install() -> None:
     @functools.wraps(original)
     async def serve_http(app: Any, *args: Any, **kwargs: Any) -> Awaitable[None]:
         app.add_exception_handler(AttributeError, _answer_wrong_type)
-        # Built when vLLM made the application, before it had this handler; built anew, of all
-        # that was added, by the first request.
+        # Built before the handler was added; the first request builds it again, with everything
+        # that was added.
         app.middleware_stack = None
         engine = app.state.engine_client
         loop = asyncio.get_running_loop()
@@ -52,7 +51,7 @@ def install() -> None:
             first, stopped = not stopped, True
             stop(*args, **kwargs)
             if first:
-                # No answer can come any more for those that still wait.
+                # Requests that still wait can get no answer any more.
                 fail = engine.output_processor.propagate_error
                 loop.call_soon_threadsafe(fail, EngineDeadError())
 
@@ -68,10 +67,10 @@ def install() -> None:
 
 
 async def _answer_wrong_type(request: Any, error: Exception) -> Any:
-    """Answer 400 where a field's type is what vLLM's validators stumbled over.
+    """Answer HTTP 400 if the type of ``structured_outputs`` made vLLM's validators fail.
 
     Raises:
-        Exception: The error, if it has another reason; vLLM answers 500.
+        Exception: The error, if it has another cause; vLLM then answers 500.
     """
     try:
         value = (await request.json())[_FIELD]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structural tags: text in which a schema holds between tags, written out as one grammar.
+"""Structural tags (free text with schemas between tags), written out as one grammar.
 
-vLLM's own translation for llguidance takes every trigger in angle brackets for a special token,
-and wraps schemas so that nothing of them is enforced. So admission replaces the tag by the
+vLLM's own translation for llguidance treats every trigger in angle brackets as a special token, and
+wraps schemas so that nothing in them is enforced. So admission replaces the structural tag by the
 grammar that it stands for, and vLLM compiles that.
 """
 
@@ -30,10 +30,10 @@ def write_out(
     """Return a request's parameters with a grammar in place of a structural tag.
 
     Args:
-        sampling: As they were given; not changed.
-        config: The engine's options. Other backends than llguidance have forms of their own,
-            which stay as they are.
-        tokenizer: The model's, or None; vLLM refuses the request then.
+        sampling: The parameters as given; not modified.
+        config: The engine's options. Backends other than llguidance have forms of their own,
+            which are left unchanged.
+        tokenizer: The model's tokenizer; without one, vLLM refuses the request later.
 
     Raises:
         ValueError: Naming the field, its value and what is allowed.
@@ -114,11 +114,11 @@ def _is_structure(value: Any) -> bool:
 
 
 def _grammar(tags: list[dict[str, Any]], special: Mapping[str, int]) -> str:
-    """Return what llguidance compiles: any text, in which a trigger commits to one of its tags.
+    """Return the grammar for llguidance: any text, in which a trigger has to begin a tag.
 
     Args:
-        tags: As `_tags` has them.
-        special: Ids of the tokenizer's special tokens by their names.
+        tags: As `_tags` returns them.
+        special: Ids of the tokenizer's special tokens by name.
     """
     rules = [
         "%llguidance {}",
@@ -130,7 +130,7 @@ def _grammar(tags: list[dict[str, Any]], special: Mapping[str, int]) -> str:
         if trigger in special:
             head = f"TEXT <[{special[trigger]}]>"
         else:
-            # Lazy: the text before ends where the trigger is first seen.
+            # Lazy: the text before it ends at the first occurrence of the trigger.
             head = f"trigger_{number}"
             rules.append(f"{head}[lazy]: TEXT {_literal(trigger)}")
         rest = _literal(tag["begin"][len(trigger) :])

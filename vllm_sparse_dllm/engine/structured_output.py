@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Structured output: what a grammar allows next, for requests that write left to right.
+"""Structured output: the tokens that a grammar allows next, for requests written left to right.
 
 A grammar reads a text from its start, so a constrained request commits its first masked
-position in every step, and nothing else. vLLM's manager compiles the grammars and follows what
-was delivered; here is what it leaves to whoever samples.
+position in every step, and nothing else. vLLM's manager compiles the grammars and advances them
+with the delivered tokens; this module does the rest.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_sparse_dllm.settings import FIELDS, REQUEST_PREFIX
 
-#: The backend where the user names none. It refuses what it cannot enforce; vLLM's own
-#: default compiles every request with the backend that the first one happened to need.
+#: The backend if the user names none. It refuses most of what it cannot enforce (`check_schema`
+#: the rest); vLLM's own default compiles every request with the backend that the first one needed.
 DEFAULT_BACKEND: Final = "guidance"
 
-#: What says how many positions a step commits, and which; and the value that asks for nothing.
+#: Settings of how many positions a step commits, and which, with their neutral values.
 _ORDER_OF_COMMITS = {
     "steps": None,
     "remasking": None,
@@ -32,26 +32,26 @@ _ORDER_OF_COMMITS = {
     "factor": None,
     "alg_temp": 0.0,
 }
-#: vLLM's parameters that would let the text go on behind its end, or end early.
+#: vLLM's parameters that would make the text go on after its end, with their neutral values.
 _END_OF_TEXT = {"ignore_eos": False, "min_tokens": 0}
-#: Fields of vLLM's `StructuredOutputsParams` that its engine reads from its own options only.
+#: Fields of vLLM's `StructuredOutputsParams` that the engine takes only from its own options.
 _ENGINE_OPTIONS = {
     "disable_any_whitespace": False,
     "disable_additional_properties": False,
     "whitespace_pattern": None,
 }
 
-#: Characters of a backend's error that are passed on.
+#: Most characters of a backend's error that are passed on.
 _LONGEST_ERROR = 200
-#: Keywords of a JSON schema that bound a number, lower and upper; the first excludes its own.
+#: Keywords of a JSON schema that bound a number, lower and upper; the first excludes the bound.
 _BOUNDS = (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum"))
-#: llguidance holds numbers as floats, and cuts bounds to 64 bits.
+#: llguidance stores numbers as floats, and truncates bounds to 64 bits.
 _LARGEST_NUMBER = 2**53
 #: Keywords of a JSON schema whose values are data, not schemas.
 _DATA = ("default", "examples")
-#: Those whose data is what the text must be.
+#: Keywords whose values are data that the text must equal.
 _LITERALS = ("const", "enum")
-#: Those whose values are schemas by name: the names are no keywords.
+#: Keywords whose values map names to schemas; the names are not keywords.
 _BY_NAME = ("properties", "patternProperties", "dependentSchemas", "$defs", "definitions")
 
 
@@ -62,7 +62,7 @@ def has_grammar(sampling: SamplingParams) -> bool:
 
 
 def check_structured_output(sampling: SamplingParams) -> None:
-    """Refuse what has no meaning beside a grammar.
+    """Refuse parameters that conflict with a grammar, and schemas that would not be enforced.
 
     Raises:
         ValueError: Naming the parameter, its value and what is allowed.
@@ -99,7 +99,7 @@ def check_structured_output(sampling: SamplingParams) -> None:
             )
     _check_end_of_text(sampling)
     assert sampling.structured_outputs is not None
-    # Structural tags are grammars by now, or of other backends.
+    # Structural tags are grammars by now, or belong to other backends.
     schema = sampling.structured_outputs.json
     if schema is not None:
         schema = json.loads(schema) if isinstance(schema, str) else schema
@@ -107,7 +107,7 @@ def check_structured_output(sampling: SamplingParams) -> None:
 
 
 def _check_end_of_text(sampling: SamplingParams) -> None:
-    """Refuse constraints under which no text could end where its grammar wants it to."""
+    """Refuse constraints that forbid every token with which the text could end."""
     ends = set(sampling.all_stop_token_ids)
     if not ends:
         return
@@ -127,11 +127,11 @@ def _check_end_of_text(sampling: SamplingParams) -> None:
 
 
 def check_schema(schema: Any, field: str) -> None:
-    """Refuse what llguidance accepts, but does not enforce.
+    """Refuse what llguidance accepts in a schema but does not enforce.
 
     Args:
-        schema: A schema, or what holds schemas.
-        field: What it is part of.
+        schema: A schema, or a value that contains schemas.
+        field: The request's field that it is part of.
 
     Raises:
         ValueError: Naming the keyword, its value and what is allowed.
@@ -164,7 +164,7 @@ def check_schema(schema: Any, field: str) -> None:
 
 
 def _check_bounds(schema: dict[str, Any], field: str) -> None:
-    """Refuse bounds of a number that stand for others, or are overlooked."""
+    """Refuse bounds of a number that llguidance would change or ignore."""
     parts = schema.get("allOf")
     own = [schema, *(part for part in parts if isinstance(part, dict))] if parts else [schema]
     bounds: list[list[float]] = []
@@ -179,7 +179,7 @@ def _check_bounds(schema: dict[str, Any], field: str) -> None:
                 if key == keywords[0] and value == int(value):
                     whole.append((key, value))
     for key, value in whole:
-        # The one number that its regular expression lets through.
+        # Here llguidance's regular expression lets the excluded number itself through.
         if any(0 < abs(other - value) < 1 for side in bounds for other in side):
             raise ValueError(
                 f"{key} in {field} must be no whole number where the other bound is less than 1 "
@@ -188,7 +188,7 @@ def _check_bounds(schema: dict[str, Any], field: str) -> None:
 
 
 def _check_literals(value: Any, key: str, field: str) -> None:
-    """Refuse numbers that are written as others."""
+    """Refuse numbers that llguidance would write as other numbers."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -207,7 +207,7 @@ def _in_json(value: Any) -> str:
 
 
 def special_tokens(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of a tokenizer's special tokens by their names."""
+    """Return the ids of a tokenizer's special tokens by name."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
     named = {token.content: token_id for token_id, token in added.items() if token.special}
     ids = tokenizer.all_special_ids
@@ -217,12 +217,12 @@ def special_tokens(tokenizer: Any) -> dict[str, int]:
 class AllowedTokens:
     """The tokens that constrained requests may commit next, as bit masks.
 
-    A mask is ``[ceil(vocab / 32)]`` int32, token i the bit i % 32 of word i // 32, as the grammar
-    backends have it. One without any bit means that nothing may follow: the request fails.
+    A mask is ``[ceil(vocab / 32)]`` int32 with token i as bit i % 32 of word i // 32, as in the
+    grammar backends. If no bit is set, no token can follow and the request fails.
 
     Args:
-        manager: vLLM's, which has the grammars.
-        mask_token_id: Never allowed.
+        manager: vLLM's manager, which has the grammars.
+        mask_token_id: The mask id, which is never allowed.
     """
 
     def __init__(self, manager: StructuredOutputManager, mask_token_id: int) -> None:
@@ -237,8 +237,9 @@ class AllowedTokens:
 
         Args:
             requests: Constrained requests whose grammars are compiled.
-            num_committed: By request id: tokens on its canvas. Fewer than were delivered while
-                a request is computed again after a preemption; it then repeats them.
+            num_committed: Tokens committed on the canvas, by request id. While a request is
+                computed again after a preemption they are fewer than it has delivered; it then
+                repeats the delivered ones.
         """
         if not requests:
             return {}
@@ -269,26 +270,26 @@ class AllowedTokens:
         return f"structured_outputs must be a grammar that its backend can follow: {told}"
 
     def _corrected(self, request: Request, row: np.ndarray) -> np.ndarray:
-        """Take out of a grammar's mask what must not be committed."""
+        """Remove tokens that must not be committed from a grammar's mask."""
         sampling, structured = request.sampling_params, request.structured_output_request
         assert sampling is not None and structured is not None
         grammar: Any = structured.grammar
-        # Behind the end of the text and before the end of reasoning.
+        # All bits are set after the end of the text and before the end of reasoning.
         applies = bool((row != -1).any())
         row &= ~_bits([self._mask_token_id], len(row))
         stops = _bits(sampling.all_stop_token_ids, len(row))
         if grammar.is_terminated():
             return row & stops
         if getattr(grammar, "printed_error", False):
-            # A grammar too complex to follow: its backend would end the text here.
+            # The grammar is too complex to follow; its backend would end the text here.
             return np.zeros_like(row)
         if applies:
             if sampling.skip_special_tokens:
-                # Its name may match a grammar, but would not be in the text.
+                # A special token's name may match the grammar, but would not be in the text.
                 row &= ~(self._special_tokens(len(row)) & ~stops)
             if sampling.eos_token_id is None or not _has_bit(row, sampling.eos_token_id):
                 others = row & ~stops
-                # Where the text goes on with one of `stop_token_ids` only, that cuts it.
+                # If only tokens of `stop_token_ids` can follow, one of them cuts the text short.
                 row = others if others.any() else row
         return row
 
@@ -299,7 +300,7 @@ class AllowedTokens:
 
 
 def _bits(token_ids: Iterable[int], num_words: int) -> np.ndarray:
-    """Return ``[num_words]`` int32 with the bits of some tokens; ids beyond them have none."""
+    """Return ``[num_words]`` int32 with the bits of the given tokens; larger ids have none."""
     words = np.zeros(num_words, dtype=np.uint32)
     for token_id in token_ids:
         if token_id < 32 * num_words:

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The trace of a response: which pass committed each token, with what confidence.
+"""The trace of a response: which pass committed each token, and with what confidence.
 
 The runner records it (`CommitTrace`), the engine's outputs carry it in parts, with the tokens
-they belong to, and the front end puts the parts together again (`merge`).
+they belong to, and the front end merges the parts (`merge`).
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ Span = tuple[int, int]
 
 
 class CommitTrace:
-    """What the runner records of a request that asks for a trace.
+    """The runner's record of a request that asks for a trace.
 
     Positions of the response that were given, not committed, have step -1 and confidence 1.
-
-    Attributes:
-        num_passes: Forward passes that were run.
 
     Args:
         response_length: Tokens of the response.
         with_kept: Whether to record which positions each layer kept.
-        num_delivered: Tokens that were told of before a preemption.
+        num_delivered: Tokens that were delivered, with their trace, before a preemption.
+
+    Attributes:
+        num_passes: Forward passes that were run.
     """
 
     def __init__(self, response_length: int, with_kept: bool, num_delivered: int = 0) -> None:
@@ -54,14 +54,14 @@ class CommitTrace:
 
         Args:
             offsets: ``[n]`` offsets of the tokens in the response.
-            confidences: ``[n]`` theirs.
+            confidences: ``[n]`` confidences of the tokens.
         """
         self._steps[offsets] = self.num_passes
         self._confidences[offsets] = confidences
         self.num_passes += 1
 
     def take(self, num_tokens: int) -> dict[str, Any]:
-        """Return what is to be told with the next tokens of the response."""
+        """Return the part of the trace that goes with the next tokens of the response."""
         start, end = self._num_taken, self._num_taken + num_tokens
         self._num_taken = end
         part: dict[str, Any] = {
@@ -83,19 +83,19 @@ class CommitTrace:
 
 
 def merge(trace: dict[str, Any], part: dict[str, Any]) -> None:
-    """Append what came with the next tokens, in place."""
+    """Append the part that came with the next tokens to the trace, in place."""
     trace.setdefault("steps", []).extend(part["steps"])
     trace.setdefault("confidences", []).extend(part["confidences"])
     if "refreshes" in part:
-        # After a preemption a request is run again, identically, and refreshes are told again.
+        # After a preemption a request is run again, identically, and reports refreshes again.
         known = {refresh["step"] for refresh in trace.setdefault("refreshes", [])}
         trace["refreshes"] += [r for r in part["refreshes"] if r["step"] not in known]
 
 
 def finish(trace: dict[str, Any], num_tokens: int) -> None:
-    """Drop what lies behind the end of the response and add the number of passes, in place.
+    """Drop what follows the end of the response and add the number of passes, in place.
 
-    The engine may have run on until the front end found a stop string; how far is chance.
+    The engine may run on for an arbitrary number of steps until the front end finds a stop string.
     """
     del trace["steps"][num_tokens:]
     del trace["confidences"][num_tokens:]

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """How OpenMP's threads wait for each other.
 
-The library reads this as it is loaded, so this module has to be usable before PyTorch is.
+The OpenMP library reads these variables when it is loaded, so this module must not import PyTorch.
 """
 
 from __future__ import annotations
@@ -9,18 +9,18 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
-#: How OpenMP's threads wait for each other. Waking one that sleeps takes as long as a small
-#: operation, and a block step has a dozen of them in each layer; one that spins takes the core
-#: from the front end and from whoever else runs on the machine. So a thread spins for a part of a
-#: millisecond, about what lies between two operations, and then sleeps.
+#: Environment variables for the waiting. Waking a sleeping thread takes as long as a small
+#: operation, and a block step has a dozen of these in each layer; a spinning thread takes the core
+#: from the front end and everything else on the machine. So a thread spins for a fraction of a
+#: millisecond, about the time between two operations, and then sleeps.
 WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "5000"}
 
 
 def waiting_of(*environments: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables by which the threads of further processes wait.
+    """Return the variables that set how the threads of new processes wait.
 
     Args:
-        environments: Variables and their values, the user's among them; the first counts most.
+        environments: Variables and their values, including the user's; the first take precedence.
 
     Returns:
         Those of `WAITING` in the first environment that has any, since the user has decided; if
@@ -33,5 +33,5 @@ def waiting_of(*environments: Mapping[str, str]) -> dict[str, str]:
 
 
 def wait_shortly() -> None:
-    """Have OpenMP's threads of processes that start from now on wait so."""
+    """Set the variables for the OpenMP threads of processes that start from now on."""
     os.environ.update(waiting_of(os.environ))

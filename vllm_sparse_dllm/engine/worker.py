@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vLLM's worker of a GPU with the diffusion model runner in it, and what workers share.
+"""vLLM's GPU worker with the diffusion model runner, and the base class of all workers.
 
-Nothing of vLLM's CPU worker may be imported here: its module puts stand-ins for `torch.cuda.Stream`
-and the like in their places, for the whole process.
+vLLM's CPU worker must not be imported here: its module replaces `torch.cuda.Stream` and the like by
+stand-ins, for the whole process.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ _KV_CACHE_LAYOUT = "LBHNC"
 
 
 class DiffusionWorker(Worker):
-    """What the workers of all devices share."""
+    """Base class of the workers of all devices."""
 
     model_runner: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        # It is neither of vLLM's runners; what depends on this flag follows the first's way.
+        # The runner is neither of vLLM's; code that reads this flag treats it as the first.
         self.use_v2_model_runner = False
 
     def get_supported_kv_cache_layouts(self) -> list[str]:
@@ -61,7 +61,7 @@ class DiffusionGPUWorker(DiffusionWorker):
     """The CUDA worker."""
 
     def compile_or_warm_up_model(self) -> CompilationTimes:
-        # The profile run has prepared the kernels.
+        # The profiling run has prepared the kernels already.
         start = time.perf_counter()
         if sizes := self.model_runner.graph_sizes:
             assert self.device is not None
@@ -74,8 +74,8 @@ class DiffusionGPUWorker(DiffusionWorker):
                 (free - _free_memory()) / (1 << 30),
             )
         set_random_seed(self.model_config.seed)
-        # As vLLM's own, once all is warm: what compiles or waits from here on is told, and the
-        # model and the graphs are no garbage to look through.
+        # As in vLLM's own worker, after everything has warmed up: report kernels compiled from here
+        # on, and exclude the model and the graphs from garbage collection.
         self._maybe_activate_jit_monitor()
         freeze_gc_heap()
         maybe_attach_gc_debug_callback()
@@ -83,7 +83,7 @@ class DiffusionGPUWorker(DiffusionWorker):
 
 
 def _free_memory() -> int:
-    """Return the free bytes of the device as its driver says, once PyTorch's cache is emptied."""
+    """Return the device's free bytes as its driver reports them, after emptying PyTorch's cache."""
     torch.accelerator.synchronize()
     torch.accelerator.empty_cache()
     return torch.accelerator.get_memory_info()[0]

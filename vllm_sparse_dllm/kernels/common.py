@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several kernels share."""
+"""Code that several Triton kernels share."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import triton.language as tl
 
 from vllm_sparse_dllm.kernels import interpreted
 
-#: The interpreter multiplies the bits of bfloat16 as integers; widened first, the products are
-#: the same as those of the tensor cores, which are exact too.
+#: Whether to widen the operands of products. Triton's interpreter would multiply the bits of
+#: bfloat16 as integers; widened, the products are exact, as those of tensor cores are.
 WIDEN_DOTS = tl.constexpr(interpreted())
 
 
@@ -21,7 +21,8 @@ class TileConfig:
     """Launch parameters of an attention kernel.
 
     Attributes:
-        block_m: Rows of a tile: queries, over pages times the heads that share a key head.
+        block_m: Rows of a tile: queries; over pages, queries times the heads that share a key
+            head.
         block_n: Keys of a tile.
         num_warps: Warps of a program.
         num_stages: Tiles of keys in flight.
@@ -49,13 +50,13 @@ def attend_tile(q, k, v, acc, largest, total, valid, scale, MASKED: tl.constexpr
     Args:
         q: ``[m, d]`` queries.
         k: ``[n, d]`` keys.
-        v: ``[n, d]`` values, finite where not valid.
+        v: ``[n, d]`` values; they must be finite where not valid.
         acc: ``[m, d]`` float32 sums of weighted values.
-        largest: ``[m]`` largest score so far, in units of log 2.
+        largest: ``[m]`` largest score so far, times log2(e).
         total: ``[m]`` sum of weights.
-        valid: ``[n]`` which keys count; at least one of the first tile does.
+        valid: ``[n]`` which keys count, at least one of the first tile; unused unless `MASKED`.
         scale: Softmax scale times log2(e).
-        MASKED: Whether any key does not count.
+        MASKED: Whether to ignore keys that do not count.
     """
     scores = dot(q, tl.trans(k)) * scale
     if MASKED:
@@ -72,7 +73,7 @@ def head_strides(tensor: torch.Tensor) -> tuple[int, int]:
     """Return the strides of rows and heads of ``[n, heads, head_size]``.
 
     Raises:
-        ValueError: If the channels of a head do not lie side by side.
+        ValueError: If the channels of a head are not contiguous.
     """
     if tensor.stride(2) != 1:
         raise ValueError(f"channels must lie side by side, got strides {tensor.stride()}")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernels of cpp/: what PyTorch and vLLM do on a CPU in several passes over memory.
+"""The kernels of cpp/, for what PyTorch and vLLM do on a CPU in several passes over memory.
 
-They are for bfloat16, and compiled when the first is asked for (`native`). Where that cannot be,
-callers go on with PyTorch's and vLLM's operators.
+They are for bfloat16, and compiled on first use (`native`). Where that is not possible, callers
+fall back to PyTorch's and vLLM's operators.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SIGNATURES: dict[str, tuple[type, ...]] = {
     "add_norm": (_POINTER, _POINTER, _POINTER, _SIZE, _SIZE, ctypes.c_float),
     "silu_and_mul": (_POINTER, _POINTER, _SIZE, _SIZE),
 }
-#: Of processors with tiles (AMX).
+#: Functions that need a processor with tiles (AMX).
 _TILE_SIGNATURES: dict[str, tuple[type, ...]] = {
     "attend": (
         *(*_ROWS, *_ROWS, *_ROWS, *_ROWS),
@@ -43,7 +43,7 @@ class PagePool:
     """A layer's pages, in the kernels' layout.
 
     Attributes:
-        numbers: Flat, bfloat16: ``2 * page_size * kv_heads * head_size`` a page.
+        numbers: Flat, bfloat16: ``2 * page_size * kv_heads * head_size`` numbers per page.
         page_size: Slots of a page, a multiple of 32.
         kv_heads: Key/value heads.
         head_size: A multiple of 32.
@@ -61,10 +61,10 @@ class PagePool:
 class CPUKernels:
     """The library's functions, on tensors of bfloat16 whose last dimension is contiguous.
 
-    Each is the same for a row, or for a sequence and head, whatever else is in the call.
+    The result for a row, or for a sequence and head, does not depend on what else is in the call.
 
     Attributes:
-        has_tiles: Whether `attend` and what has to do with pages can run.
+        has_tiles: Whether `attend` and the functions on pages can run.
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -77,11 +77,11 @@ class CPUKernels:
     def rotate(
         self, x: torch.Tensor, head_size: int, positions: torch.Tensor, table: torch.Tensor
     ) -> None:
-        """Turn heads by their positions, in place.
+        """Apply the rotary position embedding to heads, in place.
 
         Args:
-            x: ``[rows, heads * head_size]``; rows may lie apart.
-            head_size: A multiple of 32. Channel i turns with channel i + head_size / 2.
+            x: ``[rows, heads * head_size]``; there may be gaps between rows.
+            head_size: A multiple of 32. Channel i is rotated with channel i + head_size / 2.
             positions: ``[rows]``, int64.
             table: ``[positions, head_size]`` cosines, then sines, float32.
         """
@@ -144,7 +144,7 @@ class CPUKernels:
             query_starts: ``[sequences + 1]`` first query of each, and ``n``; int64.
             key_starts: ``[sequences + 1]`` first key of each, and ``m``; int64. A sequence that
                 has queries has keys.
-            scale: Of the scores.
+            scale: Softmax scale.
         """
         _require_heads(queries, keys, values, output)
         _require(torch.int64, query_starts, key_starts)
@@ -173,14 +173,14 @@ class CPUKernels:
         """Write attention over the first slots of each sequence's pages to ``output``.
 
         Args:
-            pool: The pages. What lies behind a sequence's last slot, in its page, must not be
+            pool: The pages. What follows a sequence's last slot, in the same page, must not be
                 NaN or infinite.
             queries: ``[n, heads, head_size]``.
             output: As ``queries``.
             query_starts: ``[sequences + 1]`` first query of each, and ``n``; int64.
             key_lengths: ``[sequences]`` slots that count; int64.
             page_table: ``[sequences, width]`` ids of pages; int32.
-            scale: Of the scores.
+            scale: Softmax scale.
         """
         _require_heads(queries, output)
         _require(torch.int64, query_starts, key_lengths)
@@ -224,7 +224,7 @@ def _rows(tensor: torch.Tensor) -> tuple[int, int]:
 
 def _require(dtype: torch.dtype, *tensors: torch.Tensor) -> None:
     for tensor in tensors:
-        # What is empty has any strides.
+        # With fewer than two numbers, strides are arbitrary.
         contiguous = tensor.numel() < 2 or tensor.stride(-1) == 1
         if tensor.dtype != dtype or tensor.device.type != "cpu" or not contiguous:
             raise ValueError(
@@ -257,7 +257,7 @@ def _kernels(library: ctypes.CDLL) -> CPUKernels:
 
 
 def cpu_kernels(dtype: torch.dtype) -> CPUKernels | None:
-    """Return the kernels if they can be had here for a dtype."""
+    """Return the kernels for a dtype, None if they are not available here."""
     if dtype != torch.bfloat16:
         return None
     library = native.load()
@@ -265,14 +265,14 @@ def cpu_kernels(dtype: torch.dtype) -> CPUKernels | None:
 
 
 def kernels_for(x: torch.Tensor, width: int, multiple: int) -> CPUKernels | None:
-    """Return the kernels if they can be had for ``x`` and a width that must be a multiple."""
+    """Return the kernels if they support ``x`` and ``multiple`` divides ``width``, else None."""
     if x.device.type != "cpu" or width % multiple:
         return None
     return cpu_kernels(x.dtype)
 
 
 def why_no_cpu_kernels(dtype: torch.dtype) -> str | None:
-    """Return what keeps `cpu_kernels`, or attention's among them, from being had; else None."""
+    """Return why `cpu_kernels`, or their attention, are not available; None if they are."""
     if dtype != torch.bfloat16:
         return f"they are of bfloat16, not {dtype_name(dtype)}"
     library = native.load()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Bidirectional attention of ragged sequences over the keys of the same pass.
 
-One program computes a tile of queries of one head, with the online softmax. Programs of a head
-follow each other, so that its keys and values are read from the cache but for the first time.
+One program computes a tile of queries of one head, with the online softmax. Programs of the same
+head follow each other, so that its keys and values come from the cache after their first read.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import triton.language as tl
 
 from vllm_sparse_dllm.kernels.common import TileConfig, attend_tile, head_strides
 
-#: Where `choose_config` changes its mind.
+#: Numbers of queries on both sides of the threshold in `choose_config`: one for each result.
 QUERY_COUNTS = (64, 65)
 
 
@@ -24,9 +24,9 @@ def choose_config(head_size: int, dtype: torch.dtype, num_queries: int) -> TileC
 
     Args:
         head_size: Channels of a head.
-        dtype: Of queries, keys and values.
-        num_queries: Most queries of a sequence. Without effect in float32, so that sums do
-            not depend on the batch.
+        dtype: Dtype of queries, keys and values.
+        num_queries: Most queries of a sequence. Has no effect in float32, so that sums do not
+            depend on the batch.
     """
     wide = head_size > 128
     if dtype == torch.float32:
@@ -135,13 +135,13 @@ def full_attention(
         k: ``[keys, kv_heads, head_size]``.
         v: ``[keys, kv_heads, head_size]``.
         output: ``[queries, heads, head_size]``, written.
-        tiles: ``[tiles, 2]`` int32, sequence and its first query in the tile; a sequence below
-            0 is no tile.
+        tiles: ``[tiles, 2]`` int32, sequence and its first query in the tile; tiles with a
+            sequence below 0 are skipped.
         query_start: ``[sequences + 1]`` int32 first query of each sequence.
-        key_start: ``[sequences + 1]`` int32 first key of each, at least one of each that has
-            queries.
+        key_start: ``[sequences + 1]`` int32 first key of each sequence; those with queries need
+            at least one key.
         scale: Softmax scale.
-        config: The tiles were made for it.
+        config: Launch parameters that the tiles were made for.
     """
     if tiles.shape[0] == 0:
         return

@@ -15,21 +15,21 @@ from pathlib import Path
 
 import torch
 
-#: This variable of the environment may be ``0``: do without the library; the default is ``1``.
+#: Environment variable: ``0`` disables the library; the default is ``1``.
 VARIABLE = "VLLM_SPARSE_DLLM_CPU_KERNELS"
 SOURCES = Path(__file__).with_name("cpp")
-#: What clang++ makes of -fopenmp calls LLVM's OpenMP library; PyTorch has GNU's.
+#: Not clang++: its -fopenmp generates calls to LLVM's OpenMP library; PyTorch has GNU's.
 COMPILERS = ("g++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-march=native", "-fopenmp", "-fPIC")
-#: A function that no library has is an error now, not when the library is loaded.
+#: With -z defs, undefined symbols are an error when linking, not when loading the library.
 LINK_FLAGS = ("-shared", "-Wl,-z,defs")
-#: Seconds that a run of the compiler may take; it takes about five.
+#: Time limit in seconds for a run of the compiler; it takes about five.
 TIMEOUT = 120.0
 
 
 @cache
 def load() -> ctypes.CDLL | str:
-    """Return the library, or what keeps it from being had here."""
+    """Return the library, or the reason why it is not available here."""
     reason = why_not()
     if reason is not None:
         return reason
@@ -40,7 +40,7 @@ def load() -> ctypes.CDLL | str:
 
 
 def why_not() -> str | None:
-    """Return what keeps the library from being compiled here, None if nothing is known to."""
+    """Return what keeps the library from being compiled here, None if no reason is known."""
     if switched_off():
         return f"{VARIABLE} is 0"
     if not torch.cpu._is_avx512_bf16_supported():
@@ -53,15 +53,15 @@ def why_not() -> str | None:
 
 
 def lacks_avx512() -> bool:
-    """Return whether this is an x86 processor whose widest instructions are AVX2's."""
+    """Return whether this is an x86 processor without AVX-512."""
     return platform.machine() == "x86_64" and not torch.cpu._is_avx512_supported()
 
 
 def switched_off() -> bool:
-    """Return whether the user wants to do without the library.
+    """Return whether the user has disabled the library.
 
     Raises:
-        ValueError: If the variable says neither.
+        ValueError: If the variable is neither 0 nor 1.
     """
     value = os.environ.get(VARIABLE, "1")
     if value not in ("0", "1"):
@@ -70,12 +70,12 @@ def switched_off() -> bool:
 
 
 def find_compiler() -> str | None:
-    """Return the C++ compiler, None if there is none."""
+    """Return the path of the C++ compiler, None if there is none."""
     return next((path for name in COMPILERS if (path := shutil.which(name))), None)
 
 
 def _openmp() -> str | None:
-    """Return the OpenMP library that PyTorch calls; this process may have loaded others.
+    """Return the path of PyTorch's OpenMP library; this process may have loaded others.
 
     The kernels are linked with that one: another would bring threads of its own.
     """
@@ -94,10 +94,10 @@ def _openmp() -> str | None:
 
 
 def build() -> Path:
-    """Compile the library unless that has been done, and return where it is.
+    """Compile the library unless it exists, and return its path.
 
     Raises:
-        OSError: If no directory can be written.
+        OSError: If the cache directory cannot be written.
         subprocess.SubprocessError: If the compiler fails.
     """
     compiler, openmp = find_compiler(), _openmp()
@@ -106,7 +106,7 @@ def build() -> Path:
     parts = (
         *(path.read_text(encoding="utf-8") for path in files),
         _run(compiler, "--version"),
-        # What the compiler makes of "native" is the machine's; another needs its own.
+        # -march=native means this processor; another one needs its own library.
         _processor(),
         openmp,
         *FLAGS,
@@ -115,7 +115,7 @@ def build() -> Path:
     name = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
     library = _directory() / f"cpu-{name}.so"
     if not library.exists():
-        # Several workers may be at it: each writes its own, and the last one stays.
+        # Several workers may compile it at once: each writes its own file, and the last one stays.
         with tempfile.TemporaryDirectory(dir=library.parent) as directory:
             objects = []
             for path in files:
@@ -123,7 +123,7 @@ def build() -> Path:
                     objects.append(str(Path(directory, path.stem).with_suffix(".o")))
                     _run(compiler, *FLAGS, "-c", str(path), "-o", objects[-1])
             linked = Path(directory, library.name)
-            # Not by -fopenmp, which would name a library of the compiler's choice.
+            # Without -fopenmp, which would link a library of the compiler's choice.
             _run(compiler, *LINK_FLAGS, *objects, openmp, "-o", str(linked))
             linked.replace(library)
     return library
@@ -132,7 +132,7 @@ def build() -> Path:
 def _directory() -> Path:
     cache_home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     root = os.environ.get("VLLM_CACHE_ROOT", os.path.join(cache_home, "vllm"))
-    # Not by Path, whose method raises where there is no home.
+    # Not Path.expanduser, which raises where there is no home directory.
     directory = Path(os.path.expanduser(root), "vllm_sparse_dllm")
     directory.mkdir(parents=True, exist_ok=True)
     return directory

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Bidirectional attention of a few queries a sequence over its pages.
+"""Bidirectional attention of a few queries per sequence over its pages.
 
 The query heads that share a key head are packed into one tile, so that each key is read once
-for all of them and the tile is tall enough for the tensor cores. Where sequences are few, their
-keys are split among programs, whose partial softmaxes a second kernel joins.
+for all of them and the tile is tall enough for the tensor cores. If there are few sequences, their
+keys are split among programs, and a second kernel joins the partial softmaxes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 
 from vllm_sparse_dllm.kernels.common import TileConfig, attend_tile, head_strides
 
-#: Where `choose_config` changes its mind.
+#: Numbers of packed rows on both sides of the threshold in `choose_config`: one for each result.
 ROW_COUNTS = (32, 33)
 
 #: Fewer keys are not worth a program of their own.
@@ -30,9 +30,9 @@ def choose_config(head_size: int, dtype: torch.dtype, num_rows: int) -> TileConf
 
     Args:
         head_size: Channels of a head.
-        dtype: Of queries and pages.
-        num_rows: Most packed rows of a sequence. Without effect in float32, so that sums do
-            not depend on the batch.
+        dtype: Dtype of queries and pages.
+        num_rows: Most packed rows of a sequence. Has no effect in float32, so that sums do not
+            depend on the batch.
     """
     if dtype == torch.float32:
         return TileConfig(32, 32, 4, 1)
@@ -40,13 +40,13 @@ def choose_config(head_size: int, dtype: torch.dtype, num_rows: int) -> TileConf
 
 
 def choose_splits(num_programs: int, num_keys: int, dtype: torch.dtype, num_cores: int) -> int:
-    """Return among how many programs the keys of a tile are split.
+    """Return the number of programs that the keys of a tile are split among.
 
     Args:
         num_programs: Tiles times key heads.
         num_keys: Most keys of a sequence.
         dtype: In float32 nothing is split: sums must not depend on the batch.
-        num_cores: Multiprocessors of the device; two programs fit each.
+        num_cores: Multiprocessors of the device; the aim is two programs for each.
     """
     if dtype == torch.float32 or num_programs == 0:
         return 1
@@ -56,7 +56,7 @@ def choose_splits(num_programs: int, num_keys: int, dtype: torch.dtype, num_core
 
 @triton.jit
 def _keys_of_a_split(num_keys, num_splits, BLOCK_N: tl.constexpr, LEAST: tl.constexpr):
-    # Of the sequence's own length, so that short sequences keep whole tiles.
+    # Depends on the sequence's own length, so that short sequences keep whole tiles.
     keys = tl.cdiv(tl.cdiv(num_keys, num_splits), BLOCK_N) * BLOCK_N
     return tl.maximum(keys, LEAST)
 
@@ -129,7 +129,7 @@ def paged_attention_kernel(
         slots = pages.to(tl.int64) * PAGE_SIZE + keys % PAGE_SIZE
         offsets = slots[:, None] * slot_stride + channels[None, :]
         inside = valid[:, None] & (channels < HEAD_SIZE)[None, :]
-        # What lies behind the last key may be anything; it is never read.
+        # What follows the last key may be anything; it is never read.
         key_tile = tl.load(key_slots + offsets, mask=inside, other=0.0)
         value_tile = tl.load(value_slots + offsets, mask=inside, other=0.0)
         acc, largest, total = attend_tile(
@@ -206,7 +206,7 @@ def join_splits_kernel(
 def work_space(
     num_tiles: int, num_kv_heads: int, num_splits: int, config: TileConfig, head_size: int
 ) -> tuple[int, int]:
-    """Return the float32 numbers of `paged_attention`'s ``partial`` and ``statistics``."""
+    """Return the sizes of `paged_attention`'s ``partial`` and ``statistics``, in numbers."""
     if num_splits == 1:
         return 1, 1
     lines = num_tiles * num_kv_heads * num_splits * config.block_m
@@ -236,14 +236,14 @@ def paged_attention(
         key_slots: ``[slots, kv_heads, head_size]`` the pool's keys.
         value_slots: ``[slots, kv_heads, head_size]`` the pool's values, laid out as the keys.
         output: ``[queries, heads, head_size]``, written.
-        tiles: ``[tiles, 2]`` int32, sequence and its first packed row in the tile; a sequence
-            below 0 is no tile.
+        tiles: ``[tiles, 2]`` int32, sequence and its first packed row in the tile; tiles with a
+            sequence below 0 are skipped.
         query_start: ``[sequences + 1]`` int32 first query of each sequence.
         key_lengths: ``[sequences]`` int32, at least 1 where there are queries.
         page_table: ``[sequences, width]`` int32 page ids.
         page_size: Slots of a page.
         scale: Softmax scale.
-        config: The tiles were made for it.
+        config: Launch parameters that the tiles were made for.
         num_splits: Programs that share the keys of a tile.
         partial: float32 work space, see `work_space`.
         statistics: float32 work space.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Keys and values of one pass, or some of them, straight into their slots."""
+"""Writing the keys and values of one pass, or some of them, straight into their slots."""
 
 from __future__ import annotations
 
@@ -58,11 +58,12 @@ def write_rows(
     Args:
         keys: ``[n, kv_heads, head_size]``.
         values: ``[n, kv_heads, head_size]``.
-        slots: ``[m]`` where each goes; below 0 it goes nowhere.
+        slots: ``[m]`` target slot of each row; rows with a slot below 0 are skipped.
         key_slots: ``[slots, kv_heads, head_size]``, written.
         value_slots: ``[slots, kv_heads, head_size]``, written, laid out as ``key_slots``.
-        entries: ``[m]`` which of them, None for all in order.
-        gap: Start and length of rows that entries do not count.
+        entries: ``[m]`` rows to copy, numbered as if those of the gap did not exist; None for all
+            in order.
+        gap: Start and length of the range of rows that ``entries`` skips.
     """
     num, width = slots.shape[0], keys.shape[1] * keys.shape[2]
     if num == 0:

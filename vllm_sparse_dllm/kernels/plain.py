@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The steps of a choice in plain PyTorch: what every device can run, and the kernels' twins."""
+"""Scoring keys and pooling scores in plain PyTorch: for any device, and as the kernels' twins."""
 
 from __future__ import annotations
 
@@ -35,12 +35,12 @@ def key_scores(
 
 
 def max_pool(values: torch.Tensor, kernel_size: int, run_length: int) -> torch.Tensor:
-    """Return the maxima of windows, then of whole runs of them.
+    """Return the maxima of windows around each value, and then of runs of these maxima.
 
     Args:
         values: ``[n]``.
         kernel_size: Odd width of the window around each value, at most ``2 * n - 1``.
-        run_length: Values of a run; the last one may be short.
+        run_length: Values of a run; the last run may be short.
 
     Returns:
         ``[ceil(n / run_length)]``.

@@ -14,7 +14,7 @@ import triton.language as tl
 from vllm_sparse_dllm.kernels import plain
 from vllm_sparse_dllm.kernels.plain import SelectionKernels, Span
 
-#: A wider window costs a loop of its width; PyTorch's pooling is no slower then.
+#: The kernel loops over the width of a window; for wider ones PyTorch's pooling is no slower.
 _WIDEST_WINDOW = 256
 
 
@@ -85,7 +85,7 @@ def key_scores_kernel(
 def key_scores(
     block_queries: torch.Tensor, keys: torch.Tensor, spans: tuple[Span, ...]
 ) -> torch.Tensor:
-    """As `plain.key_scores`; a row of keys lies side by side."""
+    """As `plain.key_scores`; each row of keys must be contiguous."""
     filled = [span for span in spans if span[1] > span[0]]
     if len(filled) not in (1, 2) or block_queries.dtype != keys.dtype:
         return plain.key_scores(block_queries, keys, spans)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the unmasking rules need of rows of logits, without their probabilities.
+"""What the unmasking rules need from rows of logits, without storing probabilities.
 
-One pass over the vocabulary gives the most probable token, its probability and its lead over the
-second; the entropy, whose formula has the probabilities themselves in a logarithm, takes a
-second pass. A row is cut into pieces of a fixed size, each a program, so that few rows fill the
-device and results do not depend on how many there are.
+One pass over the vocabulary gives the most probable token, its probability and the margin between
+the two largest probabilities; the entropy, whose formula takes logarithms of the probabilities
+themselves, needs a second pass. Rows are cut into pieces of a fixed size, one per program, so that
+a few rows fill the device and results do not depend on the number of rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _BLOCK = 2048
 
 @triton.jit
 def _largest_two(values):
-    """Return the largest of values, and the largest but for one place where that is."""
+    """Return the largest and the second largest of values; the same if the largest occurs twice."""
     largest = tl.max(values, 0)
     is_largest = values == largest
     rest = tl.max(tl.where(is_largest, float("-inf"), values), 0)
@@ -54,7 +54,7 @@ def statistics_kernel(
         allowed = tl.where(ids == mask_token_id, float("-inf"), values)
         own_best = tl.max(allowed, 0)
         own_token = tl.min(tl.where(allowed == own_best, ids, vocab - 1), 0)
-        # The first on ties, as argmax has it.
+        # The first on ties, as in argmax.
         token = tl.where(own_best > best, own_token, token)
         best = tl.maximum(best, own_best)
         second = tl.maximum(tl.minimum(first, own_first), tl.maximum(second, own_second))
@@ -93,7 +93,7 @@ def join_pieces_kernel(
     first, second = _largest_two(firsts)
     second = tl.maximum(second, tl.max(seconds, 0))
     best = tl.max(bests, 0)
-    # Pieces lie in the vocabulary's order: of those that hold the best, the first.
+    # Pieces are in the vocabulary's order: take the first that holds the best.
     piece = tl.min(tl.where((bests == best) & inside, numbers, BLOCK - 1), 0)
     token = tl.sum(tl.where(numbers == piece, own_tokens, 0), 0)
     base = tl.where(first == minus, 0.0, first)
@@ -108,8 +108,8 @@ def join_pieces_kernel(
     )
 
 
-# `first` and `total` are rows of one tensor, `rows` lies among other arrays: their alignment
-# varies from step to step, and each would be compiled anew.
+# `first` and `total` are rows of one tensor, and `rows` is packed with other arrays: their
+# alignment varies from step to step, and the kernel would be compiled anew for each.
 @triton.jit(do_not_specialize_on_alignment=["rows", "first", "total"])
 def entropy_kernel(
     logits,
@@ -138,14 +138,14 @@ def entropy_kernel(
 
 @dataclass(frozen=True)
 class TokenStatistics:
-    """Rows of logits, as the rules see them; NaN where a row is unusable.
+    """Statistics of rows of logits for the unmasking rules; NaN where a row is unusable.
 
     Attributes:
         tokens: ``[n]`` most probable token that is not the mask id, the first on ties.
-        probability: ``[n]`` float32, of that token.
+        probability: ``[n]`` float32 probability of that token.
         margin: ``[n]`` float32, largest minus second largest probability of all tokens.
         largest: ``[n]`` float32 largest logit.
-        total: ``[n]`` float32 sum of the exponentials of logits less the largest.
+        total: ``[n]`` float32 sum of the exponentials of logits minus the largest one.
     """
 
     tokens: torch.Tensor
@@ -161,10 +161,10 @@ def token_statistics(
     """Return the statistics of rows of logits, computed in float32.
 
     Args:
-        logits: ``[n, vocab]`` in any floating dtype, a row side by side.
-        mask_token_id: Never the most probable token.
-        piece: Logits of a program; fixed, so that sums do not depend on the batch.
-        block: Logits of a program at a time; divides ``piece``.
+        logits: ``[n, vocab]`` in any floating dtype, contiguous within each row.
+        mask_token_id: Never chosen as the most probable token.
+        piece: Logits per program; fixed, so that sums do not depend on the batch.
+        block: Logits that a program loads at a time; divides ``piece``.
     """
     num_rows, vocab = logits.shape
     num_pieces = triton.cdiv(vocab, piece)
@@ -209,9 +209,9 @@ def negative_entropy(
     """Return ``[m]`` sums of ``p * log(p + 1e-10)`` of some rows.
 
     Args:
-        logits: ``[n, vocab]``, those of the statistics.
-        statistics: Of all rows.
-        rows: ``[m]`` int64.
+        logits: ``[n, vocab]`` that the statistics were computed from.
+        statistics: Statistics of all rows.
+        rows: ``[m]`` int64, which rows.
         piece: As in `token_statistics`.
         block: As in `token_statistics`.
     """

@@ -2,7 +2,7 @@
 """Configurations of the public checkpoints, read without remote code.
 
 The classes keep the field names of the checkpoints' ``config.json`` and map vLLM's names onto
-them. `model_traits` is what the decoding code reads of a configuration.
+them. `model_traits` returns what the decoding code needs from a configuration.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ DREAM_ARCHITECTURE = "DreamModel"
 
 
 class _RotaryConfig(PreTrainedConfig):
-    """A configuration with one rotary base, which has two names that always agree.
+    """A configuration whose rotary base has two names, which always agree.
 
-    Checkpoints call it ``rope_theta``; transformers 5 keeps it in ``rope_parameters``, which
-    ``rope_scaling`` is another name of. A ``config.json`` or an override may use any of them.
+    Checkpoints call it ``rope_theta``; transformers 5 keeps it in ``rope_parameters``, of which
+    ``rope_scaling`` is an alias. A ``config.json`` or an override can use any of these names.
     """
 
     def __init__(self, rope_theta: float, **kwargs: Any) -> None:
@@ -48,7 +48,7 @@ class _RotaryConfig(PreTrainedConfig):
 class LLaDAConfig(_RotaryConfig):
     """LLaDA-8B Base / Instruct and LLaDA-1.5 (``model_type: llada``).
 
-    LLaDA-MoE uses the same ``model_type``; it is told apart by ``architectures``.
+    LLaDA-MoE uses the same ``model_type``; it is distinguished by ``architectures``.
     """
 
     model_type = "llada"
@@ -168,7 +168,7 @@ class DreamConfig(_RotaryConfig):
         self.max_position_embeddings = max_position_embeddings
         self.rms_norm_eps = rms_norm_eps
         self.use_sliding_window = use_sliding_window
-        # vLLM reads `sliding_window` as one that is in force.
+        # vLLM takes a `sliding_window` that is set as one in use.
         self.sliding_window = sliding_window if use_sliding_window else None
         self.mask_token_id = mask_token_id
         # Read where tokenizer_config.json names no class.
@@ -194,7 +194,7 @@ def _require_sizes(config: PreTrainedConfig, *names: str) -> None:
 
 
 def check_llada_config(config: LLaDAConfig) -> None:
-    """Refuse what the LLaDA model here does not compute.
+    """Reject a configuration that this package's LLaDA model does not support.
 
     Raises:
         ValueError: Naming the field, its value and what is supported.
@@ -221,7 +221,7 @@ def check_llada_config(config: LLaDAConfig) -> None:
 
 
 def check_dream_config(config: DreamConfig) -> None:
-    """Refuse what the Dream model here does not compute.
+    """Reject a configuration that this package's Dream model does not support.
 
     Raises:
         ValueError: Naming the field, its value and what is supported.
@@ -284,7 +284,7 @@ def _check_common(config: _RotaryConfig) -> None:
 
 
 def model_traits(config: PreTrainedConfig) -> ModelTraits:
-    """Return what the decoding rules have to know of a checkpoint."""
+    """Return what the decoding code has to know about a checkpoint."""
     if isinstance(config, DreamConfig):
         assert config.mask_token_id is not None
         return ModelTraits(
@@ -308,7 +308,7 @@ def model_traits(config: PreTrainedConfig) -> ModelTraits:
 
 
 def check_config(config: PreTrainedConfig) -> None:
-    """Refuse a checkpoint that its model here does not compute.
+    """Reject a configuration that this package's models do not support.
 
     Raises:
         ValueError: Naming the field, its value and what is supported.

@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which matrix products a model has on a CPU: those of vLLM, or of float32 weights.
+"""The matrix products of a model on a CPU: vLLM's own, or products with float32 weights.
 
-oneDNN multiplies half precision with AVX-512. On an x86 processor without it vLLM goes on with
-PyTorch's products, which are up to seven times slower than oneDNN's in float32. So there the
-weights of linear layers and of the head are kept in float32 as oneDNN packs them, twice the
-memory, and their products are rounded once. Everything else stays in the model's dtype.
+oneDNN multiplies in half precision with AVX-512. On an x86 processor without it, vLLM falls back
+to PyTorch's products, which are up to seven times slower than oneDNN's in float32. There, the
+weights of linear layers and of the head are therefore kept in float32 as packed by oneDNN, which
+takes twice the memory, and each product is rounded once. Everything else stays in the model's
+dtype.
 """
 
 from __future__ import annotations
@@ -27,18 +28,18 @@ from vllm_sparse_dllm.kernels import dtype_name, native
 
 logger = init_logger("vllm." + __name__)
 
-#: Numbers of rows that a layer's products are compiled for and kept, as in vLLM.
+#: Compiled products that a layer keeps, one for each number of rows; as many as in vLLM.
 _KEPT_SHAPES = 32
 
 
 def choose_products(model: nn.Module, dtype: torch.dtype) -> None:
-    """Say how the layers of a model multiply on a CPU; elsewhere vLLM's choice stands.
+    """Choose how the layers of a model multiply on a CPU; elsewhere vLLM's choice stands.
 
-    Must come before the weights are loaded: what is set here processes them afterwards.
+    Must be called before the weights are loaded: the methods set here process them afterwards.
 
     Args:
-        model: Built from vLLM's layers; quantised ones are left as they are.
-        dtype: Of the weights.
+        model: Model built from vLLM's layers; quantised layers are left as they are.
+        dtype: Dtype of the weights.
     """
     if not current_platform.is_cpu():
         return
@@ -46,7 +47,7 @@ def choose_products(model: nn.Module, dtype: torch.dtype) -> None:
     num_chosen = 0
     module: Any
     for module in model.modules():
-        # Not subclasses, which have products of their own.
+        # Exact types only: subclasses have products of their own.
         method = type(getattr(module, "quant_method", None))
         if method is UnquantizedEmbeddingMethod and not isinstance(module, ParallelLMHead):
             module.quant_method = LookupMethod()
@@ -64,7 +65,7 @@ def wants_float32_products(dtype: torch.dtype) -> bool:
     """Return whether products in ``dtype`` are slower on this CPU than in float32."""
     if not native.lacks_avx512() or not ops._supports_onednn or native.switched_off():
         return False
-    # Some processors without AVX-512 have instructions of AVX2 for it.
+    # Some processors without AVX-512 have AVX2 instructions for these dtypes.
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
@@ -73,7 +74,7 @@ def wants_float32_products(dtype: torch.dtype) -> bool:
 
 
 def float32_product(weight: torch.Tensor) -> Callable[..., torch.Tensor]:
-    """Return what multiplies rows by a weight in float32, and rounds to the rows' dtype.
+    """Return a function that multiplies rows by a weight in float32 and rounds to their dtype.
 
     Args:
         weight: ``[out, in]``; a copy of it is packed.
@@ -92,7 +93,7 @@ def float32_product(weight: torch.Tensor) -> Callable[..., torch.Tensor]:
 
 
 class _Float32Method:
-    """Packs a layer's weights, which go then; an embedding that shares them keeps its own."""
+    """Packs a layer's weights and drops the originals; a tied embedding still holds them."""
 
     def process_weights_after_loading(self, layer: Any) -> None:
         multiply = float32_product(layer.weight)
@@ -101,18 +102,18 @@ class _Float32Method:
 
 
 class Float32LinearMethod(_Float32Method, UnquantizedLinearMethod):
-    """Linear layers."""
+    """Float32 products for linear layers."""
 
 
 class Float32HeadMethod(_Float32Method, UnquantizedEmbeddingMethod):
-    """The head."""
+    """Float32 products for the head."""
 
 
 class LookupMethod(UnquantizedEmbeddingMethod):
-    """The embedding, which multiplies nothing; vLLM would pack its weights for products."""
+    """For the embedding, which has no products; vLLM would pack its weights for them."""
 
     def process_weights_after_loading(self, layer: nn.Module) -> None:
-        """Nothing to do."""
+        """Do nothing."""
 
 
 _IN_FLOAT32: dict[type, Callable[[], _Float32Method]] = {

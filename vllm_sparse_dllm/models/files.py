@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which of a checkpoint's files cannot be read: the libraries that read them do not say."""
+"""Finding a checkpoint's unreadable files, which the libraries that read them do not name."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ def check_files(model_config: ModelConfig, load_config: LoadConfig, error: Excep
     """Look for broken files after loading has failed.
 
     Args:
-        model_config: Where the checkpoint is.
-        load_config: Which of its files are read.
-        error: What loading failed with.
+        model_config: Says where the checkpoint is.
+        load_config: Says which of its files are read.
+        error: The error that loading failed with.
 
     Raises:
         ValueError: Naming the files that are truncated or damaged.
     """
     loader = get_model_loader(load_config)
-    # ValueError: loading has told what is wrong. FileNotFoundError: it has named the file.
+    # A ValueError already says what is wrong, and a FileNotFoundError names the file.
     if isinstance(error, ValueError | FileNotFoundError) or not isinstance(
         loader, DefaultModelLoader
     ):

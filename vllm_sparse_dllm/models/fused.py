@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Fused elementwise operations: compiled ones where there are any, else PyTorch.
+"""Fused elementwise operations: compiled kernels where there are any, else PyTorch.
 
-vLLM's own layers run these as chains of PyTorch operations on CPU, meant to be compiled;
-uncompiled, the fused kernels are several times faster. On a GPU whose build lacks them the chains
-are compiled, by `torch.compile`.
+On CPU, vLLM's own layers run these as chains of PyTorch operations that are meant to be compiled;
+fused kernels are several times faster than the uncompiled chains. On a GPU for which the build
+of vLLM lacks these kernels, the chains are compiled by `torch.compile`.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class FusedRMSNorm(nn.Module):
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the norm of ``x + residual``, and the sum; both may be written in place."""
+        """Return the norm of ``x + residual``, and the sum; may overwrite both arguments."""
         kernels = kernels_for(x, x.shape[-1], 16)
         if kernels is not None and x.is_contiguous() and residual.is_contiguous():
             kernels.add_norm(x, residual, self.weight, self.eps)
@@ -100,7 +100,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     if kernels is not None:
         return kernels.silu_and_mul(gate_up)
     if not _COMPILED or gate_up.device.type == "cpu":
-        # On CPU two vectorised passes of PyTorch's are 3 to 6 times faster than vLLM's one.
+        # On CPU, two vectorised passes in PyTorch are 3 to 6 times faster than vLLM's single one.
         return _run(_silu_and_mul, gate_up)
     width = gate_up.shape[-1] // 2
     output = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The bidirectional decoder that LLaDA and Dream share, built from vLLM's parallel layers.
 
-A layer computes and decides nothing: which tokens are run, which keys they see and which rows
-the last layer keeps is all in the step's `ForwardPlan`.
+The layers make no decisions: which tokens are run, which keys they see and which rows the last
+layer keeps is all in the step's `ForwardPlan`.
 """
 
 from __future__ import annotations
@@ -42,12 +42,13 @@ from vllm_sparse_dllm.models.fused import FusedRMSNorm, silu_and_mul
 
 logger = init_logger("vllm." + __name__)
 
-#: Rows that go through the feed-forward layer at a time on CPU: its intermediate results are the
-#: widest. Where SwiGLU takes several passes over memory they cost more than their products once
-#: they leave the caches; where it is one pass they only take memory.
+#: Most rows that go through the feed-forward layer at a time on CPU, where its intermediate
+#: results are the widest. If SwiGLU takes several passes over memory, these cost more than the
+#: matrix products once the results no longer fit the caches (`_CACHED_ROWS`); if it is one pass,
+#: only their memory matters (`_MOST_ROWS`).
 _CACHED_ROWS, _MOST_ROWS = 512, 4096
 
-#: The fused module and vLLM's name of the shard that a checkpoint's projection becomes.
+#: For each projection the fused module that holds it, and vLLM's name of the shard.
 _PLACES: dict[str, tuple[str, int | str]] = {
     "q_proj": ("qkv_proj", "q"),
     "k_proj": ("qkv_proj", "k"),
@@ -55,14 +56,14 @@ _PLACES: dict[str, tuple[str, int | str]] = {
     "gate_proj": ("gate_up_proj", 0),
     "up_proj": ("gate_up_proj", 1),
 }
-#: Tensors of quantised checkpoints that say nothing to this model: an order of channels that
-#: vLLM's kernels do not use, and scales of a quantised KV cache, while pages are not quantised.
+#: Tensors of quantised checkpoints that this model does not use: the order of channels, which
+#: vLLM's kernels ignore, and the scales of a quantised KV cache (pages are not quantised).
 _UNUSED = re.compile(r".*\.(g_idx|(?P<cache>([qkv]|kv|prob)_(scale|zero_point)))")
 
 
 @dataclass(frozen=True)
 class DecoderShape:
-    """What the shared decoder has to know of a checkpoint.
+    """What the shared decoder has to know about a checkpoint.
 
     Attributes:
         hidden_size: Width of the residual stream.
@@ -74,7 +75,7 @@ class DecoderShape:
         embedding_rows: Rows of the checkpoint's embedding and head, at least ``vocab_size``.
         max_positions: Positions of the rotary table.
         rope_theta: Base of the rotary frequencies.
-        rope_full_precision: Rotate queries and keys in float32.
+        rope_full_precision: Whether to rotate queries and keys in float32.
         rms_norm_eps: Epsilon of the norms.
         qkv_bias: Whether the q, k, v projections have biases.
         tie_embeddings: Whether the head is the embedding table.
@@ -103,7 +104,7 @@ class DecoderShape:
 
         Args:
             parameter: Name of the ``weight`` or ``bias`` that the tensor is loaded into.
-            shard: Which part of it the tensor is, where it is fused.
+            shard: Which part of a fused parameter the tensor is, else None.
         """
         hidden = self.hidden_size
         heads = self.num_heads if shard == "q" else self.num_kv_heads
@@ -122,7 +123,7 @@ class DecoderShape:
 
 
 class Rotary(nn.Module):
-    """Rotary positions, in float32 where the checkpoint asks for full precision."""
+    """Rotary position embedding, in float32 where the checkpoint asks for full precision."""
 
     def __init__(self, shape: DecoderShape) -> None:
         super().__init__()
@@ -140,7 +141,7 @@ class Rotary(nn.Module):
     def forward(
         self, positions: torch.Tensor, qk: torch.Tensor, q_size: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate queries and keys that lie side by side; may be done in place.
+        """Rotate queries and keys that are stored side by side; may overwrite them.
 
         Args:
             positions: ``[tokens]``.
@@ -159,7 +160,7 @@ class Rotary(nn.Module):
             q, k = qk.split(sizes, dim=-1)
             return q, k
         if self.full_precision and qk.dtype != torch.float32:
-            # Copied as one, there and back.
+            # Queries and keys are widened by one copy, and narrowed by one.
             wide = qk.float()
             q, k = wide.split(sizes, dim=-1)
             rotated = self.rope(positions, q, k)
@@ -312,13 +313,13 @@ class DecoderLayer(nn.Module):
 class DiffusionDecoder(nn.Module):
     """Embedding, bidirectional decoder layers, final norm and head.
 
-    Subclasses say how a checkpoint is read: `shape_of` and `hf_to_vllm_mapper`.
+    Subclasses define how a checkpoint is read: `shape_of` and `hf_to_vllm_mapper`.
 
     Attributes:
-        packed_modules_mapping: The modules that a fused one is made of. vLLM hands it to
-            quantisers, whose configurations name modules as a checkpoint does.
-        hf_to_vllm_mapper: From a checkpoint's names to those of modules here, before they are
-            fused; for tensors, and for quantisers' lists of modules.
+        packed_modules_mapping: The modules that are fused into one. vLLM passes it to
+            quantisation configs, which name modules as a checkpoint does.
+        hf_to_vllm_mapper: Renames a checkpoint's modules to those here, before they are fused.
+            It is applied to tensors and to the module lists of quantisation configs.
     """
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = {
@@ -366,7 +367,7 @@ class DiffusionDecoder(nn.Module):
 
     @classmethod
     def place_of(cls, name: str) -> tuple[str, int | str | None] | None:
-        """Map a checkpoint's tensor to (parameter, shard of a fused one), None to skip it."""
+        """Map a tensor's name to (parameter, shard of a fused parameter), None to skip it."""
         mapped = cls.hf_to_vllm_mapper.map_name(name)
         if mapped is None:
             return None
@@ -391,7 +392,7 @@ class DiffusionDecoder(nn.Module):
         Args:
             input_ids: ``[tokens]`` token ids of all sequences, one after the other.
             positions: ``[tokens]`` positions of the tokens in their sequences.
-            plan: What attends to what; required.
+            plan: The step's plan; required.
 
         Returns:
             ``[len(plan.last_rows), hidden]`` normalised hidden states of the rows that the
@@ -417,8 +418,9 @@ class DiffusionDecoder(nn.Module):
         """Load a checkpoint.
 
         Raises:
-            ValueError: If a tensor is unknown or of another shape than the configuration says,
-                a parameter is not in the checkpoint, or a head that should be tied is not.
+            ValueError: If a tensor is unknown or does not have the shape that the configuration
+                implies, a parameter is missing from the checkpoint, or a tied head differs from
+                the embedding.
         """
         parameters = dict(self.named_parameters())
         loaded: set[str] = set()
@@ -472,7 +474,7 @@ class DiffusionDecoder(nn.Module):
         return loaded
 
     def _hint(self, parameter_name: str, parameters: dict[str, nn.Parameter]) -> str:
-        """Return what to do about a tensor of a quantised module that is not quantised here."""
+        """Return advice on a tensor of a module that is quantised in the checkpoint only."""
         module = parameter_name.rpartition(".")[0]
         if not self.quantised or f"{module}.weight" not in parameters:
             return ""
@@ -493,9 +495,10 @@ class DiffusionDecoder(nn.Module):
         return match is not None
 
     def process_tied_head(self) -> None:
-        """Let a head without weights of its own take over those that were loaded anew.
+        """Let a head tied to the embedding take over weights that were reloaded.
 
-        To vLLM's reloading it is a layer that was not loaded, and keeps what it has packed.
+        vLLM's reloading sees such a head as a layer that was not loaded, which would keep its old
+        packed weights.
         """
         method = self.lm_head.quant_method
         if self.shape.tie_embeddings and isinstance(method, UnquantizedEmbeddingMethod):
@@ -505,7 +508,7 @@ class DiffusionDecoder(nn.Module):
     def _check_shape(
         self, name: str, tensor: torch.Tensor, parameter_name: str, shard: int | str | None
     ) -> None:
-        # vLLM's loaders take the part of a tensor that they need, so one that is too large
+        # vLLM's loaders take only the part of a tensor that they need, so one that is too large
         # would go unnoticed. Quantised weights have shapes of their own.
         if self.quantised:
             return

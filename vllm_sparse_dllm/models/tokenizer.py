@@ -11,14 +11,14 @@ class DreamTokenizer(Qwen2Tokenizer):
 
 
 class _NoModel(PreTrainedConfig):
-    """Stands for a model where only a tokenizer's name is to be registered."""
+    """A stand-in for a model's configuration, to register a tokenizer by name only."""
 
 
 def register_tokenizer() -> None:
     """Have transformers find `DreamTokenizer` by its name.
 
-    Not by Dream's configuration: with ``trust_remote_code``, transformers prefers a checkpoint's
-    code to a tokenizer that belongs to a configuration. Dream's code is a slow tokenizer, which
-    structured output cannot use.
+    It is not registered for Dream's configuration: with ``trust_remote_code``, transformers
+    prefers a checkpoint's code to a tokenizer registered that way. Dream's code is a slow
+    tokenizer, which structured output cannot use.
     """
     AutoTokenizer.register(_NoModel, DreamTokenizer, exist_ok=True)

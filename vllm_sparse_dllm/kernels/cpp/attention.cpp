@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bidirectional attention of bfloat16 heads, and the pages whose layout is what it reads.
+// Bidirectional attention of bfloat16 heads, and pages in the layout that it reads.
 //
-// Scores of some queries and keys are multiplied out, softened by one pass over them, and
-// multiplied with the values; the running maximum and sum of each row join the parts.
+// The scores of some queries and keys are computed, turned into weights by one pass over them, and
+// multiplied with the values; the running maximum and sum of each row combine these parts.
 
 #include <algorithm>
 #include <cmath>
@@ -21,11 +21,11 @@
 
 namespace {
 
-// Queries and keys at a time: scores and weights stay in the first cache.
+// Queries and keys at a time: their scores and weights stay in the first-level cache.
 constexpr int kQueries = 32, kKeys = 256;
 
-// Up to here rounding changes a scaled score by 1 at most, of which all weights of a row get the
-// same share. Where it is more, they could all become 0 or infinite.
+// Up to here rounding changes the scaled maximum by at most 1, which multiplies all weights of a
+// row by the same factor. With larger errors they could all become 0 or infinite.
 constexpr float kRounded = 1 << 24;
 
 template <typename T>
@@ -50,7 +50,7 @@ class Buffer {
   size_t count_ = 0;
 };
 
-// A layer's pool: of each page, and of each head in it, groups of keys, then groups of values.
+// A layer's pool: for each page, and each head in it, groups of keys, then groups of values.
 struct Pages {
   bf16* pool;
   int64_t page_size, kv_heads, size;
@@ -62,11 +62,11 @@ struct Pages {
     return keys(page, kv_head) + page_size * size;
   }
 
-  // Where pair `pair` of the channels of a key is, in a head's keys.
+  // Offset of pair `pair` of a key's channels in a head's keys.
   int64_t key_cell(int64_t offset, int64_t pair) const {
     return (offset / 16 * (size / 32) + pair / 16) * kTile + pair % 16 * 32 + offset % 16 * 2;
   }
-  // Where a channel of a value is, in a head's values.
+  // Offset of a value's channel in a head's values.
   int64_t value_cell(int64_t offset, int64_t channel) const {
     return (offset / kGroup * (size / 16) + channel / 16) * kTile + offset % kGroup / 2 * 32 +
            channel % 16 * 2 + offset % 2;
@@ -84,7 +84,7 @@ class Attention {
         scores_(kQueries * kKeys),
         output_(kQueries * size) {}
 
-  // Attend to keys that lie in rows.
+  // Take keys and values in rows as those to attend to.
   void take(Strided keys, Strided values, int64_t count) {
     resize(count);
     keys_.reserve(padded_ * size_);
@@ -97,8 +97,8 @@ class Attention {
     }
   }
 
-  // Attend to the first slots of pages. The next head's are fetched meanwhile: pages lie anywhere,
-  // and reading them takes as long as what is done with them.
+  // Take the first `count` slots of pages as those to attend to. `attend` prefetches the next
+  // head's: pages are scattered in memory, and reading them takes as long as computing with them.
   void take(const Pages& pages, const int32_t* page_ids, int64_t kv_head, int64_t count) {
     resize(count);
     ahead_ = kv_head + 1 < pages.kv_heads ? pages.keys(0, 1) - pages.keys(0, 0) : 0;
@@ -111,7 +111,7 @@ class Attention {
     }
   }
 
-  // Up to kQueries queries.
+  // Attend with up to kQueries queries.
   void attend(Strided queries, Strided output, int count) {
     bf16* q = queries_.data();
     float* o = output_.data();
@@ -148,7 +148,8 @@ class Attention {
     value_groups_.resize(padded_ / kGroup);
   }
 
-  // Have row `row`'s share of what lies `ahead_` of some groups brought to the second cache.
+  // Prefetch row `row`'s share of what is `ahead_` numbers after some groups to the second-level
+  // cache.
   void fetch(int64_t first, int num_groups, int row) const {
     const int share = kGroup * size_ / kQueries;
     for (int group = 0; group < num_groups; ++group) {
@@ -171,7 +172,7 @@ class Attention {
     }
   }
 
-  // One row of scores to weights, relative to the row's maximum so far.
+  // Turn one row of scores into weights, relative to the row's maximum so far.
   void soften(int row, int num_keys, int num_valid, float* o) {
     float* scores = scores_.data() + row * kKeys;
     bf16* weights = weights_.data() + row * kKeys;
@@ -186,12 +187,12 @@ class Attention {
     }
     const float before = maximum_[row];
     const float own = _mm512_reduce_max_ps(_mm512_max_ps(most, more)) * scale_;
-    // A branch, not std::max: it is foreseen, and what follows does not wait for the reduction.
+    // A branch, not std::max: it is predicted, and what follows does not wait for the reduction.
     if (own > before) maximum_[row] = own;
     const float maximum = maximum_[row];
     float remaining = scale_;
     if (std::fabs(maximum) > kRounded) {
-      // Rounded as the maximum was: the largest is 0 relative to it.
+      // Round the scores as the maximum was rounded, so that the largest is 0 relative to it.
       for (int key = 0; key < num_keys; ++key) scores[key] *= scale_;
       remaining = 1.0f;
     }
@@ -238,7 +239,7 @@ struct Task {
   int64_t sequence, kv_head, first, end;
 };
 
-// Attend to what was taken with the queries of a task, in each of `group` heads.
+// Attend to the keys that were taken with a task's queries, in each of its `group` heads.
 void attend_heads(Attention& attention, const Task& task, int64_t group, int64_t size,
                   Strided queries, Strided output) {
   for (int64_t head = task.kv_head * group; head < (task.kv_head + 1) * group; ++head) {
@@ -256,7 +257,8 @@ void attend_heads(Attention& attention, const Task& task, int64_t group, int64_t
 
 extern "C" {
 
-// Whether what follows can run: this is a processor with tiles, and the kernel lets us use them.
+// Whether the functions below can run: they were compiled for a processor with tiles, and the
+// operating system permits their use.
 int has_tiles() {
 #ifdef __AMX_BF16__
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
@@ -269,7 +271,7 @@ int has_tiles() {
 #ifdef __AMX_BF16__
 
 // Attention over keys of the same pass. The starts have one number more than there are sequences;
-// `threads` are those of OpenMP.
+// `threads` is the number of OpenMP's threads.
 void attend(bf16* queries, int64_t query_stride, bf16* keys, int64_t key_stride, bf16* values,
             int64_t value_stride, bf16* output, int64_t output_stride, int64_t heads,
             int64_t kv_heads, int64_t size, int64_t sequences, const int64_t* query_starts,
@@ -278,7 +280,7 @@ void attend(bf16* queries, int64_t query_stride, bf16* keys, int64_t key_stride,
   std::vector<Task> tasks;
   for (int64_t sequence = 0; sequence < sequences; ++sequence) {
     const int64_t first = query_starts[sequence], end = query_starts[sequence + 1];
-    // Parts of a head's queries where there are not heads enough for all threads.
+    // Split a head's queries where there are too few heads for all threads.
     const int64_t parts = std::max<int64_t>(
         1, std::min((2 * threads + kv_heads - 1) / kv_heads, (end - first) / 128));
     const int64_t length = ((end - first + parts - 1) / parts + 31) / 32 * 32;
@@ -304,7 +306,7 @@ void attend(bf16* queries, int64_t query_stride, bf16* keys, int64_t key_stride,
   }
 }
 
-// Attention over the first `key_lengths` slots of the pages that a row of the table names.
+// Attention over the first `key_lengths` slots of the pages in each sequence's row of the table.
 void attend_pages(bf16* pool, int64_t page_size, const int32_t* table, int64_t width,
                   const int64_t* key_lengths, bf16* queries, int64_t query_stride, bf16* output,
                   int64_t output_stride, int64_t heads, int64_t kv_heads, int64_t size,
@@ -324,7 +326,7 @@ void attend_pages(bf16* pool, int64_t page_size, const int32_t* table, int64_t w
   {
     const Tiles tiles;
     Attention attention(size, scale);
-    // Heads of a sequence one after the other.
+    // Static, so that a thread takes heads of a sequence one after the other and prefetching helps.
 #pragma omp for schedule(static)
     for (size_t index = 0; index < tasks.size(); ++index) {
       const Task& task = tasks[index];
@@ -340,14 +342,14 @@ void write_pages(bf16* pool, int64_t page_size, int64_t kv_heads, int64_t size, 
                  int64_t key_stride, const bf16* values, int64_t value_stride,
                  const int64_t* slots, int64_t count) {
   const Pages pages{pool, page_size, kv_heads, size};
-  // Head by head: slots side by side share most of their cache lines.
+  // Head by head: adjacent slots share most of their cache lines.
 #pragma omp parallel for schedule(static) collapse(2)
   for (int64_t head = 0; head < kv_heads; ++head) {
     for (int64_t row = 0; row < count; ++row) {
       const int64_t page = slots[row] / page_size, offset = slots[row] % page_size;
       const bf16* key = keys + row * key_stride + head * size;
       const bf16* value = values + row * value_stride + head * size;
-      // Two slots side by side share the pairs of their values: the first writes both.
+      // Slots of a pair share their pairs of values: if both are written, the first writes both.
       const bool first = offset % 2 == 0 && row + 1 < count && slots[row + 1] == slots[row] + 1;
       const bool second = offset % 2 == 1 && row > 0 && slots[row - 1] == slots[row] - 1;
       bf16* key_target = pages.keys(page, head) + pages.key_cell(offset, 0);

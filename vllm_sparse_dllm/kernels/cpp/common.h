@@ -21,9 +21,9 @@ inline void store(bf16* x, __m512 value) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(x), (__m256i)_mm512_cvtneps_pbh(value));
 }
 
-// 2^x, within 4e-6 of it; NaN stays NaN.
+// 2^x with a relative error of at most 4e-6; NaN stays NaN.
 inline __m512 exp2(__m512 x) {
-  // x - floor(x); scalef takes the floor by itself.
+  // x - floor(x); scalef takes the floor of x itself.
   const __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
   __m512 p = _mm512_set1_ps(1.3697664e-2f);
   p = _mm512_fmadd_ps(p, f, _mm512_set1_ps(5.1690346e-2f));

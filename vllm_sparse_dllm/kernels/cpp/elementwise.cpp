@@ -7,7 +7,7 @@
 
 extern "C" {
 
-// In place; a row of the table has the cosines of a position, then the sines.
+// Rotates heads in place; a row of the table has the cosines of a position, then the sines.
 void rotate(bf16* x, int64_t stride, int64_t rows, int64_t heads, int64_t size,
             const int64_t* positions, const float* table) {
   const int64_t half = size / 2;
@@ -37,7 +37,7 @@ void add_norm(bf16* x, bf16* residual, const bf16* weight, int64_t rows, int64_t
     __m512 squares = _mm512_setzero_ps();
     for (int64_t i = 0; i < width; i += 16) {
       store(sum + i, _mm512_add_ps(load(own + i), load(sum + i)));
-      // As it was rounded.
+      // The sum as rounded to bfloat16.
       const __m512 value = load(sum + i);
       squares = _mm512_fmadd_ps(value, value, squares);
     }

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Products of bfloat16 matrices in the processor's tiles (AMX), and the layout that they want.
+// Products of bfloat16 matrices in the processor's tiles (AMX), and the layout that they need.
 //
 // A tile has 16 rows of 16 pairs of numbers. The right factor of a product has pairs of its rows
-// side by side: of keys, pairs of channels (16 keys x 32 channels a tile); of values, pairs of
-// keys (32 keys x 16 channels). A group is 32 keys, or their values, with all channels: of keys
-// first the tiles of 16 keys, then those of the other 16, of values tile by tile of channels.
+// side by side: for keys, pairs of channels (16 keys x 32 channels per tile); for values, pairs of
+// keys (32 keys x 16 channels). A group is 32 keys, or their values, with all channels: for keys,
+// the tiles of the first 16 keys, then those of the other 16; for values, a tile per 16 channels.
 
 #pragma once
 
@@ -14,10 +14,10 @@
 
 #ifdef __AMX_BF16__
 
-// Numbers of a tile; keys of a group.
+// Numbers in a tile, keys in a group.
 constexpr int kTile = 512, kGroup = 32;
 
-// The processor's tiles, for as long as this lives.
+// Configures the processor's tiles for the lifetime of the object.
 class Tiles {
  public:
   Tiles() { _tile_loadconfig(&kConfig); }
@@ -35,11 +35,11 @@ class Tiles {
 inline const Tiles::Config Tiles::kConfig;
 
 // c = a b, or c += a b: a is 32 x (32 `steps`), b is (32 `steps`) x 32. A step's part of b is two
-// tiles, the second one `beside` numbers behind the first; first tiles start at b[...] + offset.
+// tiles: the first starts at b[step] + offset, the second `beside` numbers after the first.
 inline void multiply(const bf16* a, int a_stride, const bf16* const* b, int64_t offset,
                      int64_t beside, float* c, int c_stride, int steps, bool add) {
   float* corners[] = {c, c + 16, c + 16 * c_stride, c + 16 * c_stride + 16};
-  // The compiler does not know that tile loads read memory: all that was written comes first.
+  // The compiler does not know that tile loads read memory: keep all earlier writes before them.
   std::atomic_signal_fence(std::memory_order_seq_cst);
   const int a_bytes = a_stride * sizeof(bf16), c_bytes = c_stride * sizeof(float);
   if (add) {
@@ -70,14 +70,14 @@ inline void multiply(const bf16* a, int a_stride, const bf16* const* b, int64_t 
   _tile_stored(3, corners[3], c_bytes);
 }
 
-// Rows that may lie apart.
+// Rows with any distance between their starts.
 struct Strided {
   bf16* data;
   int64_t stride;
   bf16* row(int64_t index) const { return data + index * stride; }
 };
 
-// A 16 x 16 transpose of pairs: `rows` are 16 keys, the tile's rows 16 pairs of channels.
+// A 16 x 16 transpose of pairs: `rows` are 16 keys, the tile's rows are 16 pairs of channels.
 inline void transpose_pairs(const __m512i rows[16], bf16* tile) {
   __m512i a[16], b[16];
   for (int i = 0; i < 16; i += 2) {
@@ -104,7 +104,7 @@ inline void transpose_pairs(const __m512i rows[16], bf16* tile) {
   }
 }
 
-// Lay keys out in groups; those behind `count` are 0.
+// Lay keys out in groups; keys past `count` are 0.
 inline void pack_keys(Strided keys, int64_t count, int64_t padded, int size, bf16* packed) {
   for (int64_t first = 0; first < padded; first += 16) {
     for (int channel = 0; channel < size; channel += 32, packed += kTile) {
@@ -118,7 +118,7 @@ inline void pack_keys(Strided keys, int64_t count, int64_t padded, int size, bf1
   }
 }
 
-// 16 channels of two values as pairs.
+// Interleave 16 channels of two values as pairs; a null pointer stands for zeros.
 inline __m512i pair_up(const bf16* even, const bf16* odd) {
   const auto widen = [](const bf16* x) {
     return _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
@@ -127,7 +127,7 @@ inline __m512i pair_up(const bf16* even, const bf16* odd) {
   return even ? _mm512_or_si512(widen(even), high) : high;
 }
 
-// Lay values out in groups; those behind `count` are 0.
+// Lay values out in groups; values past `count` are 0.
 inline void pack_values(Strided values, int64_t count, int64_t padded, int size, bf16* packed) {
   const auto row = [&](int64_t key, int channel) {
     return key < count ? values.row(key) + channel : nullptr;
