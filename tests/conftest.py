@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
 ALL_CORES = os.sched_getaffinity(0)
+#: Files whose tests share `default_server`, and therefore a process.
+SHARING = {f"tests/e2e/test_{name}.py" for name in ("lm_eval", "openapi", "server", "viewer")}
 
 
 def _own_cores(worker: int, num_workers: int) -> set[int]:
@@ -32,6 +35,19 @@ _worker = os.environ.pop("PYTEST_XDIST_WORKER", None)
 _num_workers = int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT", 1))
 if _worker is not None:
     os.sched_setaffinity(0, _own_cores(int(_worker.removeprefix("gw")), _num_workers))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Distribute tests by file, but keep the files that share a server together."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class ByServer(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "a shared server" if file in SHARING else file
+
+    return ByServer(config, log) if config.option.dist == "loadfile" else None
 
 
 @pytest.fixture(scope="module")

@@ -101,16 +101,16 @@ LAYOUTS = {
     "mp-llada-split": Layout("llada", 4, 4, 2, "mp", 1),
     # Three ranks: where an all-reduce adds in another order on each.
     "mp-dream-replicated": Layout("dream", 3, 1, 3, "mp", 2, every=3),
-    "ray-llada-replicated": Layout("llada", 4, 1, 2, "ray", 3),
     "ray-dream-split": Layout("dream", 4, 2, 2, "ray", 4),
 }
 if os.environ.get("ALL_LAYOUTS"):
-    # What is left of executor, model, and heads split or replicated. Each engine takes half a
-    # minute on two cores, most of it the start.
+    # The remaining combinations of executor, model, and heads split or replicated. Each engine
+    # takes half a minute on two cores, most of it the start.
     LAYOUTS |= {
         "mp-llada-replicated": Layout("llada", 4, 1, 2, "mp", 5, every=4),
         "mp-dream-split": Layout("dream", 4, 4, 2, "mp", 8, every=4),
         "ray-llada-split": Layout("llada", 4, 2, 2, "ray", 6, every=4),
+        "ray-llada-replicated": Layout("llada", 4, 1, 2, "ray", 3),
         "ray-dream-replicated": Layout("dream", 4, 1, 2, "ray", 14, every=4),
     }
 

@@ -17,6 +17,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from tests.e2e.server import clean_environment, run_program
 from tests.scripts import EXAMPLES, load
+from vllm_sparse_dllm.models.configs import LLaDAConfig
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
@@ -64,6 +65,8 @@ def test_command(words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPat
     if words[:2] == ["vllm", "serve"]:
         parsed = ray_serve.vllm_arguments(words[2:])
         assert parsed.model == "GSAI-ML/LLaDA-8B-Instruct"
+        # vLLM refuses more than the checkpoint's own context.
+        assert (parsed.max_model_len or 0) <= LLaDAConfig().max_sequence_length
     elif words[:3] == ["vllm", "bench", "serve"]:
         parser = FlexibleArgumentParser()
         add_cli_args(parser)

@@ -394,10 +394,11 @@ def test_the_user_s_sizes_reach_the_worker(graphed: Graphed) -> None:
 
 def test_with_triton_kernels(tmp_path: Path) -> None:
     printed = run_program(
-        [sys.executable, "-m", "tests.e2e.interpreted", str(tmp_path), "--graphs"],
+        [sys.executable, "-m", "tests.e2e.interpreted", str(tmp_path)],
         environment=clean_environment(TRITON_INTERPRET="1"),
     )
-    assert "18 requests, 0 different" in printed
+    assert "24 requests, 0 different" in printed
+    assert "llada TritonBackend FusedDistribution" in printed
     assert "llada replayed graphs of 1, 2, 4 sequences" in printed
     assert "dream replayed graphs of 1, 2, 4 sequences" in printed
 

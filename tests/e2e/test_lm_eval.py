@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.offline import answer_all
-from tests.e2e.server import ROOT, Server, running_server, tiny_llada
+from tests.e2e.server import ROOT, Server, tiny_llada
 from tests.e2e.test_readme import README, Block, blocks_of, environment, titles
 from tests.scripts import EXAMPLES, load
 
@@ -45,7 +44,7 @@ def run(server: Server, command: str, folder: Path) -> subprocess.CompletedProce
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=900,
         check=False,
     )
 
@@ -73,12 +72,9 @@ def exact_match(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 
 @pytest.fixture(scope="module")
-def server(
-    exact_match: dict[str, float], tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "log"
-    with running_server(log, tiny_llada(), "--served-model-name", "tiny-llada") as started:
-        yield started
+def server(exact_match: dict[str, float], default_server: Server) -> Server:
+    """The server, started when the offline answers are there."""
+    return default_server
 
 
 def test_the_items_are_those_of_the_generator() -> None:

@@ -87,7 +87,7 @@ def test_configurations(server: Server) -> None:
             *("--base-url", f"http://127.0.0.1:{server.client.base_url.port}/v1"),
             *("--model", "tiny", "--tokenizer", str(tiny_llada())),
         ],
-        timeout=300,
+        timeout=900,
     )
     answers = [json.loads(line) for line in output.splitlines() if line.startswith('{"config"')]
     assert {answer["config"]: answer["answer"] for answer in answers} == {

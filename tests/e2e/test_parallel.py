@@ -2,7 +2,7 @@
 """Several devices: tensor parallelism token for token, over both executors; replicas.
 
 With ``ALL_LAYOUTS=1`` in the environment, every combination of executor, model, and key/value
-heads split or replicated; without, each pair of them once.
+heads split or replicated; without, each of them at least once.
 """
 
 from __future__ import annotations
@@ -274,7 +274,7 @@ def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
         yield {"RAY_TMPDIR": folder, **exported}
     finally:
         process.terminate()
-        process.wait(timeout=60)
+        process.wait(timeout=300)
         shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -73,7 +73,7 @@ def run_python(code: str, *args: str, **environment: str) -> subprocess.Complete
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,
     )
 
 

@@ -120,13 +120,15 @@ def replicas(folder: str) -> set[int]:
 
 
 @contextmanager
-def program(folder: str, log: Path, *command: str) -> Iterator[subprocess.Popen[bytes]]:
+def program(
+    folder: str, log: Path, *command: str, **environment: str
+) -> Iterator[subprocess.Popen[bytes]]:
     """Start a program with a cluster of its own, kill it on leaving if it still runs."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, *command],
             cwd=ROOT,
-            env={**clean_environment(RAY_TMPDIR=folder), "RAY_ADDRESS": ""},
+            env={**clean_environment(RAY_TMPDIR=folder, **environment), "RAY_ADDRESS": ""},
             stdout=out,
             stderr=subprocess.STDOUT,
         )
@@ -191,7 +193,9 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         process.kill()
         process.wait()
     before = len(list(output.glob("part-*.jsonl")))
-    with cluster_folder() as cluster, program(cluster, log, *command) as process:
+    # From here on an engine is part of its replica's process: four of them start.
+    within = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    with cluster_folder() as cluster, program(cluster, log, *command, **within) as process:
         done = _wait_for_parts(process, output, before + 1, log)
         assert done < num_batches
         first = replicas(cluster)
@@ -200,7 +204,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         poll(lambda: replicas(cluster) - first, "another replica")
         # The other as well: then none but new ones can finish the job.
         os.kill(max(first), signal.SIGKILL)
-        assert process.wait(timeout=300) == 0, log.read_text()[-4000:]
+        assert process.wait(timeout=900) == 0, log.read_text()[-4000:]
     return Job(command, output, before, num_batches, log.read_text())
 
 
@@ -262,7 +266,7 @@ def test_a_job_that_is_done_is_not_run_again(job: Job, tmp_path: Path) -> None:
     content = (job.output / "results.jsonl").read_bytes()
     log = tmp_path / "log"
     with cluster_folder() as cluster, program(cluster, log, *job.command) as process:
-        assert process.wait(timeout=120) == 0
+        assert process.wait(timeout=600) == 0
         assert told in log.read_text()
         assert not Path(cluster, "ray").exists()
     assert (job.output / "results.jsonl").read_bytes() == content
@@ -274,7 +278,7 @@ def test_a_folder_of_another_job_is_refused(job: Job, tmp_path: Path) -> None:
         cluster_folder() as cluster,
         program(cluster, log, *job.command, "--max-tokens", "8") as process,
     ):
-        assert process.wait(timeout=120) == 1
+        assert process.wait(timeout=600) == 1
     assert "is the output of another job: its defaults was" in log.read_text()
 
 
@@ -297,7 +301,7 @@ def client(served_from: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command += ["--kv-cache-memory-bytes", str(CACHE_BYTES)]
     with (
         program(served_from, log, *command) as process,
-        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120) as connection,
+        httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=600) as connection,
     ):
 
         def healthy() -> bool:
@@ -311,7 +315,7 @@ def client(served_from: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         yield connection
         # Not SIGINT, which programs started from a background job ignore.
         process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=120) == 0, log.read_text()[-4000:]
+        assert process.wait(timeout=600) == 0, log.read_text()[-4000:]
 
 
 def complete(client: httpx.Client) -> httpx.Response:

@@ -12,4 +12,4 @@ SCRIPT = ROOT / "examples" / "soak" / "run.py"
 
 def test_a_small_soak_passes() -> None:
     command = [sys.executable, str(SCRIPT), "--requests", "80", "--schema-examples", "0"]
-    assert "80 requests from 32 clients" in run_program(command, timeout=280)
+    assert "80 requests from 32 clients" in run_program(command, timeout=900)

@@ -28,7 +28,7 @@ def train(*commands: list[str]) -> str:
     calls = "".join(f"train.main({command!r})\n" for command in commands)
     code = f"import sys\nsys.path.insert(0, {str(FOLDER)!r})\nimport train\n"
     program = f"{code}if __name__ == '__main__':\n    " + "    ".join(calls.splitlines(True))
-    return run_program([sys.executable, "-c", program], timeout=240)
+    return run_program([sys.executable, "-c", program], timeout=900)
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *command: str) -> str:
@@ -62,7 +62,7 @@ def test_resuming_gives_the_same_run(folder: Path) -> None:
 def test_two_processes_share_a_batch(tmp_path: Path) -> None:
     script = [sys.executable, str(FOLDER / "train.py"), str(tmp_path), "--plan", "toy"]
     command = [*script, "--no-compile", "--stop-after", "2"]
-    run_program(command, timeout=240)
+    run_program(command, timeout=900)
     assert (tmp_path / "model.safetensors").exists()
 
 

@@ -11,15 +11,13 @@ from typing import Any
 import pytest
 
 from tests.e2e.browser import CHROMIUM, Page, running_page
-from tests.e2e.server import ROOT, Server, free_port, running_server, tiny_llada
+from tests.e2e.server import ROOT, Server, free_port
 
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium to run the viewer in; Debian's package is chromium"
 )
 
 VIEWER = ROOT / "examples" / "viewer" / "index.html"
-#: Lets pages that were opened from a file ask the server.
-ALLOW_FILES = ("--allowed-origins", '["null"]')
 #: What is on the page: of each token its class, text, the line below it and its tooltip.
 TOKENS = """[...document.querySelectorAll("#tokens .token")].map((cell) => [
     cell.classList.contains("masked") ? "masked" : cell.classList.contains("new") ? "new" : "",
@@ -41,10 +39,8 @@ PAINTED = """(() => {
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("server") / "server.log"
-    with running_server(log, tiny_llada(), *ALLOW_FILES) as started:
-        yield started
+def server(default_server: Server) -> Server:
+    return default_server
 
 
 @pytest.fixture(scope="module")
