@@ -35,7 +35,8 @@ demo: $(STAMP) ## Answer a batch of prompts, without and with the sparse cache (
 
 # The viewer's tests also need Debian's package `chromium`; without it they are skipped.
 test: $(STAMP) ## Run all tests (PYTEST_ARGS=...)
-	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder \
+		$(PYTEST_ARGS)
 
 bench: $(STAMP) ## Compare speed with plain PyTorch and the machine's limits (BENCH_ARGS=...)
 	$(BIN)/python examples/benchmarks/run.py $(BENCH_ARGS)

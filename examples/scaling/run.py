@@ -271,7 +271,7 @@ def main(arguments: list[str] | None = None) -> None:
         growth[f"DP, {requests} requests"] = [
             of(1, count, requests) for count in counts if room(model, machine, workload, 1)
         ]
-    print("\nThe last number of devices at which twice as many would give half as much again:")
+    print("\nThe number of devices up to which doubling them gives half as much again each time:")
     for name, estimates in growth.items():
         if estimates:
             last = stops_growing(estimates)

@@ -49,7 +49,8 @@ def carry_out(client: httpx.Client, plan: Plan) -> Outcome:
         else:
             # A client vanishes before a whole answer by not waiting for it.
             patience = 0.2 if plan.manner == "vanish" else PATIENCE_SECONDS
-            response = client.post(f"/v1/{plan.path}", json=body, timeout=patience)
+            timeout = httpx.Timeout(PATIENCE_SECONDS, read=patience)
+            response = client.post(f"/v1/{plan.path}", json=body, timeout=timeout)
             _read_whole(response, outcome)
     except httpx.ReadTimeout:
         if plan.manner != "vanish":

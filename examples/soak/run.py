@@ -64,7 +64,11 @@ class Memory:
     def sample(self, done: int) -> None:
         """Record the memory after ``done`` requests."""
         total = 0
-        for process in (self._process, *self._process.children(recursive=True)):
+        try:
+            processes = [self._process, *self._process.children(recursive=True)]
+        except psutil.NoSuchProcess:  # the server has ended, which is reported elsewhere
+            processes = []
+        for process in processes:
             try:
                 total += process.memory_info().rss
             except psutil.NoSuchProcess:
@@ -73,7 +77,7 @@ class Memory:
 
     def thirds(self) -> tuple[int, int, int]:
         """Return the peak in bytes of each third of the requests."""
-        last = max(done for done, _ in self.samples)
+        last = max((done for done, _ in self.samples), default=0)
         highest = [0, 0, 0]
         for done, size in self.samples:
             third = min(2, 3 * done // max(1, last))

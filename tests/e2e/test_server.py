@@ -720,6 +720,7 @@ def test_a_grammar_that_contradicts_other_constraints(server: Server, path: str)
         assert response.status_code == 400, response.text
         assert response.json()["error"]["message"].startswith(reason)
         assert "position 2" in response.json()["error"]["message"]
+        assert response.json()["error"]["param"] == "allowed_token_ids"
     with server.streamed(path, **request) as parts:
         *pieces, last = parts
     assert last["error"]["code"] == 400 and last["error"]["message"].startswith(reason)

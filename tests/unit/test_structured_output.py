@@ -14,11 +14,21 @@ from hypothesis import strategies as st
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from vllm_sparse_dllm.denoise.constraints import AllowMask
-from vllm_sparse_dllm.engine.structured_output import AllowedTokens, has_grammar
+from vllm_sparse_dllm.engine.structured_output import AllowedTokens, check_schema, has_grammar
 
 VOCAB, WORDS = 70, 3
 EOS, STOP, SPECIAL, MASK = 0, 31, 32, 63
 IN_TEXT = {5, 33, 64, 69}
+
+
+@pytest.mark.parametrize("value", [5, "x", None, {}, [], [7], [{"minimum": 1}]])
+def test_schemas_with_odd_parts_are_left_to_the_backend(value: Any) -> None:
+    check_schema({"allOf": value, "minimum": 2}, "structural_tag")
+
+
+def test_bounds_of_all_parts_count() -> None:
+    with pytest.raises(ValueError, match="minimum in json must be from"):
+        check_schema({"allOf": [{"minimum": 2**60}]}, "json")
 
 
 def pack(token_ids: set[int]) -> np.ndarray:

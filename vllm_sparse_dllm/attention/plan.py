@@ -58,7 +58,8 @@ class Fill:
         canvas: The sequence's canvas.
         candidates: Position ranges of the candidates, in order.
         slots: ``[most]`` slots for the kept entries, in the order they are written.
-        selection: How the kept candidates are chosen, None to keep all.
+        selection: How the kept candidates are chosen, None to keep all. The choice is made among
+            all positions outside the block.
         num_kept: ``[layers]`` host array; each layer writes how many entries it kept.
         positions: ``[layers, at least most]`` host array or None; each layer writes the
             position kept in each slot.
@@ -72,6 +73,16 @@ class Fill:
     selection: Selection | None
     num_kept: np.ndarray
     positions: np.ndarray | None
+
+    def __post_init__(self) -> None:
+        start, end = self.canvas.block
+        # Kept indices are mapped to positions by the gap that the block leaves.
+        outside = (0, start), (end, self.length)
+        if self.selection is not None and self.candidates != outside:
+            raise ValueError(
+                f"a selection is made among {outside}, all positions outside the block, got "
+                f"candidates {self.candidates}"
+            )
 
 
 @dataclass(frozen=True)

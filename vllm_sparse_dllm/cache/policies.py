@@ -214,7 +214,7 @@ class SparseCache(DualCache):
         return StepKind.EVICT if settings.eviction_delay else StepKind.REFRESH
 
     def num_kept(self, num_candidates: int, settings: DecodingSettings, page_size: int) -> int:
-        kept = int(num_candidates * settings.keep_ratio)
+        kept = num_to_keep(num_candidates, settings)
         if settings.granularity == "page":
             return min(-(-kept // page_size) * page_size, num_candidates)
         return kept
@@ -229,6 +229,11 @@ class SparseCache(DualCache):
 POLICIES: dict[str, CachePolicy] = {
     policy.name: policy for policy in (NoCache(), PrefixCache(), DualCache(), SparseCache())
 }
+
+
+def num_to_keep(num_candidates: int, settings: DecodingSettings) -> int:
+    """Return how many candidates ``keep_ratio`` selects, before runs are rounded up to pages."""
+    return int(num_candidates * settings.keep_ratio)
 
 
 def visible_end(canvas: Canvas, block: Span, settings: DecodingSettings) -> int:

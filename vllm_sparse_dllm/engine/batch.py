@@ -19,7 +19,7 @@ from vllm_sparse_dllm.attention.plan import (
     ForwardPlan,
     FullSegment,
 )
-from vllm_sparse_dllm.cache.policies import StepKind
+from vllm_sparse_dllm.cache.policies import StepKind, num_to_keep
 from vllm_sparse_dllm.cache.saliency import CanvasView
 from vllm_sparse_dllm.cache.selection import Selection
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState, Sequence
@@ -383,7 +383,7 @@ def _eviction(request: RequestState, entry: _Entry, arrays: HostArrays) -> Evict
 def _selection(request: RequestState, num_candidates: int) -> Selection:
     settings = request.settings
     return Selection(
-        keep=int(num_candidates * settings.keep_ratio),
+        keep=num_to_keep(num_candidates, settings),
         kernel_size=settings.kernel_size,
         saliency=settings.saliency,
         run_length=request.page_size if settings.granularity == "page" else 1,

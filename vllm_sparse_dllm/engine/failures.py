@@ -9,6 +9,7 @@ and its client gets a refusal with that reason, as at admission.
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
@@ -43,9 +44,9 @@ def install() -> None:
         if not told or self.queue is None:
             return output
         assert isinstance(stop_reason, str)
-        # A reason that is not about the length is about the grammar.
-        parameter = "max_tokens" if stop_reason.startswith("max_tokens") else "structured_outputs"
-        refusal = VLLMValidationError(stop_reason, parameter=parameter)
+        # Reasons begin with the field at fault.
+        field = re.match(r"\w*", stop_reason)
+        refusal = VLLMValidationError(stop_reason, parameter=field[0] if field else None)
         # vLLM passes the wrapped refusal to the client unchanged, and also aborts the request's
         # other samples.
         self.queue.put(InputStreamError(refusal))

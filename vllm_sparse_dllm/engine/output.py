@@ -35,7 +35,8 @@ class Failure:
 
     Attributes:
         cause: One of `FAILURE_CAUSES`.
-        reason: In words. With a cause in `TOLD_CAUSES`, the client gets it.
+        reason: In words. With a cause in `TOLD_CAUSES`, the client gets it; it then begins with
+            the name of the field at fault.
     """
 
     cause: str

@@ -166,7 +166,9 @@ def check_schema(schema: Any, field: str) -> None:
 def _check_bounds(schema: dict[str, Any], field: str) -> None:
     """Refuse bounds of a number that llguidance would change or ignore."""
     parts = schema.get("allOf")
-    own = [schema, *(part for part in parts if isinstance(part, dict))] if parts else [schema]
+    # Whatever else it may be is refused by vLLM or the backend.
+    parts = parts if isinstance(parts, list) else []
+    own = [schema, *(part for part in parts if isinstance(part, dict))]
     bounds: list[list[float]] = []
     whole: list[tuple[str, float]] = []
     for keywords in _BOUNDS:
@@ -309,4 +311,4 @@ def _bits(token_ids: Iterable[int], num_words: int) -> np.ndarray:
 
 
 def _has_bit(row: np.ndarray, token_id: int) -> bool:
-    return bool(row.view(np.uint32)[token_id // 32] >> np.uint32(token_id % 32) & 1)
+    return bool((row & _bits([token_id], len(row))).any())
