@@ -73,8 +73,8 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from vllm_sparse_dllm.cache.block_manager import register_block_manager
-    from vllm_sparse_dllm.engine import admission
     from vllm_sparse_dllm.engine.config import DiffusionConfigHook
+    from vllm_sparse_dllm.frontend import admission
     from vllm_sparse_dllm.kernels.native import VARIABLE
     from vllm_sparse_dllm.models.configs import (
         DREAM_ARCHITECTURE,

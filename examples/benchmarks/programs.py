@@ -24,7 +24,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from vllm_sparse_dllm.engine.waiting import WAITING
+from vllm_sparse_dllm.engine.omp_waiting import WAITING
 
 FOLDER = Path(__file__).parent
 #: Settings for glibc's malloc to keep freed memory for the next pass, as in the engine's worker.

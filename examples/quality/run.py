@@ -22,7 +22,7 @@ from typing import Any
 # imported.
 os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
 # OpenMP reads this when PyTorch is imported.
-from vllm_sparse_dllm.engine.waiting import wait_shortly
+from vllm_sparse_dllm.engine.omp_waiting import wait_shortly
 
 wait_shortly()
 

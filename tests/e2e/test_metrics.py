@@ -12,9 +12,9 @@ from prometheus_client import REGISTRY
 from vllm import LLM
 
 from tests.engines import running_engine, sampling, scheduler_of
-from vllm_sparse_dllm import metrics
 from vllm_sparse_dllm.assets import embedded_model
-from vllm_sparse_dllm.metrics import METRICS
+from vllm_sparse_dllm.frontend import metrics
+from vllm_sparse_dllm.frontend.metrics import METRICS
 
 PREFIX = "vllm:diffusion_"
 

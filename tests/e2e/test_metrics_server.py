@@ -14,7 +14,7 @@ import pytest
 from tests.e2e.offline import split
 from tests.e2e.questions import UNSURE
 from tests.e2e.server import ROOT, Server, poll, running_server, tiny_llada
-from vllm_sparse_dllm.metrics import METRICS
+from vllm_sparse_dllm.frontend.metrics import METRICS
 
 Answer = dict[str, Any]
 PROMPT = [77, 311, 316, 900, 45, 1200, 678]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from vllm_sparse_dllm.engine import config, cpu_cores
 from vllm_sparse_dllm.engine.cpu_cores import BINDING, bind_ray_worker, bind_workers, shares
-from vllm_sparse_dllm.engine.waiting import WAITING, wait_shortly
+from vllm_sparse_dllm.engine.omp_waiting import WAITING, wait_shortly
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
 
 

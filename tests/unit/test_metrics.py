@@ -21,7 +21,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 from tests.unit.test_scheduler import Spec, World, base_config
 from vllm_sparse_dllm.engine.config import pages_of_an_engine
 from vllm_sparse_dllm.engine.figures import FIGURES, EngineFigures, StepCounts
-from vllm_sparse_dllm.metrics import METRICS, DiffusionStatLogger, install
+from vllm_sparse_dllm.frontend.metrics import METRICS, DiffusionStatLogger, install
 
 ROOT = Path(__file__).parents[2]
 

@@ -15,7 +15,7 @@ from vllm.entrypoints.openai.completion.protocol import CompletionRequest
 
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.rules import RULES
-from vllm_sparse_dllm.engine.admission import _NEUTRAL
+from vllm_sparse_dllm.frontend.admission import _NEUTRAL
 from vllm_sparse_dllm.models.configs import (
     DREAM_ARCHITECTURE,
     LLADA_ARCHITECTURE,

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from vllm.sampling_params import SamplingParams, StructuredOutputsParams
 
 from tests.e2e.server import tiny_llada
-from vllm_sparse_dllm.engine.structural_tag import write_out
+from vllm_sparse_dllm.frontend.structural_tag import write_out
 
 NUMBER = {"type": "integer"}
 USER = "<|user|>"

@@ -14,8 +14,8 @@ from vllm.model_executor.models.config import VerifyAndUpdateConfig
 from vllm.platforms import current_platform
 
 from vllm_sparse_dllm.engine import cpu_cores
+from vllm_sparse_dllm.engine.omp_waiting import wait_shortly, waiting_of
 from vllm_sparse_dllm.engine.structured_output import DEFAULT_BACKEND
-from vllm_sparse_dllm.engine.waiting import wait_shortly, waiting_of
 from vllm_sparse_dllm.kernels import dtype_name, native
 from vllm_sparse_dllm.models.configs import check_config
 from vllm_sparse_dllm.plugin import RAY_ON_CPU

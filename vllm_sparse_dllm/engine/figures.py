@@ -2,7 +2,7 @@
 """Counters of the engine: integers, summed per step, on their way to the front end.
 
 The runner fills a `StepCounts`, the scheduler adds what only it knows (`EngineFigures`) and sends
-everything with vLLM's own statistics of the step; `metrics.py` publishes it.
+everything with vLLM's own statistics of the step; `frontend/metrics.py` publishes it.
 """
 
 from __future__ import annotations

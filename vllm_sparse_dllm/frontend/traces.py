@@ -12,10 +12,9 @@ the chunk that ends it. Other OpenAI and Anthropic endpoints refuse to trace. A 
 
 from __future__ import annotations
 
-import functools
 import inspect
 import json
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
 
@@ -24,15 +23,13 @@ from vllm.outputs import RequestOutput
 from vllm.v1.engine.output_processor import RequestState
 
 from vllm_sparse_dllm.engine.trace import TRACE, finish, merge
+from vllm_sparse_dllm.frontend.wrapping import wrap
 
 _EVENT = "data: "
 
 
 def install() -> None:
     """Add traces to the answers of this process's front end; may be called repeatedly."""
-    if getattr(RequestState, "attaches_diffusion_traces", False):
-        return
-    RequestState.attaches_diffusion_traces = True  # type: ignore[attr-defined]
     # Imported late: an engine core does not need the server's modules.
     from vllm.entrypoints.anthropic.serving import AnthropicServingMessages
     from vllm.entrypoints.openai.chat_completion.batch_serving import OpenAIServingChatBatch
@@ -52,10 +49,11 @@ def install() -> None:
 
 
 def _wrap_request_output() -> None:
-    original = RequestState.make_request_output
+    parameters = ("new_token_ids", "pooling_output", "finish_reason", "stop_reason")
 
-    @functools.wraps(original)
-    def make_request_output(
+    @wrap(RequestState, "make_request_output", *parameters, "kv_transfer_params")
+    def attach_trace(
+        original: Any,
         self: RequestState,
         new_token_ids: list[int],
         pooling_output: Any,
@@ -88,8 +86,6 @@ def _wrap_request_output() -> None:
                 finish(trace, self.detokenizer.num_output_tokens())
             _attach(self, output, trace)
         return output
-
-    RequestState.make_request_output = make_request_output  # type: ignore[method-assign]
 
 
 def _attach(state: RequestState, output: Any, trace: dict[str, Any]) -> None:
@@ -134,17 +130,17 @@ def _watch(
 
 
 def _wrap_stream(serving: type, name: str) -> None:
-    original: Callable[..., AsyncGenerator[str, None]] = getattr(serving, name)
-    signature = inspect.signature(original)
+    signature = inspect.signature(getattr(serving, name))
 
-    @functools.wraps(original)
-    def stream(self: Any, request: Any, *args: Any, **kwargs: Any) -> AsyncGenerator[str, None]:
+    @wrap(serving, name, "request", "result_generator")
+    def stream_with_traces(
+        original: Any, self: Any, request: Any, *args: Any, **kwargs: Any
+    ) -> AsyncGenerator[str, None]:
         if not _asks(request):
-            return original(self, request, *args, **kwargs)
+            events: AsyncGenerator[str, None] = original(self, request, *args, **kwargs)
+            return events
         given, traces = _watch(signature, (self, request, *args), kwargs)
         return _with_traces(original(*given.args, **given.kwargs), traces)
-
-    setattr(serving, name, stream)
 
 
 async def _with_traces(
@@ -162,11 +158,13 @@ async def _with_traces(
 
 
 def _wrap_chat(serving: Any) -> None:
-    original = serving.chat_completion_full_generator
-    signature = inspect.signature(original)
+    name = "chat_completion_full_generator"
+    signature = inspect.signature(getattr(serving, name))
 
-    @functools.wraps(original)
-    async def full(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(serving, name, "request", "result_generator")
+    async def chat_with_traces(
+        original: Any, self: Any, request: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if not _asks(request):
             return await original(self, request, *args, **kwargs)
         given, traces = _watch(signature, (self, request, *args), kwargs)
@@ -175,15 +173,18 @@ def _wrap_chat(serving: Any) -> None:
             setattr(choice, TRACE, traces.get(choice.index))
         return response
 
-    serving.chat_completion_full_generator = full
-
 
 def _wrap_completion(serving: Any) -> None:
-    original = serving.request_output_to_completion_response
+    name = "request_output_to_completion_response"
 
-    @functools.wraps(original)
-    def response_of(
-        self: Any, final_res_batch: list[RequestOutput], request: Any, *args: Any, **kwargs: Any
+    @wrap(serving, name, "final_res_batch", "request")
+    def completion_with_traces(
+        original: Any,
+        self: Any,
+        final_res_batch: list[RequestOutput],
+        request: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         response = original(self, final_res_batch, request, *args, **kwargs)
         if _asks(request):
@@ -192,14 +193,12 @@ def _wrap_completion(serving: Any) -> None:
                 setattr(choice, TRACE, getattr(completion, TRACE, None))
         return response
 
-    serving.request_output_to_completion_response = response_of
-
 
 def _refuse(serving: type, name: str) -> None:
-    original = getattr(serving, name)
-
-    @functools.wraps(original)
-    async def refuse(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+    @wrap(serving, name, "request")
+    async def refuse_to_trace(
+        original: Any, self: Any, request: Any, *args: Any, **kwargs: Any
+    ) -> Any:
         if _asks(request):
             raise VLLMValidationError(
                 f"{TRACE} must be 0 here, got {request.vllm_xargs[TRACE]!r}; /v1/completions and "
@@ -208,5 +207,3 @@ def _refuse(serving: type, name: str) -> None:
                 value=request.vllm_xargs[TRACE],
             )
         return await original(self, request, *args, **kwargs)
-
-    setattr(serving, name, refuse)

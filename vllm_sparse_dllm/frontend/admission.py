@@ -10,9 +10,8 @@ diffusion models only. In a server, fields of a request that vLLM does not know 
 
 from __future__ import annotations
 
-import functools
 import reprlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,13 +22,13 @@ from vllm.sampling_params import BeamSearchParams, SamplingParams
 from vllm.v1.engine import EngineCoreRequest
 from vllm.v1.engine.input_processor import InputProcessor
 
-from vllm_sparse_dllm import metrics
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
-from vllm_sparse_dllm.engine import answers, failures, server, structural_tag
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig, pages_of_an_engine
 from vllm_sparse_dllm.engine.constraints import check_constraints
 from vllm_sparse_dllm.engine.structured_output import check_structured_output
+from vllm_sparse_dllm.frontend import failures, metrics, server, structural_tag, traces
+from vllm_sparse_dllm.frontend.wrapping import wrap
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import REQUEST_PREFIX, EngineSettings, request_settings
 
@@ -237,9 +236,6 @@ def _check_unknown_fields(fields: Mapping[str, Any]) -> None:
 
 def install() -> None:
     """Add admission to vLLM's front end; may be called repeatedly."""
-    if getattr(InputProcessor, "checks_diffusion_requests", False):
-        return
-    InputProcessor.checks_diffusion_requests = True  # type: ignore[attr-defined]
     _wrap_init()
     _wrap_process_inputs()
     _wrap_beam_search()
@@ -248,19 +244,16 @@ def install() -> None:
 def _wrap_init() -> None:
     # Only front ends construct an `InputProcessor`, before anything else: the place to install
     # what only the front end of a diffusion model needs.
-    original = InputProcessor.__init__
-
-    @functools.wraps(original)
-    def init(self: InputProcessor, *args: Any, **kwargs: Any) -> None:
+    @wrap(InputProcessor, "__init__")
+    def install_the_rest(original: Any, self: InputProcessor, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         if isinstance(self.model_config, DiffusionModelConfig):
             metrics.install()
-            answers.install()
+            # Both wrap the same function: the trace is taken out before a failure is refused.
+            traces.install()
             failures.install()
             server.install()
             _keep_unknown_fields()
-
-    InputProcessor.__init__ = init  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -276,11 +269,15 @@ def _refusals(vllm_config: VllmConfig) -> Iterator[None]:
 
 
 def _wrap_process_inputs() -> None:
-    original = InputProcessor.process_inputs
-
-    @functools.wraps(original)
-    def process_inputs(
-        self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any
+    @wrap(InputProcessor, "process_inputs", "request_id", "prompt", "params")
+    def check_inputs(
+        original: Callable[..., EngineCoreRequest],
+        self: InputProcessor,
+        request_id: str,
+        prompt: Any,
+        params: Any,
+        *args: Any,
+        **kwargs: Any,
     ) -> EngineCoreRequest:
         model_config = self.model_config
         if not isinstance(model_config, DiffusionModelConfig):
@@ -306,17 +303,15 @@ def _wrap_process_inputs() -> None:
             check_request(request, self.vllm_config)
         return request
 
-    InputProcessor.process_inputs = process_inputs  # type: ignore[method-assign]
-
 
 def _wrap_beam_search() -> None:
     # Beam search reaches `process_inputs` only as requests of one token; both of its front ends
     # call this method first.
-    original = InputProcessor.resolve_watermarking
-
-    @functools.wraps(original)
-    def resolve_watermarking(
-        self: InputProcessor, params: SamplingParams | BeamSearchParams
+    @wrap(InputProcessor, "resolve_watermarking", "params")
+    def refuse_beam_search(
+        original: Callable[..., bool],
+        self: InputProcessor,
+        params: SamplingParams | BeamSearchParams,
     ) -> bool:
         if isinstance(params, BeamSearchParams) and isinstance(
             self.model_config, DiffusionModelConfig
@@ -328,8 +323,6 @@ def _wrap_beam_search() -> None:
             )
         return original(self, params)
 
-    InputProcessor.resolve_watermarking = resolve_watermarking  # type: ignore[method-assign]
-
 
 def _keep_unknown_fields() -> None:
     """Attach the fields of HTTP requests that vLLM does not know to their `SamplingParams`."""
@@ -338,15 +331,11 @@ def _keep_unknown_fields() -> None:
     from vllm.entrypoints.openai.responses.protocol import ResponsesRequest
 
     for request_type in (ChatCompletionRequest, CompletionRequest, ResponsesRequest):
-        original = request_type.to_sampling_params
-        if hasattr(original, "__wrapped__"):
-            continue
 
-        def to_sampling_params(
-            self: Any, *args: Any, original: Any = original, **kwargs: Any
+        @wrap(request_type, "to_sampling_params")
+        def keep_unknown_fields(
+            original: Callable[..., SamplingParams], self: Any, *args: Any, **kwargs: Any
         ) -> SamplingParams:
             params = original(self, *args, **kwargs)
             setattr(params, _UNKNOWN_FIELDS, dict(self.model_extra or {}))
             return params
-
-        request_type.to_sampling_params = functools.wraps(original)(to_sampling_params)  # type: ignore[method-assign]

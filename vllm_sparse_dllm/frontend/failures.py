@@ -8,7 +8,6 @@ and its client gets a refusal with that reason, as at admission.
 
 from __future__ import annotations
 
-import functools
 import re
 from typing import Any
 
@@ -16,19 +15,19 @@ from vllm.exceptions import VLLMValidationError
 from vllm.v1.engine import FinishReason
 from vllm.v1.engine.output_processor import RequestState
 
+from vllm_sparse_dllm.frontend.wrapping import wrap
+
 
 def install() -> None:
     """Wrap the output of this process's front end; may be called repeatedly."""
-    if getattr(RequestState, "tells_diffusion_failures", False):
-        return
-    RequestState.tells_diffusion_failures = True  # type: ignore[attr-defined]
     # Imported late: an engine core does not need it.
     from vllm.v1.engine.async_llm import InputStreamError
 
-    original = RequestState.make_request_output
+    parameters = ("new_token_ids", "pooling_output", "finish_reason", "stop_reason")
 
-    @functools.wraps(original)
-    def make_request_output(
+    @wrap(RequestState, "make_request_output", *parameters)
+    def refuse_failed_request(
+        original: Any,
         self: RequestState,
         new_token_ids: list[int],
         pooling_output: Any,
@@ -40,10 +39,10 @@ def install() -> None:
         output = original(
             self, new_token_ids, pooling_output, finish_reason, stop_reason, *args, **kwargs
         )
-        told = finish_reason == FinishReason.ERROR and isinstance(stop_reason, str)
-        if not told or self.queue is None:
+        if finish_reason != FinishReason.ERROR or not isinstance(stop_reason, str):
             return output
-        assert isinstance(stop_reason, str)
+        if self.queue is None:
+            return output
         # Reasons begin with the field at fault.
         field = re.match(r"\w*", stop_reason)
         refusal = VLLMValidationError(stop_reason, parameter=field[0] if field else None)
@@ -51,5 +50,3 @@ def install() -> None:
         # other samples.
         self.queue.put(InputStreamError(refusal))
         return None
-
-    RequestState.make_request_output = make_request_output  # type: ignore[method-assign]

@@ -11,7 +11,6 @@ of these has a hook, so `install` wraps `serve_http`, the call in which a server
 from __future__ import annotations
 
 import asyncio
-import functools
 import reprlib
 import sys
 from collections.abc import Awaitable
@@ -20,6 +19,8 @@ from typing import Any
 from vllm.exceptions import VLLMError, VLLMValidationError
 from vllm.logger import init_logger
 from vllm.v1.engine.exceptions import EngineDeadError
+
+from vllm_sparse_dllm.frontend.wrapping import wrap
 
 logger = init_logger("vllm." + __name__)
 
@@ -31,12 +32,13 @@ def install() -> None:
     """Install the corrections in this process if it is a server; may be called repeatedly."""
     # Not imported here: a process that has not imported it, as with an `LLM`, is no server.
     entry: Any = sys.modules.get(_ENTRY)
-    if entry is None or hasattr(entry.serve_http, "__wrapped__"):
+    if entry is None:
         return
-    original = entry.serve_http
 
-    @functools.wraps(original)
-    async def serve_http(app: Any, *args: Any, **kwargs: Any) -> Awaitable[None]:
+    @wrap(entry, "serve_http", "app")
+    async def serve_corrected(
+        original: Any, app: Any, *args: Any, **kwargs: Any
+    ) -> Awaitable[None]:
         app.add_exception_handler(AttributeError, _answer_wrong_type)
         # Built before the handler was added; the first request builds it again, with everything
         # that was added.
@@ -62,8 +64,6 @@ def install() -> None:
             logger.error("The engine has died, so the server ends, with an error status.")
             raise EngineDeadError()
         return ending
-
-    entry.serve_http = serve_http
 
 
 async def _answer_wrong_type(request: Any, error: Exception) -> Any:

@@ -8,7 +8,6 @@ constructor of `StatLoggerManager`, and only the front end of a diffusion model 
 
 from __future__ import annotations
 
-import functools
 import inspect
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +20,7 @@ from vllm.v1.metrics.stats import IterationStats, MultiModalCacheStats, Schedule
 
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig, pages_of_an_engine
 from vllm_sparse_dllm.engine.figures import FAILURE_CAUSES, FIGURES, QUEUE_CAUSES
+from vllm_sparse_dllm.frontend.wrapping import wrap
 
 # A child of vLLM's logger, so that it logs at the level set for vLLM.
 logger = init_logger("vllm." + __name__)
@@ -215,14 +215,11 @@ def record_refusal(vllm_config: VllmConfig) -> None:
 
 def install() -> None:
     """Add the logger to the front ends of diffusion models; may be called repeatedly."""
-    if getattr(StatLoggerManager, "publishes_diffusion_metrics", False):
-        return
-    StatLoggerManager.publishes_diffusion_metrics = True  # type: ignore[attr-defined]
-    original = StatLoggerManager.__init__
-    signature = inspect.signature(original)
+    signature = inspect.signature(StatLoggerManager.__init__)
+    read = ("vllm_config", "enable_default_loggers", "client_count")
 
-    @functools.wraps(original)
-    def init(self: StatLoggerManager, *args: Any, **kwargs: Any) -> None:
+    @wrap(StatLoggerManager, "__init__", *read)
+    def add_logger(original: Any, self: StatLoggerManager, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)
         given.apply_defaults()
@@ -236,5 +233,3 @@ def install() -> None:
         self.stat_loggers.insert(0, own)
         global _front_end
         _front_end = own
-
-    StatLoggerManager.__init__ = init  # type: ignore[method-assign]

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How functions of vLLM are wrapped."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+
+from vllm_sparse_dllm.frontend.wrapping import wrap
+
+
+def make_owner() -> Any:
+    class Owner:
+        def double(self, number: int, times: int = 2) -> int:
+            """Multiply."""
+            return number * times
+
+        async def later(self, number: int) -> int:
+            return number
+
+    return Owner
+
+
+def install(owner: Any) -> None:
+    @wrap(owner, "double", "number")
+    def one_more(original: Any, self: Any, number: int, *args: Any, **kwargs: Any) -> int:
+        return original(self, number, *args, **kwargs) + 1
+
+
+def test_the_original_is_called() -> None:
+    owner = make_owner()
+    install(owner)
+    assert owner().double(5) == 11
+    assert owner().double(5, times=3) == 16
+    assert owner.double.__name__ == "double" and owner.double.__doc__ == "Multiply."
+
+
+def test_the_same_wrap_counts_once() -> None:
+    """Also below another one."""
+    owner = make_owner()
+    install(owner)
+    install(owner)
+    assert owner().double(5) == 11
+
+    @wrap(owner, "double", "times")
+    def negative(original: Any, *args: Any, **kwargs: Any) -> int:
+        return -original(*args, **kwargs)
+
+    install(owner)
+    assert owner().double(5) == -11
+
+
+def test_coroutines() -> None:
+    owner = make_owner()
+
+    @wrap(owner, "later")
+    async def one_more(original: Any, self: Any, number: int) -> int:
+        return await original(self, number) + 1
+
+    assert asyncio.run(owner().later(3)) == 4
+
+
+def test_a_parameter_that_is_gone_is_named() -> None:
+    owner = make_owner()
+    with pytest.raises(RuntimeError, match=r"Owner\.double of this vLLM has no parameter b, c,"):
+        wrap(owner, "double", "number", "c", "b")
+    with pytest.raises(AttributeError, match="triple"):
+        wrap(owner, "triple")
+    assert owner().double(5) == 10
