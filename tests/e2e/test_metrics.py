@@ -189,6 +189,8 @@ def test_the_log_line(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = llm.llm_engine.logger_manager
     assert manager is not None
     lines: list[str] = []
+    # vLLM's own logging, every ten seconds, must not come between.
+    monkeypatch.setattr(llm.llm_engine, "do_log_stats_with_interval", lambda: None)
     manager.log()
     monkeypatch.setattr(metrics.logger, "info", lambda text, *args: lines.append(text % args))
     run(llm, 20, {"max_tokens": 8, "diffusion_block_length": 4})
