@@ -18,7 +18,7 @@ def platform() -> str | None:
     The ``vllm.platform_plugins`` entry point. vLLM calls it in every process before it has chosen
     a platform; an exception raised here appears only in a debug log.
     """
-    if os.environ.get(RAY_ON_CPU) != "1":
+    if os.environ.get(RAY_ON_CPU) != "1" or not supports_this_vllm():
         return None
     from vllm.platforms import cpu_platform_plugin
 
@@ -47,8 +47,8 @@ def supports_this_vllm() -> bool:
     from vllm.logger import init_logger
 
     release = re.match(r"(\d+\.\d+)(\.|$)", vllm.__version__)
-    # A build from source may not know its version.
-    if release is None or release[1] in (VLLM_RELEASE, "0.0"):
+    # A build from source may not know its version: 0.0 or 0.1 then, or no number.
+    if release is None or release[1] in (VLLM_RELEASE, "0.0", "0.1"):
         return True
     init_logger("vllm." + __name__).error(
         "vllm_sparse_dllm is made for vLLM %s.x and stays out of vLLM %s: diffusion models are "

@@ -314,7 +314,7 @@ def test_an_exception_inside_a_step_ends_the_server(server: Server) -> None:
 
 @pytest.mark.parametrize(
     ("victim", "options"),
-    [("Worker", ()), ("EngineCore", ("--api-server-count", "2"))],
+    [("EngineCore", ()), ("Worker", ()), ("EngineCore", ("--api-server-count", "2"))],
 )
 def test_a_killed_process_ends_the_server(
     tmp_path: Path, victim: str, options: tuple[str, ...]

@@ -285,6 +285,14 @@ def test_sliding_window_that_is_off_is_no_obstacle(
 
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
+def test_an_override_without_a_base(tmp_path: Path, family: str) -> None:
+    model = write_checkpoint(tmp_path, family, **SMALL)
+    edit_config(model, rope_theta=..., rope_parameters={"rope_type": "default", "rope_theta": 77.0})
+    config = config_of(model, hf_overrides={"rope_parameters": {"rope_type": "default"}})
+    assert config.model_config.hf_config.rope_theta == 77.0
+
+
+@pytest.mark.parametrize("family", ["llada", "dream"])
 def test_scaling_under_its_old_name(tmp_path: Path, family: str) -> None:
     model = write_checkpoint(tmp_path, family, **SMALL)
     edit_config(model, rope_scaling={"type": "linear", "factor": 2.0})
@@ -305,6 +313,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
         ({"rope_scaling": {"rope_type": "default", "rope_theta": 4e6}}, 4e6),
         ({"rope_parameters": {"rope_type": "default"}}, None),
         ({"rope_scaling": None}, None),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": LINEAR}, "rope_parameters"),
         ({"rope_parameters": LINEAR}, "rope_parameters"),
         ({"rope_scaling": LINEAR}, "rope_parameters"),
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}}, "rope_parameters"),

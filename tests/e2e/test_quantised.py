@@ -14,6 +14,8 @@ from vllm.model_executor.kernels.linear.mixed_precision.cpu import CPUWNA16Linea
 from tests.engines import running_engine
 from tests.reference import write_checkpoint
 from tests.reference.quantised import gptq_weight, quantise
+from vllm_sparse_dllm.models.dream import DreamModel
+from vllm_sparse_dllm.models.llada import LLaDAModelLM
 
 VOCAB = 256
 SIZES = {"d_model": 128, "layers": 2, "heads": 4, "mlp": 192, "vocab": VOCAB}
@@ -87,6 +89,31 @@ def test_eight_bits(tmp_path: Path, family: str, spared: bool) -> None:
     assert likeness(first_token(other), expected) < 0.5
 
 
+def test_names_in_lists_of_modules() -> None:
+    """As quantisers write them: whole, in part, and LLaDA's head, which has another name."""
+    given = [
+        "model.transformer.blocks",
+        "model.transformer.blocks.7.attn_out",
+        "model.transformer.blocks.7.q_proj",
+        "ff_proj",
+        "ff_out",
+        "model.transformer.ff_out",
+        "lm_head",
+    ]
+    assert LLaDAModelLM.hf_to_vllm_mapper.get_rename_mapper().apply_list(given) == [
+        "layers",
+        "layers.7.self_attn.o_proj",
+        "layers.7.self_attn.q_proj",
+        "mlp.gate_proj",
+        "mlp.down_proj",
+        "lm_head",
+        "no.lm_head",
+    ]
+    assert DreamModel.hf_to_vllm_mapper.get_rename_mapper().apply_list(
+        ["model.layers", "model.layers.7.self_attn.q_proj", "lm_head"]
+    ) == ["layers", "layers.7.self_attn.q_proj", "lm_head"]
+
+
 def test_a_quantised_head_is_named(tmp_path: Path) -> None:
     """LLaDA's has a name that quantisers do not leave out by themselves."""
     plain = write_checkpoint(tmp_path / "plain", "llada", **SIZES)
@@ -109,6 +136,8 @@ def test_tensors_without_a_use(tmp_path: Path) -> None:
     tensors |= {
         f"{layer}self_attn.k_scale": torch.ones(1),
         f"{layer}self_attn.v_proj.v_scale": torch.ones(1),
+        f"{layer}self_attn.k_proj.output_scale": torch.ones(1),
+        f"{layer}self_attn.prob_output_scale": torch.ones(1),
         f"{layer}self_attn.o_proj.bias": torch.zeros(SIZES["d_model"]),
     }
     save_file(tensors, file, metadata={"format": "pt"})
@@ -116,7 +145,7 @@ def test_tensors_without_a_use(tmp_path: Path) -> None:
     tensors[f"{layer}self_attn.o_proj.bias"][3] = 0.5
     save_file(tensors, file, metadata={"format": "pt"})
     with (
-        pytest.raises(ValueError, match=r"o_proj\.bias that this model has not"),
+        pytest.raises(ValueError, match=r"o_proj\.bias that this model has not$"),
         running_engine(str(quantised)),
     ):
         pass

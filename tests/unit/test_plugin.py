@@ -49,6 +49,7 @@ def test_a_gpu_has_a_resource_already(monkeypatch: pytest.MonkeyPatch) -> None:
         ("0.32.1rc2+cpu", True),
         ("dev", True),
         ("0.0.0.dev5", True),
+        ("0.1.dev1+g1234567", True),
         ("0.33.0", False),
         ("0.31.2", False),
         ("0.320.0", False),
@@ -70,6 +71,8 @@ def test_other_releases_of_vllm_are_left_alone(
     finally:
         logging.getLogger("vllm").removeHandler(handler)
     assert (LLADA_ARCHITECTURE in MODELS_CONFIG_MAP) == served
+    monkeypatch.setenv(RAY_ON_CPU, "1")
+    assert (platform() is not None) == served
     messages = [record.getMessage() for record in records if record.levelno == logging.ERROR]
     assert len(messages) == (not served)
     assert all(f"stays out of vLLM {version}" in message for message in messages)

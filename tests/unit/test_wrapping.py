@@ -44,7 +44,7 @@ def test_the_same_wrap_counts_once() -> None:
     install(owner)
     assert owner().double(5) == 11
 
-    @wrap(owner, "double", "times")
+    @wrap(owner, "double", named=("times",))
     def negative(original: Any, *args: Any, **kwargs: Any) -> int:
         return -original(*args, **kwargs)
 
@@ -62,10 +62,15 @@ def test_coroutines() -> None:
     assert asyncio.run(owner().later(3)) == 4
 
 
-def test_a_parameter_that_is_gone_is_named() -> None:
+@pytest.mark.parametrize(
+    ("leading", "named"),
+    [(("times",), ()), (("number", "other"), ()), (("number", "times", "a"), ()), ((), ("a",))],
+)
+def test_other_parameters_are_an_error(leading: tuple[str, ...], named: tuple[str, ...]) -> None:
     owner = make_owner()
-    with pytest.raises(RuntimeError, match=r"Owner\.double of this vLLM has no parameter b, c,"):
-        wrap(owner, "double", "number", "c", "b")
+    message = r"Owner\.double of this vLLM has the parameters \(number, times\), but .* relies on"
+    with pytest.raises(RuntimeError, match=message):
+        wrap(owner, "double", *leading, named=named)
     with pytest.raises(AttributeError, match="triple"):
         wrap(owner, "triple")
     assert owner().double(5) == 10

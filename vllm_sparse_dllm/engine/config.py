@@ -35,6 +35,7 @@ _WORKERS = {
 _CPU_PAGE_SIZE = 32
 #: Reasons for the refusals that need one, appended to the error message.
 _REASONS = {
+    "kv_cache_dtype": "; a checkpoint may ask for it, and --kv-cache-dtype overrides that",
     "pipeline_parallel_size": ": a step needs the tokens of the last one, so stages would idle",
 }
 #: Bytes that vLLM's own processes take before the pool is allocated, with some margin.

@@ -218,7 +218,7 @@ def install() -> None:
     signature = inspect.signature(StatLoggerManager.__init__)
     read = ("vllm_config", "enable_default_loggers", "client_count")
 
-    @wrap(StatLoggerManager, "__init__", *read)
+    @wrap(StatLoggerManager, "__init__", named=read)
     def add_logger(original: Any, self: StatLoggerManager, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         given = signature.bind(self, *args, **kwargs)

@@ -132,7 +132,7 @@ def _watch(
 def _wrap_stream(serving: type, name: str) -> None:
     signature = inspect.signature(getattr(serving, name))
 
-    @wrap(serving, name, "request", "result_generator")
+    @wrap(serving, name, "request", named=("result_generator",))
     def stream_with_traces(
         original: Any, self: Any, request: Any, *args: Any, **kwargs: Any
     ) -> AsyncGenerator[str, None]:
@@ -161,7 +161,7 @@ def _wrap_chat(serving: Any) -> None:
     name = "chat_completion_full_generator"
     signature = inspect.signature(getattr(serving, name))
 
-    @wrap(serving, name, "request", "result_generator")
+    @wrap(serving, name, "request", named=("result_generator",))
     async def chat_with_traces(
         original: Any, self: Any, request: Any, *args: Any, **kwargs: Any
     ) -> Any:

@@ -9,7 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 
-def wrap(owner: Any, name: str, *parameters: str) -> Callable[[Callable[..., Any]], None]:
+def wrap(
+    owner: Any, name: str, *leading: str, named: tuple[str, ...] = ()
+) -> Callable[[Callable[..., Any]], None]:
     """Replace a function of vLLM by the decorated one, which is called with the original first.
 
     Has no effect if the function was replaced by the same one before, so that plugins may be
@@ -18,17 +20,19 @@ def wrap(owner: Any, name: str, *parameters: str) -> Callable[[Callable[..., Any
     Args:
         owner: The class or module that has the function.
         name: Its name.
-        parameters: Names of its parameters that the decorated function relies on, in any order.
+        leading: Its first parameters without ``self``, if they are passed on by position.
+        named: Further parameters that the decorated function relies on.
 
     Raises:
-        RuntimeError: If vLLM's function lacks one of the parameters.
+        RuntimeError: If the parameters of vLLM's function are others.
     """
     original = getattr(owner, name)
-    missing = set(parameters) - set(inspect.signature(original).parameters)
-    if missing:
+    found = [one for one in inspect.signature(original).parameters if one != "self"]
+    if found[: len(leading)] != list(leading) or not set(named) <= set(found):
+        wanted = ", ".join((*leading, *named))
         raise RuntimeError(
-            f"{owner.__name__}.{name} of this vLLM has no parameter {', '.join(sorted(missing))}, "
-            "which vllm_sparse_dllm relies on"
+            f"{owner.__name__}.{name} of this vLLM has the parameters ({', '.join(found)}), but "
+            f"vllm_sparse_dllm relies on ({wanted})"
         )
 
     def decorate(replacement: Callable[..., Any]) -> None:

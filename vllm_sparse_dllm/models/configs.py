@@ -28,10 +28,15 @@ class _RotaryConfig(PreTrainedConfig):
     """
 
     def __init__(self, rope_theta: float, **kwargs: Any) -> None:
+        parameters = kwargs.pop("rope_parameters", None)
         scaling = kwargs.pop("rope_scaling", None)
+        if isinstance(parameters, dict) and isinstance(scaling, dict):
+            scaling = {**parameters, **scaling}
         self._rope_theta = rope_theta
-        self.rope_parameters = kwargs.pop("rope_parameters", None) or scaling
+        self.rope_parameters = scaling or parameters
         super().__init__(**kwargs)
+        # For an override of `rope_parameters` that names no base.
+        self._rope_theta = self.rope_theta
 
     @property
     def rope_theta(self) -> float:
@@ -172,7 +177,7 @@ class DreamConfig(_RotaryConfig):
         self.sliding_window = sliding_window if use_sliding_window else None
         self.mask_token_id = mask_token_id
         # Read where tokenizer_config.json names no class.
-        kwargs.setdefault("tokenizer_class", "DreamTokenizer")
+        kwargs["tokenizer_class"] = kwargs.get("tokenizer_class") or "DreamTokenizer"
         kwargs.update(tie_word_embeddings=tie_word_embeddings, pad_token_id=pad_token_id)
         super().__init__(rope_theta, **kwargs)
 

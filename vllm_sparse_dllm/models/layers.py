@@ -21,6 +21,7 @@ from vllm.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
 from vllm.model_executor.layers.quantization import QuantizationConfig
@@ -58,7 +59,10 @@ _PLACES: dict[str, tuple[str, int | str]] = {
 }
 #: Tensors of quantised checkpoints that this model does not use: the order of channels, which
 #: vLLM's kernels ignore, and the scales of a quantised KV cache (pages are not quantised).
-_UNUSED = re.compile(r".*\.(g_idx|(?P<cache>([qkv]|kv|prob)_(scale|zero_point)))")
+_UNUSED = re.compile(
+    r".*\.(g_idx|(?P<cache>([qkv]|kv|prob)_(scale|zero_point)|[qkv]_proj\.output_scale|"
+    r"prob_output_scale|q\.scale|[kv]_cache\.scale))"
+)
 
 
 @dataclass(frozen=True)
@@ -438,7 +442,7 @@ class DiffusionDecoder(nn.Module):
             if parameter is None and not (head and self.shape.tie_embeddings):
                 raise ValueError(
                     f"the checkpoint has a tensor {name} that this model has not"
-                    + self._hint(parameter_name, parameters)
+                    + self._hint(parameter_name)
                 )
             self._check_shape(name, tensor, parameter_name, shard)
             if self.shape.tie_embeddings and (head or parameter_name.startswith("embed_tokens.")):
@@ -473,12 +477,16 @@ class DiffusionDecoder(nn.Module):
             raise ValueError(f"the checkpoint lacks {', '.join(sorted(missing))}")
         return loaded
 
-    def _hint(self, parameter_name: str, parameters: dict[str, nn.Parameter]) -> str:
+    def _hint(self, parameter_name: str) -> str:
         """Return advice on a tensor of a module that is quantised in the checkpoint only."""
-        module = parameter_name.rpartition(".")[0]
-        if not self.quantised or f"{module}.weight" not in parameters:
+        name, _, kind = parameter_name.rpartition(".")
+        module = dict(self.named_modules()).get(name)
+        plain = (UnquantizedLinearMethod, UnquantizedEmbeddingMethod)
+        if kind == "bias" or not self.quantised:
             return ""
-        return f": {module} is not quantised in vLLM, so the quantiser has to leave it out"
+        if not isinstance(getattr(module, "quant_method", None), plain):
+            return ""
+        return f": {name} is not quantised in vLLM, so the quantiser has to leave it out"
 
     @staticmethod
     def _is_unused(name: str, tensor: torch.Tensor) -> bool:
@@ -501,7 +509,8 @@ class DiffusionDecoder(nn.Module):
         packed weights.
         """
         method = self.lm_head.quant_method
-        if self.shape.tie_embeddings and isinstance(method, UnquantizedEmbeddingMethod):
+        unquantised = isinstance(method, UnquantizedEmbeddingMethod | UnquantizedLinearMethod)
+        if self.shape.tie_embeddings and unquantised:
             self.lm_head = self.lm_head.tie_weights(self.embed_tokens)
             self.lm_head.quant_method.process_weights_after_loading(self.lm_head)
 

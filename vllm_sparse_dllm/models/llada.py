@@ -13,11 +13,11 @@ from vllm_sparse_dllm.models.layers import DecoderShape, DiffusionDecoder
 
 _NAMES = {
     # Quantisers leave out `lm_head` by default; LLaDA has none, so that its head is quantised.
-    r"^lm_head\b": "no.lm_head",
+    r"^lm_head$": "no.lm_head",
     r"^model\.transformer\.wte\b": "embed_tokens",
     r"^model\.transformer\.ln_f\b": "norm",
     r"^model\.transformer\.ff_out\b": "lm_head",
-    r"^model\.transformer\.blocks\.": "layers.",
+    r"^model\.transformer\.blocks\b": "layers",
     # Also where a quantiser names them without the block that they are in.
     r"(^|\.)attn_norm\b": r"\1input_norm",
     r"(^|\.)ff_norm\b": r"\1post_attention_norm",
