@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Test processes that run at the same time divide the machine's cores.
+"""Divides the machine's cores among test processes that run at the same time.
 
-Without that the threads of two engines wait for each other on all cores, which takes longer than
-one engine after the other. What a test starts inherits the cores.
+Otherwise the threads of two engines wait for each other on all cores, which takes longer than
+running one engine after the other. Processes that a test starts inherit its cores.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ SHARING = {f"tests/e2e/test_{name}.py" for name in ("lm_eval", "openapi", "serve
 
 
 def _own_cores(worker: int, num_workers: int) -> set[int]:
-    """Return a test process's share, or a core that it shares where there are too few."""
+    """Return the cores of a test process: a part, or a possibly shared one if there are too few."""
     cores = sorted(ALL_CORES)
-    # What replaces a process that crashed is counted on.
+    # A process that replaces a crashed one gets a new, higher number.
     worker %= num_workers
     if num_workers >= len(cores):
         return {cores[worker % len(cores)]}
@@ -29,8 +29,8 @@ def _own_cores(worker: int, num_workers: int) -> set[int]:
     return set(cores[slice(*bounds)])
 
 
-# Before any test imports PyTorch, which counts cores as it is loaded. pytest-xdist sets these;
-# a test may run pytest itself, which is not to divide once more.
+# Done before any test imports PyTorch, which counts cores as it is loaded. pytest-xdist sets these
+# variables; they are removed because a test may itself run pytest, which must not divide again.
 _worker = os.environ.pop("PYTEST_XDIST_WORKER", None)
 _num_workers = int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT", 1))
 if _worker is not None:
@@ -52,7 +52,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.fixture(scope="module")
 def all_cores() -> Iterator[None]:
-    """Give what a module's tests start all of the machine's cores."""
+    """Let processes that a module's tests start use all of the machine's cores."""
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, ALL_CORES)
     yield

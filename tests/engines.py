@@ -26,18 +26,18 @@ CACHE_BYTES = 64 << 20
 
 
 def _make_starts_cheap() -> None:
-    """Take out of a start what its process needs once, or only if it lives for long.
+    """Remove work from engine starts that a process needs only once, or only if it runs for long.
 
-    A start and an end collect garbage eight times, and each time look through the two million
-    objects that importing vLLM leaves behind: five of the seven seconds that an engine with a
-    small model takes. These objects are frozen here; vLLM's own freezing and thawing, which is
-    for an engine that serves, would undo that.
+    The start and end of an engine collect garbage eight times, and each time traverse the two
+    million objects that importing vLLM leaves behind: five of the seven seconds that an engine
+    with a small model takes. These objects are frozen here. vLLM's own freezing and unfreezing,
+    meant for long-running engines, is disabled because it would undo that.
     """
     gc.collect()
     gc.freeze()
     atexit.register(gc.unfreeze)
     gc.freeze = gc.unfreeze = lambda: None
-    # Of kernels in all modules: once in a process is enough.
+    # Replaces kernels in all modules, so once per process is enough.
     register = cache(current_platform.register_triton_kernel_overrides)
     current_platform.register_triton_kernel_overrides = register
 
@@ -47,7 +47,7 @@ _make_starts_cheap()
 
 @contextmanager
 def running_engine(model: str, **options: Any) -> Iterator[LLM]:
-    """Start an engine on a checkpoint, in float32 unless told otherwise."""
+    """Start an engine on a checkpoint, in float32 unless ``options`` say otherwise."""
     defaults = {
         "dtype": "float32",
         "kv_cache_memory_bytes": CACHE_BYTES,
@@ -74,7 +74,7 @@ def scheduler_of(llm: LLM) -> DiffusionScheduler:
 
 
 def pool_is_whole(llm: LLM) -> bool:
-    """Return whether nobody holds a page or is known any more to an engine in this process."""
+    """Return whether an engine in this process has all pages free and knows of no request."""
     scheduler = scheduler_of(llm)
     manager = scheduler.block_manager
     return (
@@ -88,7 +88,7 @@ def pool_is_whole(llm: LLM) -> bool:
 
 
 def count_forwards(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by the number of tokens of each forward pass."""
+    """Return a list to which each forward pass appends its number of tokens."""
     runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
     original = runner.model.forward
     sizes: list[int] = []

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Scripts of ``examples/`` as modules."""
+"""Imports scripts of ``examples/`` as modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
 def load(folder: Path, *names: str) -> list[ModuleType]:
-    """Import scripts as they import each other, by names that nothing else can find later."""
+    """Import scripts by bare name, as they import each other, leaving none in `sys.modules`."""
     path, modules = list(sys.path), set(sys.modules)
     sys.path.insert(0, str(folder))
     try:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine on a device whose memory is its own (`tests.e2e.pretended.apart`), as a program.
+"""Program: an engine on a simulated device with its own memory (`tests.e2e.pretended.apart`).
 
 ``TRITON_INTERPRET=1 python -m tests.e2e.apart_engine FOLDER BACKEND`` runs requests on random
-checkpoints, compares their tokens with the reference's, and says what went between host and
-device and what waited for it. With ``triton`` block steps go the way of those that are captured;
-with ``portable`` there are requests of all kinds.
+checkpoints and compares their tokens with the reference's. With ``triton``, block steps take the
+path of captured ones. With ``portable``, requests of all kinds run, and the program prints the
+copies between host and device and the operators that waited for the device.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ PAGE, BLOCK, CONTEXT = 16, 8, 200
 
 
 class ApartWorker(DiffusionCPUWorker):
-    """Loads the model on the host, as vLLM would on the device, and moves it there."""
+    """Loads the model on the host, where vLLM would use the device, and then moves it there."""
 
     def init_device(self) -> None:
         super().init_device()
@@ -48,7 +48,7 @@ class ApartWorker(DiffusionCPUWorker):
         self.model_runner = self._make_model_runner()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        # Products as vLLM has them on a GPU, not packed for the host.
+        # Plain products, as vLLM has on a GPU, instead of weights packed for the CPU.
         utils.dispatch_cpu_unquantized_gemm = _plain_products
         super().load_model(*args, **kwargs)
         move(self.model_runner.model)
@@ -59,7 +59,7 @@ def _plain_products(layer: Any, remove_weight: bool) -> None:
 
 
 def cases_for(model: str, backend: str) -> tuple[list[Case], int]:
-    """Return what a model is asked, and the size of its vocabulary."""
+    """Return the cases of a model, and the size of its vocabulary."""
     if backend == "triton":
         return interpreted.CASES[::2], interpreted.VOCAB
     vocab, guided = 320, model == "llada"
@@ -81,7 +81,7 @@ def cases_for(model: str, backend: str) -> tuple[list[Case], int]:
 
 
 def ask(llm: LLM, cases: list[Case]) -> list[list[int]]:
-    """Return the responses, some of them with log-probabilities and traces."""
+    """Return the responses; some requests also ask for log-probabilities or a trace."""
     params = [case.sampling() for case in cases]
     for number, own in enumerate(params):
         if number % 4 == 0:
@@ -92,12 +92,12 @@ def ask(llm: LLM, cases: list[Case]) -> list[list[int]]:
 
 
 def kinds(noted: list[str]) -> dict[str, int]:
-    """Return how often each kind of note was taken."""
+    """Count the notes of each kind."""
     return dict(Counter(note.split(", (")[0].split("(")[0] for note in noted))
 
 
 def main(folder: Path, backend: str) -> int:
-    # Few logits at a time: rows are cut, and profiling takes the interpreter seconds.
+    # Few logits at a time, so that rows are split, and profiling in the interpreter takes seconds.
     runner_module._MAX_LOGITS = 1 << 13
     different = asked = 0
     for model, sizes in interpreted.CHECKPOINTS.items():
@@ -139,10 +139,10 @@ def main(folder: Path, backend: str) -> int:
 
 
 def plain_steps(llm: LLM, device: Apart) -> str:
-    """Return in how many steps greedy requests of all policies ran, and what went to and fro."""
+    """Run greedy requests of all policies; return the number of steps, and what was copied."""
     cases = plain_cases(BLOCK)
     params = [case.sampling() for case in cases]
-    # The first round may be larger than any before it.
+    # Not counted: a step larger than any before it may need more than one copy.
     generate(llm, [case.prompt for case in cases], params)
     device.noted.clear()
     runner: Any = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -159,7 +159,7 @@ def plain_steps(llm: LLM, device: Apart) -> str:
 
 
 if __name__ == "__main__":
-    # Under its own name, so that the worker's class is there once.
+    # Imported under its own name, so that the worker's class exists only once.
     from tests.e2e import apart_engine
 
     sys.exit(apart_engine.main(Path(sys.argv[1]), sys.argv[2]))

@@ -72,7 +72,7 @@ class Page:
             self.requested.append(params["request"]["url"])
 
     def open(self, path: Path) -> None:
-        """Load a file, and wait until it is there."""
+        """Open a file, and wait until it is loaded."""
         self.problems.clear()
         self.requested.clear()
         self.command("Page.navigate", url=path.as_uri())
@@ -92,7 +92,7 @@ class Page:
         return answer["result"].get("value")
 
     def wait(self, expression: str) -> Any:
-        """Return the first true value of an expression."""
+        """Wait until an expression is true, and return its value."""
         return poll(lambda: self.evaluate(expression), expression)
 
     def fill(self, **values: str | bool) -> None:
@@ -102,7 +102,7 @@ class Page:
             self.evaluate(f"document.getElementById({name!r}).{target} = {json.dumps(value)}")
 
     def click(self, name: str) -> None:
-        """Click on an element, as a mouse does: it must be visible, and nothing above it."""
+        """Click on an element with the mouse: it must be visible, and not covered by another."""
         point = self.evaluate(
             f"""(() => {{
                 const target = document.getElementById({name!r});
@@ -119,7 +119,7 @@ class Page:
             )
 
     def press(self, key: str) -> None:
-        """Press a key where the focus is."""
+        """Press a key; the focused element receives it."""
         text = {"text": key} if len(key) == 1 else {}
         self.command("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.command("Input.dispatchKeyEvent", type="keyUp", key=key)
@@ -146,7 +146,7 @@ class Page:
         self.command("Emulation.setEmulatedMedia", features=features)
 
     def screenshot(self, path: Path, selector: str = "html") -> None:
-        """Write an element to a PNG, all of it."""
+        """Write a PNG of an element, including parts outside the window."""
         box = self.evaluate(
             f"""(() => {{
                 const box = document.querySelector({selector!r}).getBoundingClientRect();
@@ -172,7 +172,7 @@ def running_page() -> Iterator[Page]:
             *(CHROMIUM, "--headless=new", "--remote-debugging-port=0"),
             *(f"--user-data-dir={profile}", "--no-first-run", "--disable-gpu"),
             *("--disable-background-networking", "--disable-dev-shm-usage", "--hide-scrollbars"),
-            # The sandbox refuses root, as whom containers run.
+            # The sandbox does not work for root, the usual user in containers.
             *(["--no-sandbox"] if os.getuid() == 0 else []),
             "about:blank",
         ]
@@ -192,7 +192,7 @@ def running_page() -> Iterator[Page]:
 
 
 def _address(process: subprocess.Popen[bytes], profile: Path) -> str:
-    """Return the address of the page's DevTools, once the browser tells it."""
+    """Wait until the browser reports the address of the page's DevTools, and return it."""
     told = profile / "DevToolsActivePort"
 
     def page() -> str | None:

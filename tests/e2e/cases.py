@@ -19,7 +19,8 @@ from vllm_sparse_dllm.settings import SALIENCIES
 POLICIES = ("none", "prefix", "dual", "sparse")
 GREEDY_RULES = ("low_confidence", "maskgit_plus", "topk_margin", "entropy")
 COUNTS = ("one_a_step", "fewer_steps", "more_steps", "threshold", "factor")
-#: Parameters of vLLM, not of the decoding; the reference takes them under the same names.
+#: vLLM's own parameters, which get no prefix ``diffusion_``. The reference takes all options
+#: without it.
 VLLM_NAMES = (
     *("temperature", "top_p", "top_k", "min_p", "min_tokens", "ignore_eos", "logit_bias"),
     *("allowed_token_ids", "presence_penalty", "frequency_penalty", "repetition_penalty"),
@@ -47,7 +48,7 @@ class Case:
             for name, value in given.items()
         }
         params = sampling(self.max_tokens, seed=self.seed, stop_token_ids=stop_ids, **options)
-        # Where vLLM puts the ids of `bad_words`, which these checkpoints have no tokenizer for.
+        # vLLM stores the ids of `bad_words` here; these checkpoints have no tokenizer to make them.
         params._bad_words_token_ids = bad_words
         return params
 
@@ -59,7 +60,7 @@ class Case:
         )
 
     def closest_call(self, model: Model) -> float:
-        """Return by how much of a confidence the closest of all choices of places was decided."""
+        """Return the smallest relative gap between the last confidence chosen and the next one."""
         leads: list[float] = []
         self.expected(model, leads=leads)
         return min(leads, default=math.inf)
@@ -73,8 +74,8 @@ def run_staggered(
     Args:
         llm: An engine in this process.
         cases: What to run.
-        rng: Decides on order and times.
-        preempt: Throw all running requests out now and then.
+        rng: Decides the order and times.
+        preempt: Preempt all running requests now and then.
 
     Returns:
         Response ids of each case.
@@ -122,7 +123,7 @@ def _sparse_options(rng: random.Random) -> dict[str, Any]:
 
 
 def greedy_cases(seed: int, vocab: int) -> list[Case]:
-    """Return every policy with every rule that is not random and every way to count."""
+    """Return a case for each policy, each non-random rule and each way to count commits."""
     rng = random.Random(seed)
     cases = []
     for policy, rule, count in itertools.product(POLICIES, GREEDY_RULES, COUNTS):
@@ -141,7 +142,7 @@ def greedy_cases(seed: int, vocab: int) -> list[Case]:
 
 
 def plain_cases(block_length: int) -> list[Case]:
-    """Return greedy cases of all policies, each of whose steps is a copy there and one back."""
+    """Return greedy cases of all policies; their steps need one copy each way at most."""
     options: list[dict[str, Any]] = [
         {"cache_policy": "none", "steps": 8},
         {"cache_policy": "prefix", "threshold": 0.3},
@@ -158,7 +159,7 @@ def plain_cases(block_length: int) -> list[Case]:
 
 
 def drawn_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
-    """Return cases in which something is drawn, or guided."""
+    """Return cases with random draws or guidance."""
     rng = random.Random(seed)
     variants: list[dict[str, Any]] = [
         {"remasking": "random"},
@@ -192,7 +193,7 @@ def drawn_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
 
 
 def _bad_words(rng: random.Random, vocab: int) -> dict[str, Any]:
-    """Few tokens, and most of their pairs and some triples forbidden."""
+    """Return options that allow few tokens, and forbid some of their pairs and triples."""
     few = rng.sample(range(vocab - 8), 6)
     pairs = [[a, b] for a in few[:5] for b in few[:5] if rng.random() < 0.4]
     triples = [[rng.choice(few[:5]) for _ in range(3)] for _ in range(6)]
@@ -200,7 +201,7 @@ def _bad_words(rng: random.Random, vocab: int) -> dict[str, Any]:
 
 
 def _canvas(rng: random.Random, vocab: int, mask: int, max_tokens: int) -> dict[str, Any]:
-    """Fixed positions here and there, in runs, a whole block among them."""
+    """Return a canvas with scattered fixed tokens, and a run of them that can fill a block."""
     length = rng.choice((max_tokens, rng.randint(1, max_tokens)))
     share = rng.choice((0.1, 0.5, 0.9))
     canvas = [rng.randrange(vocab - 8) if rng.random() < share else mask for _ in range(length)]
@@ -210,7 +211,7 @@ def _canvas(rng: random.Random, vocab: int, mask: int, max_tokens: int) -> dict[
 
 
 def constrained_cases(seed: int, vocab: int, mask: int, guided: bool) -> list[Case]:
-    """Return every policy with every constraint, alone and together, and infilling."""
+    """Return cases of every policy with every constraint, alone and combined, and infilling."""
     rng = random.Random(seed)
     few_steps = {"steps": 6}
     penalties = {"presence_penalty": 0.7, "frequency_penalty": 0.4, "repetition_penalty": 1.3}
@@ -260,7 +261,7 @@ def constrained_cases(seed: int, vocab: int, mask: int, guided: bool) -> list[Ca
 
 
 def saliency_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
-    """Return cases of every saliency but the published one, chosen at a refresh or later."""
+    """Return cases of every saliency but the published one, applied at a refresh or later."""
     rng = random.Random(seed)
     variants: list[dict[str, Any]] = [
         {},
@@ -282,7 +283,8 @@ def saliency_cases(seed: int, vocab: int, guided: bool) -> list[Case]:
             **variant,
             "saliency": saliency,
         }
-        # Prompts shorter than what counts as their end, and so few keys that not all of it stays.
+        # Some prompts are shorter than the end that `window` keeps, and some keep ratios too small
+        # to keep all of that end.
         prompt = random_prompt(rng, rng.choice((1, 9, 40, 130)), vocab)
         cases.append(Case(prompt, max_tokens, options))
     return cases
@@ -292,8 +294,8 @@ def beyond_cases(seed: int, vocab: int, guided: bool, mask: int | None = None) -
     """Return cases of late eviction, refresh intervals and suffix windows, mostly together.
 
     Blocks are many and short, so that each case has several refreshes or blocks without one; the
-    last one is often shorter. Some blocks end before their refresh or their eviction. With
-    ``mask`` every response is an infilling, some of its blocks having nothing to write.
+    last block is often shorter. Some blocks end before their refresh or their eviction. With
+    ``mask``, every response is an infilling, in which some blocks may have nothing to write.
     """
     rng = random.Random(seed)
     variants = [

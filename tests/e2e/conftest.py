@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server that several files of tests share; `tests/conftest.py` keeps them in one process."""
+"""A server that several test files share; `tests/conftest.py` runs these in one process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from tests.conftest import ALL_CORES
 from tests.e2e.server import Server, running_server, tiny_llada
 
-#: Lets pages that were opened from a file ask the server.
+#: Allows requests from pages that were opened from a file.
 ALLOW_FILES = ("--allowed-origins", '["null"]')
 NAMES = ("--served-model-name", "tiny", "tiny-llada")
 
@@ -20,7 +20,8 @@ NAMES = ("--served-model-name", "tiny", "tiny-llada")
 def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Return a server of the embedded model with the plugin's defaults and all cores.
 
-    Tests leave it idle, and do not rely on its counters being zero. It is ended with SIGTERM.
+    Tests must leave it idle, and must not rely on its counters being zero. It is stopped with
+    SIGTERM.
     """
     own = os.sched_getaffinity(0)
     os.sched_setaffinity(0, ALL_CORES)

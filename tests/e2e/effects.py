@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What shows, over HTTP, that a row of the table in docs/parameters.md does what it says."""
+"""Checks over HTTP that parameters have the effect that docs/parameters.md says in its table."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ BASE: dict[str, Fragment] = {
     "completions": {"prompt": [77, 311, 316]},
     "chat/completions": {"messages": [{"role": "user", "content": "hello"}]},
 }
-#: Of the server that tries the rows: the template also shows what it is given.
+#: The chat template of the server that rows are tried on; it prints the variables it is given.
 TEMPLATE = (
     "{% for m in messages %}<|user|>{{ m['content'] }}<|eot_id|>{% endfor %}"
     "{{ x }}{{ reasoning_effort }}{% if tools %}{{ tools }}{% endif %}"
@@ -29,13 +29,13 @@ TEMPLATE = (
 
 @dataclass(frozen=True)
 class Row:
-    """A row that is tried.
+    """A row of the table, to be tried on one endpoint.
 
     Attributes:
-        server: Whom to ask; it has `TEMPLATE`.
+        server: The server to ask; its chat template is `TEMPLATE`.
         path: The endpoint.
-        name: The field.
-        fragment: What a request gets added: the field, and what makes its effect visible.
+        name: The field that the row is about.
+        fragment: Fields added to a request: this one, and those that make its effect visible.
     """
 
     server: Server
@@ -58,7 +58,7 @@ class Row:
         return response.json()["error"]["message"] if response.status_code == 400 else ""
 
     def without(self) -> Answer:
-        """Return the answer to the request without the field, or with that of `BASE`."""
+        """Return the answer to the request without the field, or with its value in `BASE`."""
         return self.answer(**{self.name: BASE[self.path].get(self.name)})
 
     @property
@@ -91,7 +91,7 @@ def text_of(choice: Answer) -> str:
 
 
 def told(answer: Answer) -> Any:
-    """Return what an answer tells of the prompt and the response."""
+    """Return the parts of an answer that depend only on the prompt and the response."""
     names = ("token_ids", "prompt_token_ids", "finish_reason", "stop_reason", "logprobs")
     choices = [(text_of(c), *(c.get(name) for name in names)) for c in answer["choices"]]
     return choices, answer.get("prompt_token_ids"), answer.get("prompt_text")
@@ -106,7 +106,7 @@ def changes_nothing(row: Row) -> bool:
 
 
 def is_accepted(row: Row) -> bool:
-    """For what this model, or this module, cannot show."""
+    """Check only that the request is answered: this model or module cannot show the effect."""
     return bool(row.answer()["choices"])
 
 
@@ -115,8 +115,8 @@ class Effect:
     """How to try a row.
 
     Attributes:
-        fragment: What a request gets added.
-        shown: Whether the effect is there.
+        fragment: Fields added to a request.
+        shown: Returns whether the answers show the effect.
     """
 
     fragment: Fragment
@@ -129,7 +129,7 @@ def _tool(name: str) -> Fragment:
 
 
 def _ends_early(row: Row) -> bool:
-    """Whether a repetition ends the response."""
+    """Return whether the response ends early, because of a repetition."""
     return row.choice["finish_reason"] == "repetition" and len(row.tokens) < 12
 
 
@@ -147,13 +147,13 @@ def _calls(answer: Answer) -> list[str]:
     return [call["function"]["name"] for call in calls]
 
 
-#: Whatever the model is surest of, it comes up once.
+#: Varied tokens are drawn: a penalty keeps the surest one from coming up again and again.
 DRAWN: Fragment = {"temperature": 2.0, "seed": 1, "frequency_penalty": 2.0, "max_tokens": 60}
 DRAWN |= UNSURE
 #: The response is one token, over and over.
 FORCED: Fragment = {"logit_bias": {"500": 100}}
 ENDED: Fragment = {"logit_bias": {"1": 100}}
-#: A text that comes one letter, or a few, a step.
+#: A text of which each step commits a letter, or a few.
 SPELLED: Fragment = {"structured_outputs": {"choice": ["a.b.c.d.e"]}}
 
 #: Rows of both endpoints.
@@ -186,7 +186,7 @@ EFFECTS: dict[str, Effect] = {
         lambda row: len(row.tokens) == 12 and row.without()["usage"]["completion_tokens"] == 1,
     ),
     "logit_bias": Effect(FORCED, lambda row: row.tokens == [500] * 12),
-    # The model cannot favour both.
+    # The model cannot favour both letters, so without the effect one of these would fail.
     "bad_words": Effect(
         {"bad_words": ["q"], "structured_outputs": {"regex": "[qz]{4}"}},
         lambda row: (
@@ -221,7 +221,7 @@ EFFECTS: dict[str, Effect] = {
         lambda row: "hello" in row.answer()["prompt_text"] and not row.without()["prompt_text"],
     ),
     "skip_special_tokens": Effect({"skip_special_tokens": False, "logit_bias": {"3": 100}}),
-    # These tokenizers put none between them.
+    # These tokenizers put no spaces between special tokens.
     "spaces_between_special_tokens": Effect({"spaces_between_special_tokens": False}, is_accepted),
     "include_stop_str_in_output": Effect(
         {"include_stop_str_in_output": True, "stop": ["d"], **SPELLED},
@@ -264,7 +264,7 @@ EFFECTS: dict[str, Effect] = {
         lambda row: [c["prompt_token_ids"] for c in row.answer()["choices"]] == [[7, 8], [9]],
     ),
     "messages": Effect({"messages": [{"role": "user", "content": "a"}]}),
-    # The embedded tokenizer has none to add.
+    # The embedded tokenizer has no special tokens to add.
     "add_special_tokens": Effect({"add_special_tokens": False}, is_accepted),
     "truncate_prompt_tokens": Effect({"truncate_prompt_tokens": 2}),
     "truncation_side": Effect({"truncation_side": "right", "truncate_prompt_tokens": 2}),
@@ -283,11 +283,11 @@ EFFECTS: dict[str, Effect] = {
             and "structural_tag" in row.refusal(tool_choice=_choice("g"), max_tokens=30)
         ),
     ),
-    # At most one call comes in any case, and these models do not reason.
+    # These models make at most one call in any case, and do not reason.
     "parallel_tool_calls": Effect({"parallel_tool_calls": False}, is_accepted),
     "include_reasoning": Effect({"include_reasoning": False}, is_accepted),
     "reasoning_effort": Effect({"reasoning_effort": "low"}),
-    # `test_waiting_requests_run_by_priority` shows it.
+    # `test_waiting_requests_run_by_priority` shows the effect.
     "priority": Effect({"priority": 3}, is_accepted),
     "request_id": Effect({"request_id": "mine"}, lambda row: row.answer()["id"].endswith("-mine")),
     **{
@@ -305,13 +305,13 @@ EFFECTS: dict[str, Effect] = {
         }.items()
     },
 }
-#: As `EFFECTS`, where the two endpoints differ.
+#: As `EFFECTS`, for fields that differ between the two endpoints.
 EFFECTS_COMPLETION: dict[str, Effect] = {
     "logprobs": Effect(
         {"logprobs": 2},
         lambda row: _scores(row) and len(row.choice["logprobs"]["top_logprobs"][0]) >= 2,
     ),
-    # Beside the prompt's ids vLLM leaves out its text.
+    # vLLM omits the prompt's text where it returns the prompt's ids.
     "echo": Effect(
         {"echo": True, "prompt": " file", "return_token_ids": None},
         lambda row: row.text == " file" + text_of(row.without()["choices"][0]),

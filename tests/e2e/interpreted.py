@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An engine whose attention and confidences are Triton kernels in the interpreter, as a program.
+"""Program: an engine whose attention and confidences are Triton kernels, in the interpreter.
 
 ``TRITON_INTERPRET=1 python -m tests.e2e.interpreted FOLDER`` runs a few requests on random
-checkpoints and compares their tokens with the reference's, first some of them as they are, then
-all while block steps are replayed (`tests.e2e.recorded`).
+checkpoints and compares their tokens with the reference's: first some of them in eager steps, then
+all of them with block steps replayed (`tests.e2e.recorded`).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ CHECKPOINTS: dict[str, dict[str, Any]] = {
 
 
 def capture(runner: Any, replayed: set[int]) -> None:
-    """Have block steps of up to four sequences replayed, and note of how many."""
-    # The host is to be a device that has to be sent things.
+    """Replay block steps of up to four sequences; add the sizes of the graphs to ``replayed``."""
+    # Make the host act as a device that arrays must be copied to.
     graphs.HostArrays = partial(HostArrays, staged=True)  # type: ignore[misc, assignment]
     runner.arrays = HostArrays(runner.device, staged=True)
     runner.capture_graphs(recorded.capture, [1, 2, 4])
@@ -69,7 +69,7 @@ def main(folder: Path) -> int:
             eager = generate(llm, [c.prompt for c in EAGER], [c.sampling() for c in EAGER])
             capture(runner, replayed)
             outputs = generate(llm, [c.prompt for c in CASES], [c.sampling() for c in CASES])
-            # In step with each other, so that no other step keeps theirs from being replayed.
+            # Equal requests run in step, so that no other kind of step prevents a replay.
             for num in (1, 2, 3):
                 own = [CASES[2]] * num
                 again = generate(llm, [c.prompt for c in own], [c.sampling() for c in own])

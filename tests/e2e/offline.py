@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The offline side of the server's tests, as a program: requests in, answers out, one at a time.
+"""Program: offline answers to compare the server's with, one request at a time.
 
-``python -m tests.e2e.offline IN OUT``: IN is a JSON list of ``{"prompt": [ids], "options": {}}``
-with options as an HTTP request has them; OUT has, for each, the completions of the request.
+``python -m tests.e2e.offline IN OUT``: IN is a JSON list of ``{"prompt": [ids], "options": {}}``,
+with options named as in an HTTP request; OUT gets a list of the completions of each request.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tests.e2e.server import CACHE_BYTES, ROOT, clean_environment, tiny_llada
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return vLLM's parameters and those of the plugin."""
+    """Separate options into vLLM's parameters and the plugin's."""
     extra = {name: value for name, value in options.items() if name.startswith("diffusion_")}
     return {name: value for name, value in options.items() if name not in extra}, extra
 
@@ -29,7 +29,7 @@ def answer_all(requests: list[dict[str, Any]], folder: Path) -> list[list[dict[s
     command = [sys.executable, "-m", "tests.e2e.offline", str(given), str(found)]
     result = subprocess.run(
         command,
-        # In one process, which imports vLLM once; the server has them all.
+        # A single process imports vLLM only once; the server covers the multi-process engine.
         env=clean_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"),
         cwd=ROOT,
         capture_output=True,
@@ -41,7 +41,7 @@ def answer_all(requests: list[dict[str, Any]], folder: Path) -> list[list[dict[s
 
 
 def main(given: Path, found: Path) -> None:
-    """Answer the requests of one file into another."""
+    """Read requests from one file and write their answers to another."""
     from vllm import LLM, SamplingParams
 
     llm = LLM(

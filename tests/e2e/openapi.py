@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Requests that schemathesis makes from a server's own OpenAPI description: none may get a 5xx."""
+"""Requests made from a server's OpenAPI description, and with odd values: none may get a 5xx."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from tests.e2e.server import Server
 from vllm_sparse_dllm.settings import FIELDS, REQUEST_PREFIX
 
 ENDPOINTS = ("/v1/completions", "/v1/chat/completions")
-#: Of a response, so that those which are served do not take the time.
+#: Most tokens of a response, so that requests that are not refused take little time.
 LONGEST = 8
 
 
 def served(body: Any) -> Any:
-    """Return a body that is not refused for its model's name, and not long to answer."""
+    """Return a body with the server's model name, and with a short response."""
     if not isinstance(body, dict):
         return body
     body = {**body, "model": "tiny"}
@@ -35,7 +35,7 @@ def served(body: Any) -> Any:
     return body
 
 
-#: What JSON can hold and schemathesis does not make.
+#: Values that JSON can hold but schemathesis does not generate.
 ODD: tuple[Any, ...] = (
     float("nan"),
     float("inf"),
@@ -56,7 +56,7 @@ ODD: tuple[Any, ...] = (
 )
 
 
-#: Where an odd value goes in `NESTED`; as a key, if it can be one.
+#: Stands for an odd value in `NESTED`; as a key, it is replaced by strings only.
 HOLE = "<here>"
 _SCHEMA = ("type", "minimum", "maxLength", "pattern", "enum", "items", "properties", "required")
 _SCHEMA += ("anyOf", "$ref", "additionalProperties")
@@ -85,7 +85,7 @@ def _tool(**fields: Any) -> Any:
     return {"tools": [{"type": "function", "function": function}], "tool_choice": "none"}
 
 
-#: What a good request of either endpoint gets added, with one value inside it to be odd.
+#: Fields added to a valid request of either endpoint, with an odd value in each `HOLE`.
 NESTED: tuple[dict[str, Any], ...] = (
     *({"structured_outputs": {name: HOLE}} for name in _STRUCTURED),
     {"structured_outputs": {"choice": [HOLE]}},
@@ -148,14 +148,14 @@ def filled(template: Any, value: Any) -> Any:
 
 
 def check_odd_values(server: Server, every: int = 1) -> None:
-    """Put each odd value into each field of each endpoint, and inside it, one at a time.
+    """Send requests with one odd value each, in each field of each endpoint and nested in fields.
 
     Args:
-        server: Where to.
+        server: The server under test.
         every: Send only one in so many of these requests.
 
     Raises:
-        AssertionError: If one is answered by a 5xx.
+        AssertionError: If a request gets a 5xx or no complete answer.
     """
     schemas = server.client.get("/openapi.json").json()["components"]["schemas"]
     small = {"model": "tiny", "temperature": 1.0, "max_tokens": 4}
@@ -186,7 +186,7 @@ def check_odd_values(server: Server, every: int = 1) -> None:
 
 
 def check_response(body: Any, response: httpx.Response) -> None:
-    """Check that a response is no 5xx, and that a stream holds none and ends.
+    """Check that a response is not a 5xx, and that a stream contains none and is complete.
 
     Raises:
         AssertionError: With the request and the response.
@@ -199,10 +199,10 @@ def check_response(body: Any, response: httpx.Response) -> None:
 
 
 def check_endpoints(server: Server, examples: int) -> None:
-    """Send as many valid requests, and as many that are not, to each endpoint.
+    """Send ``examples`` valid requests, and as many invalid ones, to each endpoint.
 
     Raises:
-        AssertionError: If one is answered by a 5xx.
+        AssertionError: If a request gets a 5xx or no complete answer.
     """
     schema = schemathesis.openapi.from_dict(server.client.get("/openapi.json").json())
     for path in ENDPOINTS:
@@ -218,7 +218,7 @@ def _check(
         derandomize=True,
         database=None,
         deadline=None,
-        # Shrinking a 5xx would take minutes; the first one tells enough.
+        # Shrinking a request that fails would take minutes; the first one is enough.
         phases=(Phase.explicit, Phase.generate),
         suppress_health_check=list(HealthCheck),
     )
@@ -239,7 +239,7 @@ def _problem(server: Server, path: str, body: Any) -> str | None:
 
 
 def _send(server: Server, path: str, body: Any) -> None:
-    # Not httpx's encoder, which refuses NaN and halves of surrogate pairs.
+    # httpx's own encoder refuses NaN and lone surrogates.
     content = b"" if isinstance(body, NotSet) else json.dumps(body, default=repr).encode()
     headers = {"Content-Type": "application/json", "Connection": "close"}
     response = server.client.post(path, content=content, headers=headers)

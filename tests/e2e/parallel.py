@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tensor-parallel engines, as a program: what several ranks make of the cases of a layout.
+"""Program: tensor-parallel engines that run the cases of each layout on several ranks.
 
-``python -m tests.e2e.parallel BACKEND FOLDER``: runs the layouts of an executor backend, one
-engine after the other, and writes ``FOLDER/BACKEND.json`` with a `Result` for each. A process
-of its own, since vLLM chooses its platform once in a process, and Ray needs another one.
+``python -m tests.e2e.parallel BACKEND FOLDER`` runs the layouts of an executor backend, one
+engine after the other, and writes ``FOLDER/BACKEND.json`` with a `Result` for each. It is a
+program because vLLM chooses its platform once per process, and Ray needs a different one.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from tests.engines import CACHE_BYTES, generate, running_engine
 from tests.reference import write_checkpoint
 from tests.reference.checkpoints import special_ids
 
-#: The tokenizer is the embedded model's; the vocabulary can be divided by 2 and by 3.
+#: The tokenizer is the embedded model's; the vocabulary is divisible by 2 and by 3.
 VOCAB, EOS = 1536, 1
 MASK = special_ids(VOCAB)["mask"]
-#: What a grammar lets the last request of each layout write, and how much of it.
+#: The grammar of each layout's last request, and the length of its response.
 EXPRESSION, EXPRESSION_TOKENS = r"name[0-9]{2} (yes|no)+", 16
 HEAD_SIZE, NUM_LAYERS, PAGE_SIZE = 32, 2, 32
 
@@ -55,8 +55,9 @@ class Layout:
         kv_heads: Key/value heads.
         ranks: Tensor-parallel ranks.
         backend: vLLM's executor backend.
-        seed: Of the cases.
-        every: Only each so-manieth case runs: ranks that share a core wait for each other.
+        seed: Seed of the cases.
+        every: Run only one in so many cases, except those that every layout runs: ranks that share
+            a core wait for each other.
     """
 
     model: str
@@ -75,7 +76,7 @@ class Layout:
             + drawn_cases(self.seed, VOCAB, guided)[self.seed % 7 :: 7]
             + beyond_cases(self.seed, VOCAB, guided)[self.seed % 7 :: 7]
         )
-        # Of these every layout has all kinds.
+        # Every layout runs these, which are of all kinds.
         return (
             cases[:: self.every]
             + saliency_cases(self.seed, VOCAB, guided)[self.seed % 5 :: 5]
@@ -99,7 +100,7 @@ class Layout:
 
 LAYOUTS = {
     "mp-llada-split": Layout("llada", 4, 4, 2, "mp", 1),
-    # Three ranks: where an all-reduce adds in another order on each.
+    # With three ranks, an all-reduce may add in another order on each.
     "mp-dream-replicated": Layout("dream", 3, 1, 3, "mp", 2, every=3),
     "ray-dream-split": Layout("dream", 4, 2, 2, "ray", 4),
 }
@@ -120,11 +121,11 @@ class Result:
     """What the engine of a layout did.
 
     Attributes:
-        outputs: For each case the response's ids, then those of the request with a grammar.
-        choices: For each rank a digest of all positions that its caches kept, layer by layer.
-        num_choices: For each rank how often its caches were reduced.
-        cores: For each rank the cores it may run on.
-        num_pages: Pages of the pool, the one of vLLM's own included.
+        outputs: The response ids of each case, then those of the request with a grammar.
+        choices: For each rank, a digest of all positions that its caches kept, layer by layer.
+        num_choices: For each rank, how often it chose the positions that a layer keeps.
+        cores: For each rank, the cores it is allowed to run on.
+        num_pages: Pages of the pool, including the one that vLLM reserves.
     """
 
     outputs: list[list[int]]
@@ -134,7 +135,7 @@ class Result:
     num_pages: int
 
 
-# These run on the ranks.
+# The next two functions run on the ranks.
 
 
 def _record_choices(worker: Any) -> None:
@@ -189,7 +190,7 @@ def _run(layout: Layout, folder: Path) -> Result:
     if config.parallel_config.placement_group is not None:
         from ray.util import remove_placement_group
 
-        # vLLM leaves it to the end of the process; the next engine would wait for its places.
+        # vLLM keeps the group until the process ends; the next engine would wait for its resources.
         remove_placement_group(config.parallel_config.placement_group)
     return Result(outputs, list(choices), list(numbers), list(cores), num_pages)
 
@@ -199,17 +200,17 @@ def _on_ranks(llm: LLM, function: Any) -> list[Any]:
 
 
 def expected_pages(layout: Layout) -> int:
-    """Return the pages that the engine's memory holds: a rank stores its own heads only."""
+    """Return how many pages fit into the memory of a rank, which stores only its own heads."""
     kv_heads = max(1, layout.kv_heads // layout.ranks)
     return CACHE_BYTES // (NUM_LAYERS * 2 * PAGE_SIZE * kv_heads * HEAD_SIZE * 4)
 
 
 @contextmanager
 def _local_ray() -> Iterator[None]:
-    """Start Ray with a place for each of two workers, and stop it."""
+    """Run Ray with resources for two workers."""
     import ray
 
-    # The path of a socket must be short, and other clusters' files are elsewhere.
+    # Paths of sockets must be short, and clusters must not share files.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     ray.init(
         address="local",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rows of the table in docs/parameters.md as requests; `effects` has what HTTP honours."""
+"""Requests for rows of the table in docs/parameters.md; `effects` has rows honoured over HTTP."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from vllm.sampling_params import (
 
 Fragment = dict[str, Any]
 
-#: Offline. Field of `SamplingParams`: what a request gets added, that must be answered.
+#: Offline: for each accepted field of `SamplingParams`, parameters with which a request must be
+#: answered.
 ACCEPTED_OFFLINE: dict[str, Fragment] = {
     "n": {"n": 2, "temperature": 1.0},
     "temperature": {"temperature": 0.5},
@@ -51,7 +52,8 @@ ACCEPTED_OFFLINE: dict[str, Fragment] = {
     "skip_clone": {"skip_clone": True},
     "output_text_buffer_length": {"output_text_buffer_length": 3},
 }
-#: Over HTTP. Field: what a request gets added, and what the message of the refusal names.
+#: Over HTTP: for each refused field, fields added to a request, and text that the message must
+#: contain.
 REFUSED: dict[str, tuple[Fragment, str]] = {
     "prompt_logprobs": ({"prompt_logprobs": 0}, "prompt_logprobs"),
     "thinking_token_budget": ({"thinking_token_budget": 4}, "thinking_token_budget"),
@@ -74,11 +76,11 @@ REFUSED_CHAT: dict[str, tuple[Fragment, str]] = {
         {"logprob_token_ids": [7], "logprobs": True, "top_logprobs": 1},
         "logprob_token_ids",
     ),
-    # Honoured in the table, but not by this server and not with these values.
+    # Honoured according to the table, but not with these values and by this server.
     "echo": ({"echo": True}, "prompt_logprobs"),
     "chat_template": ({"chat_template": "{{ messages }}"}, "chat template"),
 }
-#: Offline: fields of `SamplingParams` with a value that is refused.
+#: Offline: for each refused field of `SamplingParams`, a value, and a pattern of the message.
 REFUSED_OFFLINE: dict[str, tuple[Any, str]] = {
     "prompt_logprobs": (1, "prompt_logprobs"),
     "prompt_logprob_token_ids": ([[7, 8]], "prompt_logprob_token_ids"),

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Prompts that the embedded models have an answer to: responses that differ from each other.
+"""Prompts that the embedded models can answer, so that responses differ from each other.
 
-To words in no order a trained model says nothing: its response is padding, whatever the prompt.
+To random words, a trained model answers nothing: its response is padding, whatever the prompt.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from tests.scripts import EXAMPLES, load
 
 (_TASKS,) = load(EXAMPLES / "quality", "tasks")
 ASSETS = Path(__file__).parents[2] / "vllm_sparse_dllm" / "assets"
-#: The shortest.
+#: Length of the shortest question.
 MIN_LENGTH: int = _TASKS.MIN_LENGTH
-#: For a request: whichever of these comes next, no model is sure of it.
+#: Request parameters that allow only tokens of which no model is sure.
 UNSURE: dict[str, Any] = {"allowed_token_ids": list(range(500, 520))}
 
 
@@ -27,7 +27,7 @@ def _vocabulary() -> Any:
 
 
 def question(seed: int, length: int) -> list[int]:
-    """Return a prompt of so many tokens that asks to copy a list or to find numbers."""
+    """Return a prompt of ``length`` tokens that asks to copy a list or to look up numbers."""
     rng = random.Random(f"question {seed}")
     item = _TASKS.make_item(rng, rng.choice(("copy", "retrieval")), length)
     return _vocabulary().encode(item.prompt)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CUDA graphs without CUDA: what is captured are the operators, and the tensors they ran on.
+"""CUDA graphs without CUDA: a capture records operators and the tensors that they ran on.
 
-A replay calls the same operators on the same tensors, and none of the Python between them: what
-Python would decide otherwise by then, or would take from elsewhere, does not reach it. Memory
-that an operator only allocated is filled with NaN first. Reading a number of the device while
-capturing is an error, as it is with CUDA.
+A replay calls the same operators on the same tensors, without the Python code between them:
+whatever that code would decide differently by then, or read from elsewhere, has no effect. Memory
+that an operator only allocates is filled with NaN in a replay. Reading a number from the device
+while capturing is an error, as with CUDA.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ ALLOCATING = {
 
 
 def capture(run: Callable[[], None]) -> Callable[[], None]:
-    """As `engine.graphs.Capture`."""
+    """Capture a function, as an `engine.graphs.Capture`."""
     run()
     recorder = _Recorder()
     with recorder, _recorded_kernels(recorder):
@@ -79,7 +79,7 @@ class _Recorder(TorchDispatchMode):
 
 @contextmanager
 def _recorded_kernels(recorder: _Recorder) -> Iterator[None]:
-    """Take a launch of an interpreted Triton kernel for one operator."""
+    """Record each launch of an interpreted Triton kernel as one operator."""
     if not interpreted():
         yield
         return
@@ -100,7 +100,7 @@ def _recorded_kernels(recorder: _Recorder) -> Iterator[None]:
 
 
 class StaticPlan:
-    """As many sequences of pages as there is room for."""
+    """A plan in fixed arrays, with room for a maximum number of sequences and pages."""
 
     def __init__(self, arrays: PackedArrays, num_queries: int) -> None:
         self.arrays = arrays
@@ -108,7 +108,8 @@ class StaticPlan:
 
 
 class StaticPortableBackend(PortableBackend):
-    """Plain PyTorch with plans that never move: slow, and the same operators on any numbers."""
+    """The portable backend with plans that stay in place: slow, but it runs the same operators
+    whatever the plan holds."""
 
     static_plans = True
 

@@ -21,7 +21,7 @@ import httpx
 
 ROOT = Path(__file__).parents[2]
 CACHE_BYTES = 64 << 20
-#: Bounds of polling; a passing test polls far less.
+#: Limits of polling; a passing test polls far less.
 POLLS, POLL_SECONDS = 9000, 0.1
 
 
@@ -33,7 +33,7 @@ def tiny_llada() -> Path:
 
 
 def clean_environment(**extra: str) -> dict[str, str]:
-    """Return the environment without what tests set for engines in their own process."""
+    """Return the environment without the variables that tests set for engines in their process."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
     return {**kept, "OMP_WAIT_POLICY": "PASSIVE", **extra}
 
@@ -41,15 +41,15 @@ def clean_environment(**extra: str) -> dict[str, str]:
 def run_program(
     command: list[str], timeout: float = 900, environment: dict[str, str] | None = None
 ) -> str:
-    """Run a program of this checkout to its end, which must be a good one.
+    """Run a program from the root of this checkout; it must exit with status 0.
 
     Args:
         command: The program and its arguments.
-        timeout: Its time in seconds.
+        timeout: Seconds that it may take.
         environment: Its environment, `clean_environment` by default.
 
     Returns:
-        What it printed, errors too.
+        Its standard output and standard error.
     """
     done = subprocess.run(
         command,
@@ -71,7 +71,7 @@ def serve_command(model: str | Path) -> list[str]:
 
 
 def poll(condition: Callable[[], Any], what: str) -> Any:
-    """Return the first true value of ``condition``.
+    """Call ``condition`` until its value is true, and return the value.
 
     Raises:
         TimeoutError: If it stays false for all polls.
@@ -138,7 +138,7 @@ class Server:
             yield events(response)
 
     def metric(self, name: str, **labels: str) -> float:
-        """Return the sum of a metric's series that have the labels."""
+        """Return the sum of those of a metric's series that have the labels."""
         total = 0.0
         for line in self.client.get("/metrics").text.splitlines():
             match = re.fullmatch(rf"{re.escape(name)}(?:{{(.*)}})? (\S+)", line)
@@ -153,7 +153,7 @@ class Server:
         return running, waiting, usage
 
     def stop(self) -> int:
-        """End the server as a service manager does, return its exit status."""
+        """Stop the server with SIGTERM, as a service manager does; return its exit status."""
         self.client.close()
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGTERM)
@@ -177,7 +177,7 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
 
 
 def launch(log: Path, port: int, model: str | Path, *options: str, **environment: str) -> Server:
-    """Start a server in float32."""
+    """Start a server in float32, without waiting for it."""
     command = [
         *serve_command(model),
         *("--host", "127.0.0.1", "--port", str(port)),
@@ -210,7 +210,7 @@ def start(log: Path, model: str | Path, *options: str, **environment: str) -> Se
 
 @contextmanager
 def running_server(log: Path, model: str | Path, *options: str) -> Iterator[Server]:
-    """Start a server, stop it at the end; it must end of its own accord, with status 0."""
+    """Run a server in float32; stopped at the end, it must exit with status 0."""
     server = start(log, model, *options)
     try:
         yield server

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The engine where host and device have memories of their own, as with a GPU."""
+"""The engine on a device with its own memory, as a GPU has: right tokens, few copies."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ def test_requests_of_all_kinds(tmp_path: Path) -> None:
     assert "20 requests, 0 different" in printed
     for model in ("llada", "dream"):
         assert f"{model} PortableBackend FusedDistribution cuda:0" in printed
-        # Greedy requests: a copy that nobody waits for in every step, and one that is waited for.
+        # Greedy requests: each step copies to the device without waiting; each step with commits
+        # copies back once, and waits for that.
         found = re.search(rf"{model} (\d+) steps, (\d+) with commits: (\{{.*\}})", printed)
         assert found is not None
         copies = {
@@ -54,11 +55,11 @@ def device() -> Iterator[Apart]:
 
 
 def test_the_device_is_apart(device: Apart) -> None:
-    """What the two tests above rest on: mixtures are errors, reads and copies are noted."""
+    """The simulated device works as the tests above assume: no mixing; copies and reads noted."""
     there = torch.arange(6, device="cuda").view(2, 3)
     assert isinstance(there, DeviceTensor) and there.device == torch.device("cuda", 0)
     assert (there + 1).tolist() == [[1, 2, 3], [4, 5, 6]]
-    # A view is of the same numbers, and a number of the host may take part.
+    # A view shares its tensor's numbers, and a single number on the host is accepted.
     there[1].mul_(torch.tensor(10))
     assert there.cpu().tolist() == [[0, 1, 2], [30, 40, 50]]
     here = torch.tensor([0])

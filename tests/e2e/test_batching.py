@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Batches: what else runs, and since when, changes no request's tokens; pages come back."""
+"""Batches: a request's tokens do not depend on what else runs, or when; all pages are freed."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, str], model: s
         single = [generate(llm, [p], [s])[0] for p, s in zip(prompts[:4], params[:4], strict=True)]
         staggered = run_staggered(llm, cases, random.Random(3))
         assert pool_is_whole(llm)
-    # A budget that holds one full forward at a time.
+    # A token budget that holds only a few full forwards.
     with running_engine(checkpoints[model], max_num_batched_tokens=640) as llm:
         crowded = generate(llm, prompts, params)
     assert together == alone
@@ -73,7 +73,7 @@ def test_tokens_do_not_depend_on_the_batch(checkpoints: dict[str, str], model: s
 
 
 def test_pages_of_a_sparse_request(llada: LLM) -> None:
-    """Exactly what the policy keeps is held, from the first step to the last."""
+    """From its first step to its last, a request holds exactly the pages that its policy keeps."""
     engine, scheduler = llada.llm_engine, scheduler_of(llada)
     page = scheduler.block_manager.block_size
     for prompt_length, max_tokens, block, ratio in (
@@ -100,7 +100,7 @@ def test_pages_of_a_sparse_request(llada: LLM) -> None:
 
 
 def test_pages_of_a_late_eviction(llada: LLM) -> None:
-    """All of them from the refresh until it has evicted, in every block; else the usual ones."""
+    """In each block, a request holds all pages from refresh to eviction, otherwise only a few."""
     engine, scheduler = llada.llm_engine, scheduler_of(llada)
     params = sampling(
         48, diffusion_block_length=24, diffusion_eviction_delay=4, diffusion_keep_ratio=0.25
@@ -126,7 +126,7 @@ def test_policy_none_holds_no_page(llada: LLM) -> None:
 
 
 def test_abort_returns_pages(llada: LLM) -> None:
-    """Aborts at every stage, waiting requests included, while others finish unharmed."""
+    """A request can be aborted at any stage, even while it waits; the others finish unharmed."""
     engine = llada.llm_engine
     cases = _mixed_cases("llada")
     alone = generate(llada, [c.prompt for c in cases], [c.sampling() for c in cases])
@@ -154,7 +154,7 @@ def test_abort_returns_pages(llada: LLM) -> None:
 
 
 def test_no_kv_beyond_one_layer(llada: LLM) -> None:
-    """Refreshes keep keys of one layer at a time: scratch is one layer's, the pool is vLLM's."""
+    """Outside the pool, at most one layer's keys and values are stored; the pool is vLLM's."""
     runner = llada.llm_engine.model_executor.driver_worker.worker.model_runner
     pool = runner.kv_caches
     generate(llada, [[3] * 400], [sampling(32)])
@@ -173,7 +173,7 @@ def test_no_kv_beyond_one_layer(llada: LLM) -> None:
 def test_bursts_change_no_token(
     llada: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    """However many block steps the runner takes by itself."""
+    """Tokens do not depend on how many block steps the runner takes by itself."""
     cases = [case for case in _mixed_cases("llada") if case.options["cache_policy"] != "none"][:6]
     prompts, params = [c.prompt for c in cases], [c.sampling() for c in cases]
     expected = generate(llada, prompts, params)
@@ -183,7 +183,7 @@ def test_bursts_change_no_token(
 
 
 def test_a_burst_ends_with_its_block(llada: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two full passes, then all block steps of the block in one engine step."""
+    """A block is two full passes, then all its block steps in one engine step."""
     monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", 1e9)
     sizes = count_forwards(llada, monkeypatch)
     engine = llada.llm_engine
@@ -200,7 +200,7 @@ def test_a_burst_ends_with_its_block(llada: LLM, monkeypatch: pytest.MonkeyPatch
 def test_blocks_behind_the_end_are_not_computed(
     llada: LLM, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
-    """A stop token that is final ends the request there, in a burst too."""
+    """A request ends at the block in which a stop token becomes final, even within a burst."""
     monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
     prompt = list(range(60))
     whole = generate(llada, [prompt], [sampling(64, diffusion_block_length=8)])[0]
@@ -238,18 +238,18 @@ def test_few_logits_at_a_time_change_no_token(llada: LLM, monkeypatch: pytest.Mo
 
 # Last: it starts engines of its own, which ends the one that the tests above share.
 def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
-    """Requests that do not fit now wait, in order, and get the same tokens."""
+    """Requests wait until they fit, and get the same tokens; those that never fit are refused."""
     cases = [
         Case([5 + i] * 200, 32, {"cache_policy": policy})
         for i, policy in enumerate(("sparse", "dual", "sparse", "prefix", "none", "dual"))
     ]
-    # Two pages each and, one after the other, eight.
+    # Two pages each, but eight from refresh to eviction, for one request at a time.
     late = {"cache_policy": "sparse", "eviction_delay": 3, "keep_ratio": 0.1, "block_length": 16}
     cases += [Case([15 + i] * 200, 32, {**late, "refresh_interval": 1 + i % 2}) for i in range(4)]
     prompts, params = [c.prompt for c in cases], [c.sampling() for c in cases]
     with running_engine(checkpoints["llada"]) as llm:
         expected = generate(llm, prompts, params)
-    # 10 pages: one dual request (8 pages) or two sparse ones (4 pages each).
+    # 10 pages: one dual request (8 pages) or two sparse ones (5 pages each).
     page_bytes = 2 * 32 * 128 * 4 * 3
     with running_engine(
         checkpoints["llada"], kv_cache_memory_bytes=11 * page_bytes, max_model_len=256
@@ -267,7 +267,7 @@ def test_pool_too_small_for_all(checkpoints: dict[str, str]) -> None:
 
 
 def test_a_request_that_a_smaller_pool_never_holds(checkpoints: dict[str, str]) -> None:
-    """As where a front end has several engines, whose pools are smaller than it takes them for."""
+    """A request that was admitted for a larger pool than the engine has fails alone."""
     with running_engine(checkpoints["llada"], kv_cache_memory_bytes=1 << 20) as llm:
         manager = scheduler_of(llm).block_manager
         llm.llm_engine.vllm_config.cache_config.num_gpu_blocks = 1000

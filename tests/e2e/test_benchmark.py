@@ -17,7 +17,7 @@ SCRIPT = ROOT / "examples" / "benchmarks" / "run.py"
 
 
 def run_quick(folder: Path, *options: str) -> dict[str, Any]:
-    """Run the quick mode and return its report, which is in the folder too."""
+    """Run the quick mode and return its results; the folder also gets a report."""
     command = [sys.executable, str(SCRIPT), "--quick", "--output", str(folder), *options]
     command += ["--checkpoints", str(folder / "checkpoints")]
     run_program(command)
@@ -45,7 +45,7 @@ def test_every_policy_is_compared(result: dict[str, Any]) -> None:
 
 
 def test_both_give_the_same_tokens(result: dict[str, Any]) -> None:
-    """In float32; so what is compared is the same work."""
+    """In float32, equal tokens show that the times compared are of the same work."""
     compared = {
         (m["settings"]["cache_policy"], m["same_tokens"])
         for m in result["measurements"]
@@ -94,5 +94,5 @@ def test_report(folder: Path, result: dict[str, Any]) -> None:
     text = (folder / "benchmark.md").read_text(encoding="utf-8")
     for title in ("Context", "Concurrency", "Engine steps, ms", "KV memory", "Floors, ms"):
         assert f"## {title}" in text
-    # In float32 there are none; in bfloat16 readers have to know whether there were.
+    # The report says whether the plugin's own CPU kernels ran; there are none for float32.
     assert "Without the plugin's own CPU kernels: they are of bfloat16, not float32." in text

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Constraints and infilling: token for token the reference's, in any company; and refusals."""
+"""Constraints and infilling: the reference's tokens, whatever else runs; and refusals."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @dataclass(frozen=True)
 class Run:
-    """What an engine made of the cases, all at once; with plain requests among them."""
+    """An engine's responses to cases that ran all at once, with plain requests among them."""
 
     reference: Model
     cases: list[Case]
@@ -78,7 +78,7 @@ def test_equals_reference(runs: dict[str, Run], model: str) -> None:
 
 @MODELS
 def test_what_is_promised_holds(runs: dict[str, Run], model: str) -> None:
-    """Read off the answers: no bad word, nothing but what is allowed, fixed tokens in place."""
+    """Answers contain no bad word and only allowed tokens, with fixed tokens in their places."""
     run, checked = runs[model], 0
     for case, output in zip(run.cases, run.outputs, strict=True):
         options = case.options
@@ -99,7 +99,7 @@ def test_what_is_promised_holds(runs: dict[str, Run], model: str) -> None:
     assert checked > 30
 
 
-# From here on one engine of a model is shared, and the cases are fewer.
+# The tests from here on share one engine, and have fewer cases.
 
 
 @pytest.fixture(scope="module")
@@ -155,14 +155,15 @@ def test_blocks_without_masks_are_not_run(
     case = Case([9, 8, 7], 48, options)
     sizes = count_forwards(llada, monkeypatch)
     assert generate(llada, [case.prompt], [case.sampling()]) == [case.expected(reference)]
-    # Blocks 1, 3 and 5 (with 8, 4 and 8 masks); a step a token, the first of each a full one.
+    # Blocks 1, 3 and 5 run, with 8, 4 and 8 masks: one step per token, each block's first a full
+    # pass.
     assert sizes == [51, *[8] * 7, 51, *[8] * 3, 51, *[8] * 7]
 
 
 def test_a_canvas_without_masks_is_its_own_answer(
     llada: LLM, reference: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Without a forward pass of its own, alone and beside others."""
+    """A request without masks takes no forward pass, and gets the same answer beside others."""
     given = list(range(40, 60))
     sizes = count_forwards(llada, monkeypatch)
     whole = sampling(20, diffusion_canvas=given)
@@ -187,7 +188,7 @@ def test_a_stop_token_of_the_canvas_ends_the_response(llada: LLM, reference: Mod
 
 
 def test_fixed_tokens_stream_in_order(llada: LLM, reference: Model) -> None:
-    """A fixed token comes with what is final before it: the first ones at once."""
+    """A fixed token is streamed as soon as everything before it is final."""
     mask = reference.mask_id
     canvas = [21, 22, mask, 24, 25, mask, mask, 28]
     engine = llada.llm_engine
@@ -199,7 +200,7 @@ def test_fixed_tokens_stream_in_order(llada: LLM, reference: Model) -> None:
     whole = seen[-1]
     assert len(whole) == 10 and [whole[i] for i in (0, 1, 3, 4, 7)] == [21, 22, 24, 25, 28]
     assert all(part == whole[: len(part)] for part in seen)
-    # Blocks of two: the first is fixed; with the third position the fourth and fifth are final.
+    # Blocks of two: all of the first is fixed, and the third position makes the next two final.
     assert [len(part) for part in seen if part][:2] == [5, 6]
 
 
@@ -253,17 +254,17 @@ def test_logprobs_are_of_the_logits_before_constraints(llada: LLM) -> None:
 
 
 def test_default_length_with_a_canvas(llada: LLM, reference: Model) -> None:
-    """A canvas does not change the length: the rest is the model's to write."""
+    """A canvas does not change the default length: the model writes the rest."""
     params = sampling(1, diffusion_canvas=[7, 8], diffusion_threshold=0.01)
     params.max_tokens = None
-    # Of the second, the context leaves no more.
+    # After the second prompt, the context has room for no more than 12.
     long, short = generate(llada, [[1, 2], [1] * 500], [params] * 2)
     assert len(long) == 256 and len(short) == 12
     assert long[:2] == short[:2] == [7, 8]
 
 
 def test_mask_ids_of_a_prompt_are_text(llada: LLM, reference: Model) -> None:
-    """They are seen as masks and never written to; the answer is the reference's."""
+    """Mask ids in a prompt look like masks to the model, but are never replaced by tokens."""
     mask = reference.mask_id
     prompts = [[5, mask, 6, mask, mask], [mask, 9, 9], [7] * 40 + [mask] * 30]
     for policy in ("none", "prefix", "dual", "sparse"):
@@ -282,7 +283,7 @@ def test_mask_ids_of_a_prompt_are_text(llada: LLM, reference: Model) -> None:
 
 # -------------------------------------------------------------------------------------- refusals
 
-#: Parameters that cannot be kept, and what the message must say. MASK stands for the mask id.
+#: Parameters that cannot be honoured, and a pattern of the message. MASK stands for the mask id.
 MASK = "mask"
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "allowed: the mask id": ({"allowed_token_ids": [MASK]}, "allowed_token_ids must hold a token"),
@@ -338,12 +339,12 @@ def test_what_cannot_be_kept_is_refused(llada: LLM, reference: Model, name: str)
     params._bad_words_token_ids = words
     with pytest.raises((ValueError, VLLMValidationError), match=message):
         generate(llada, [[1, 2, 3]], [params])
-    assert generate(llada, [[1, 2, 3]], [sampling(4)])  # and nothing is left behind
+    assert generate(llada, [[1, 2, 3]], [sampling(4)])  # nothing is left behind
 
 
 # Last: it starts an engine of its own, which ends the one that the tests above share.
 def test_every_row_of_the_table_offline() -> None:
-    """docs/parameters.md: each field of `SamplingParams`, on the embedded model."""
+    """Each field of `SamplingParams` is accepted or refused as docs/parameters.md says."""
     rows = table("parameters", PARAMETERS)
     answers = {str(code(r["parameter"])): r["answer"] for r in rows if "S" in r["of"].split()}
     assert ACCEPTED_OFFLINE.keys() | REFUSED_OFFLINE.keys() == answers.keys()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of docs/deployment.md and the files for Kubernetes, checked without being run."""
+"""The commands of docs/deployment.md and the Kubernetes files are valid; they are not run."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ SCALING = dict(zip(("run", "measure"), load(EXAMPLES / "scaling", "run", "measur
 
 
 def commands() -> list[list[str]]:
-    """Return the words of each command of the page."""
+    """Return the words of each command on the page."""
     found = []
     for block in re.findall(r"```bash\n(.*?)```", PAGE, flags=re.DOTALL):
         for line in block.replace("\\\n", " ").splitlines():
             words = shlex.split(line.removesuffix("&"))
-            # Lines of the shell alone, which sets a variable or waits.
+            # Leave out lines that only set a variable or wait.
             if words != ["wait"] and without_environment(words):
                 found.append(words)
     return found
 
 
 def without_environment(words: list[str]) -> list[str]:
-    """Return a command without the variables that are set for it."""
+    """Return a command without the environment variables in front of it."""
     return [word for word in words if not re.match(r"[A-Z_]+=", word)]
 
 
 def documents(name: str) -> list[dict[str, Any]]:
-    """Return the documents of a file for Kubernetes."""
+    """Return the documents of a Kubernetes file."""
     return list(yaml.safe_load_all((KUBERNETES / name).read_text(encoding="utf-8")))
 
 
 def check_batch(arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Check a command line of ``ray_batch.py``; its input is there when it runs."""
+    """Check a command line of ``ray_batch.py``, with an existing file as its input."""
     given = tmp_path / "input.jsonl"
     given.touch()
     monkeypatch.setattr(sys, "argv", ["ray_batch.py", str(given), *arguments[1:]])
@@ -117,7 +117,7 @@ def test_ray_service_yaml() -> None:
 
 
 def test_the_application_is_built_on_a_head_without_a_gpu() -> None:
-    """As in ray-service.yaml. In a process of its own: vLLM keeps the platform it has found."""
+    """ray-service.yaml relies on it. Needs its own process: vLLM keeps the platform it found."""
     program = (
         "import vllm.platforms as platforms; platforms.builtin_platform_plugins.clear(); "
         "import ray_serve; ray_serve.application({'vllm': ['a/model', '--max-model-len=4096']}); "
@@ -146,14 +146,14 @@ def test_the_image_has_the_ray_of_the_clusters() -> None:
 
 
 def _check_cluster(cluster: dict[str, Any]) -> dict[str, Any]:
-    """Check what is common to KubeRay's clusters, return the only group of workers."""
+    """Check what KubeRay clusters have in common; return the only group of workers."""
     constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     assert f"ray=={cluster['rayVersion']}\n" in constraints
     (workers,) = cluster["workerGroupSpecs"]
     assert workers["minReplicas"] <= workers["replicas"] <= workers["maxReplicas"]
     for group in (cluster["headGroupSpec"], workers):
         _check_volumes(group["template"]["spec"])
-        # Ray takes text only.
+        # KubeRay accepts only strings here.
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
     return workers
 
@@ -188,6 +188,6 @@ def test_unknown_flags_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_default_model() -> None:
-    """The embedded model is served where none is named."""
+    """The embedded model is served if none is named."""
     parsed = ray_serve.vllm_arguments([])
     assert Path(parsed.model).name == "tiny-llada"

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server in bad company: odd requests and clients, logits that are not finite, deaths."""
+"""A server under faults: odd requests and clients, non-finite logits, processes that die."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from tests.e2e.server import Server, free_port, launch, poll, start, tiny_llada
 from tests.reference import load
 
 CONTEXT = 2048
-#: Ids with which a request finds a row of the embedding that is not finite, and one that makes
-#: the step fail which begins the request.
+#: Token ids with a non-finite row in the embedding, and an id that makes the step fail that begins
+#: its request.
 NAN, INF, FAULT = 600, 601, 602
 POLICIES = ("none", "prefix", "dual", "sparse")
 _PLUGIN = f"""
@@ -45,7 +45,7 @@ def register():
 
 
 def faulty_plugin(folder: Path) -> dict[str, str]:
-    """Write a plugin of vLLM, return the environment of a server that loads it too."""
+    """Write a vLLM plugin that fails at `FAULT`; return the environment that loads it."""
     (folder / "faulty.py").write_text(_PLUGIN)
     info = folder / "faulty-1.dist-info"
     info.mkdir()
@@ -57,7 +57,7 @@ def faulty_plugin(folder: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server of a poisoned checkpoint; the last test that uses it ends it."""
+    """A server of a poisoned checkpoint; the last test that uses it makes it end."""
     folder = tmp_path_factory.mktemp("faults")
     model = Path(shutil.copytree(tiny_llada(), folder / "model"))
     weights = load_file(model / "model.safetensors")
@@ -113,7 +113,7 @@ SPECIAL = "<|startoftext|><|mask|> a<|eot_id|><|user|><|endoftext|><|mask|>"
 
 
 def test_names_of_special_tokens_are_those_tokens(server: Server) -> None:
-    """A prompt with them is the prompt of their ids; the answer has no mask in it."""
+    """A prompt with names of special tokens equals one with their ids; answers contain no mask."""
     mask = load(tiny_llada()).mask_id
     given = {"model": "tiny", "prompt": SPECIAL, "add_special_tokens": False}
     prompt = server.client.post("/tokenize", json=given).json()["tokens"]
@@ -130,7 +130,7 @@ def test_names_of_special_tokens_are_those_tokens(server: Server) -> None:
 
 
 def test_empty_prompts(server: Server) -> None:
-    """Nothing at all is refused; an empty message is a prompt, of the template's tokens."""
+    """An empty prompt is refused, an empty message is not: the chat template adds tokens."""
     for empty in ("", [], [""], [[]], [[7], []]):
         response = server.post("completions", **body(empty, 4))
         assert response.status_code == 400, (empty, response.text)
@@ -141,7 +141,7 @@ def test_empty_prompts(server: Server) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_prompts_at_the_limit(server: Server, policy: str) -> None:
-    """One token is left; what is more than that is cut by vLLM, or refused."""
+    """A prompt may leave room for one token: vLLM lowers max_tokens, but refuses longer prompts."""
     at_most = body(ids(1, CONTEXT - 1), 1, cache_policy=policy)
     [token] = tokens_of(server, at_most)
     assert tokens_of(server, {**at_most, "max_tokens": 2}) == [token]
@@ -153,7 +153,7 @@ def test_prompts_at_the_limit(server: Server, policy: str) -> None:
 
 @pytest.mark.parametrize("stop", ["数据", "據 🙂", "é д", "🙂"])
 def test_a_unicode_stop_string_across_commits(server: Server, stop: str) -> None:
-    """A token is a byte here, and a grammar commits one a step: characters take several."""
+    """Characters take several steps: tokens are bytes here, and a grammar commits one per step."""
     text = "ab數據 🙂 数据é дz"
     request: dict[str, Any] = {"prompt": ids(3, 9), "max_tokens": 64, "stop": [stop]}
     request["structured_outputs"] = {"choice": [text]}
@@ -183,7 +183,7 @@ def test_thousands_of_tiny_requests(server: Server) -> None:
 
 @contextmanager
 def silent_client(server: Server, **request: Any) -> Iterator[socket.socket]:
-    """Send a completion request and read nothing of its answer."""
+    """Send a completion request without reading its answer."""
     content = json.dumps({"model": "tiny", **request}).encode()
     head = (
         "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
@@ -198,7 +198,7 @@ def silent_client(server: Server, **request: Any) -> Iterator[socket.socket]:
 
 
 def test_slow_readers_hold_nobody_up(server: Server) -> None:
-    """While one reads nothing of megabytes, others are served; then it gets all of them."""
+    """While a client leaves megabytes unread, others are served; then it receives its answer."""
     others = [body(ids(n, 40), 48, cache_policy=policy) for n, policy in enumerate(POLICIES)]
     expected = [tokens_of(server, request) for request in others]
     count, canvas = 128, [500] * 1500
@@ -210,7 +210,7 @@ def test_slow_readers_hold_nobody_up(server: Server) -> None:
         wait_until_idle(server)
         slow.settimeout(120)
         received = b"".join(iter(lambda: slow.recv(1 << 20), b""))
-    # More than the connection can hold by itself.
+    # More than the connection can buffer.
     assert len(received) > 6 << 20
     assert received.count(b"data: [DONE]") == 1
     assert received.count(b'"finish_reason":"length"') == count
@@ -239,7 +239,7 @@ def test_vanishing_clients_leave_nothing(server: Server, stream: bool) -> None:
 
 
 def test_logits_that_are_not_finite_fail_their_request_alone(server: Server) -> None:
-    """HTTP 500, or a stream's error event; others in the batch, and after it, are unchanged."""
+    """They give HTTP 500 or an error event; other requests, then and later, are unchanged."""
     others = [
         body(ids(n, 40), 160, cache_policy=policy, block_length=16)
         for n, policy in enumerate(POLICIES)
@@ -262,11 +262,11 @@ def test_logits_that_are_not_finite_fail_their_request_alone(server: Server) -> 
             for poison, stream in ((NAN, False), (INF, True)):
                 bad = body([*ids(9, 60), poison], 40, cache_policy=policy)
                 check_error(server.post("completions", **bad, stream=stream), stream)
-        # One of several prompts: they are one request to the client, and fail together.
+        # Several prompts in one HTTP request fail together, even if only one is bad.
         check_error(server.post("completions", **body([ids(1, 9), [NAN]], 8)), False)
         assert [answer.result() for answer in asked] == expected
     wait_until_idle(server)
-    # Their pages have been written to by the failed ones.
+    # Again, on pages that the failed requests wrote to.
     assert [tokens_of(server, request) for request in others] == expected
     assert server.metric("vllm:diffusion_request_failures_total", cause="logits") == 9
     assert "logits" in server.log.read_text()
@@ -276,7 +276,7 @@ def test_logits_that_are_not_finite_fail_their_request_alone(server: Server) -> 
 
 
 def check_errors(server: Server, kill: Callable[[], Any]) -> None:
-    """Check that six requests that run get an error."""
+    """Check that six running requests get an error after ``kill`` is called."""
 
     def ask(number: int) -> httpx.Response:
         request = body(ids(number, 100), 1900, cache_policy="none")
@@ -291,7 +291,7 @@ def check_errors(server: Server, kill: Callable[[], Any]) -> None:
 
 
 def check_death(server: Server, kill: Callable[[], Any]) -> None:
-    """Check that requests that run get an error, and that the server ends, with one too."""
+    """Check that running requests get an error, and that the server ends with an error status."""
     processes = psutil.Process(server.process.pid).children(recursive=True)
     check_errors(server, kill)
     assert server.process.wait(timeout=300) not in (0, None)
@@ -300,14 +300,14 @@ def check_death(server: Server, kill: Callable[[], Any]) -> None:
 
 
 def process_of(server: Server, name: str) -> psutil.Process:
-    """Return the one process of a server that has a name."""
+    """Return the only process of a server whose command line contains a name."""
     children = psutil.Process(server.process.pid).children(recursive=True)
     [process] = [child for child in children if name in "".join(child.cmdline())]
     return process
 
 
 def test_an_exception_inside_a_step_ends_the_server(server: Server) -> None:
-    """Comes last of those that share a server."""
+    """Must be the last test that uses the shared server."""
     check_death(server, lambda: check_error(server.post("completions", **body([FAULT], 4)), False))
     assert "a fault inside a step" in server.log.read_text()
 
@@ -327,7 +327,7 @@ def test_a_killed_process_ends_the_server(
 
 
 def test_a_server_may_outlive_its_engine(tmp_path: Path) -> None:
-    """It refuses to work, and ends like any other."""
+    """A server that is told to outlive its engine answers with errors, and stops as usual."""
     environment = {"VLLM_KEEP_ALIVE_ON_ENGINE_DEATH": "1"}
     server = start(tmp_path / "server.log", tiny_llada(), **environment)
     try:

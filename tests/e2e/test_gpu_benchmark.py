@@ -20,7 +20,7 @@ from tests.scripts import EXAMPLES, load
 
 SCRIPT = ROOT / "examples" / "benchmarks" / "gpu.py"
 PRETENDED = Path(__file__).with_name("pretended")
-#: Nothing is left out for want of time.
+#: The budget is large enough that nothing is left out for lack of time.
 TINY = ("--device", "cpu", "--size", "tiny", "--repeats", "2", "--ceilings", "0.01")
 TINY += ("--budget", "900")
 bundle, CASES = load(EXAMPLES / "benchmarks", "bundle", "gpu_cases")
@@ -32,7 +32,7 @@ def result_of(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run everything on one engine, beside the baseline."""
+    """Run all groups but ``memory`` on one engine, and the baseline; return the output folder."""
     folder = tmp_path_factory.mktemp("gpu")
     groups = "contexts,steps,long,batches,baseline"
     command = [sys.executable, str(SCRIPT), *TINY, "--groups", groups, "--output", str(folder)]
@@ -66,9 +66,9 @@ def test_every_contender_at_every_size(result: dict[str, Any]) -> None:
             for length in (32, 48)
         },
     }
-    # What many requests write of their canvas they have written, or the run would have failed.
-    # Full passes of the policy without a cache are scaled up from fewer steps, and what many
-    # requests take from a block, or from all that share a refresh.
+    # Many requests run only a part of their canvas; the run would have failed if that part had not
+    # been written. Times are scaled up: without a cache from fewer steps, and for many requests
+    # from one block, or from all blocks that share a refresh.
     scales = {
         (one["contender"], one["concurrency"]): one["scale"] for one in result["measurements"]
     }
@@ -95,7 +95,7 @@ def test_pages_are_those_of_the_policy(result: dict[str, Any]) -> None:
     }
     assert pages["engine none", 1] == 0 < pages["engine sparse", 1] <= pages["engine dual", 1]
     assert pages["engine dual", 3] == 3 * pages["engine dual", 1]
-    # What is not the engine has no pages.
+    # Only the engine has pages.
     assert pages["baseline dual", 1] == 0
 
 
@@ -128,7 +128,7 @@ def test_report(folder: Path, result: dict[str, Any]) -> None:
         *(run["machine"]["torch"], run["machine"]["name"], f"`{run['command']}`"),
     ):
         assert part in text, part
-    # A CPU is not the card of the targets.
+    # The targets are for a GPU, so on a CPU they are neither met nor missed.
     assert all(one["holds"] is None for one in result["targets"])
     missing = [one["figure"] for one in result["targets"] if one["value"] is None]
     assert len(missing) == 1 and "peak memory" in missing[0]
@@ -137,11 +137,11 @@ def test_report(folder: Path, result: dict[str, Any]) -> None:
 
 @pytest.mark.skipif(why_not_apart() is not None, reason=f"{why_not_apart()}")
 def test_archive_runs_without_vllm(tmp_path: Path, folder: Path) -> None:
-    """With the plugin's CUDA worker, kernels for the GPU, and none of vLLM's operators.
+    """The archive runs with the plugin's CUDA worker and GPU kernels, without vLLM's operators.
 
-    In an environment with PyTorch, Triton, transformers and what they require, and nothing else.
-    vLLM finds a card there, whose tensors are apart from those of the host (`apart`); all that
-    its own worker does at start is done, and block steps go the way of those that are captured.
+    Its environment has PyTorch, Triton, transformers and what they require, and nothing else.
+    vLLM finds a simulated GPU there, with its own memory (`apart`). vLLM's own worker does all
+    that it does at start, and block steps take the path of captured ones.
     """
     archive = tmp_path / "bundle.tar"
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
@@ -161,7 +161,7 @@ def test_archive_runs_without_vllm(tmp_path: Path, folder: Path) -> None:
             *("--options", json.dumps(options), "--output", str(output)),
         ],
         environment=clean_environment(
-            # Triton is to work without a driver.
+            # Triton must work without a driver.
             CUDA_VISIBLE_DEVICES="",
             PYTHON=str(python),
             PYTHONPATH=str(PRETENDED),
@@ -172,7 +172,7 @@ def test_archive_runs_without_vllm(tmp_path: Path, folder: Path) -> None:
     result = result_of(output)
     assert result["skipped"] == []
     (memory,) = result["memory"]
-    # The peak is what the card says.
+    # The peak is what the simulated GPU reports.
     assert memory["prompt"] == 48 and memory["weights"] > 0 < memory["pool"]
     assert memory["peak"] == 4 << 30
     (log,) = output.glob("*engine-1.log")
@@ -187,7 +187,7 @@ def test_archive_runs_without_vllm(tmp_path: Path, folder: Path) -> None:
 
 
 def bare_environment(path: Path, present: set[str]) -> Path:
-    """Make an environment that has these distributions of ours alone; return its Python."""
+    """Make an environment with only the given distributions of this one; return its Python."""
     venv.create(path, with_pip=False)
     (site,) = path.glob("lib/python*/site-packages")
     for name in present:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Captured block steps: replayed on what is in their tensors, they give the eager tokens."""
+"""Captured block steps: replays give the tokens of eager steps, and wait for the device once."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ from vllm_sparse_dllm.transfer import HostArrays
 VOCAB, BLOCK = 320, 8
 MASK = special_ids(VOCAB)["mask"]
 SIZES = [1, 3, 6]
-#: Of the CPU, where an engine sets it by itself.
+#: The page size that an engine chooses by itself on a CPU.
 PAGE = 32
 
 
 class Graphed:
-    """An engine on a CPU that believes in graphs, and what it replayed.
+    """An engine on a CPU that captures block steps, and a record of its replays.
 
     Attributes:
         llm: The engine.
         runner: Its runner.
-        reference: The slow twin.
-        replayed: Size of the graph of each step, 0 where the model was run.
-        strays: Slots that a replay changed and should not have.
-        finite: Whether all hidden states were finite, those of padding too.
+        reference: The slow reference model.
+        replayed: For each step, the size of the replayed graph, or 0 if the step ran eagerly.
+        strays: Slots that a replay changed but should not have.
+        finite: Whether all hidden states of replays were finite, including those of padding.
     """
 
     def __init__(self, llm: LLM, reference: Model) -> None:
@@ -89,7 +89,7 @@ class Graphed:
         return lambda: self.replay(size, graph, replay)
 
     def replay(self, size: int, graph: Any, replay: Any) -> None:
-        """Replay a graph, and note what it did."""
+        """Replay a graph, and record what it did."""
         self.replayed.append(size)
         backend = self.runner.backend
         before = [pool.clone() for pool in backend._slots]
@@ -124,7 +124,7 @@ def graphed(
         mlp=128,
     )
     with pytest.MonkeyPatch.context() as patch:
-        # The host is to be a device that has to be sent things.
+        # Make the host act as a device that arrays must be copied to.
         patch.setattr(graphs, "HostArrays", partial(HostArrays, staged=True))
         with running_engine(
             str(path),
@@ -139,7 +139,7 @@ def graphed(
 
 
 def cases_for(graphed: Graphed, seed: int, num: int) -> list[Case]:
-    """Cases of all kinds, most of them with the block length that graphs are for."""
+    """Return cases of all kinds, most of them with the block length of the graphs."""
     rng = random.Random(seed)
     guided = graphed.runner.traits.supports_guidance
     every = greedy_cases(seed, VOCAB) + drawn_cases(seed, VOCAB, guided)
@@ -155,7 +155,7 @@ def cases_for(graphed: Graphed, seed: int, num: int) -> list[Case]:
 
 
 def test_tokens_are_those_of_eager_steps_and_the_reference(graphed: Graphed) -> None:
-    """Requests of all kinds join and leave."""
+    """Holds while requests of all kinds join and leave the batch."""
     cases = cases_for(graphed, 1, 16)
     expected = graphed.eager(cases)
     assert expected == [case.expected(graphed.reference, PAGE) for case in cases]
@@ -166,7 +166,7 @@ def test_tokens_are_those_of_eager_steps_and_the_reference(graphed: Graphed) -> 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_batches_of_all_sizes_follow_each_other(graphed: Graphed, seed: int) -> None:
-    """Hardly anything but block steps, of requests that join, leave and have short last blocks."""
+    """Almost only block steps, of requests that join, leave and may have a short last block."""
     rng = random.Random(seed)
     variants: list[dict[str, Any]] = [
         {"cache_policy": "dual"},
@@ -189,7 +189,7 @@ def test_batches_of_all_sizes_follow_each_other(graphed: Graphed, seed: int) -> 
     expected = graphed.eager(cases)
     assert expected == [case.expected(graphed.reference, PAGE) for case in cases]
     assert run_staggered(graphed.llm, cases, rng) == expected
-    # How many meet in a step is a matter of time: the runner takes several while it has some.
+    # How many requests share a step depends on timing: the runner takes several steps by itself.
     assert max(graphed.replayed) > 1
     graphed.replayed.clear()
     alone = generate(graphed.llm, [cases[0].prompt], [cases[0].sampling()])
@@ -209,7 +209,7 @@ def test_each_step_takes_the_smallest_graph_that_holds_it(graphed: Graphed) -> N
         outputs = generate(graphed.llm, [c.prompt for c in cases], [c.sampling() for c in cases])
         assert outputs == expected
         size = next((size for size in SIZES if size >= num), 0)
-        # One refresh, or more where they do not fit the budget; then block steps.
+        # One step of refreshes, or more if they exceed the budget; then block steps.
         assert graphed.replayed[0] == 0
         assert graphed.replayed[-BLOCK + 2 :] == [size] * (BLOCK - 2)
         graphed.replayed.clear()
@@ -225,7 +225,7 @@ def test_each_step_takes_the_smallest_graph_that_holds_it(graphed: Graphed) -> N
         ({"block_length": 2 * BLOCK}, False),
         ({"block_length": BLOCK // 2}, True),
         ({"cache_policy": "none"}, False),
-        # Every step between the refresh and the eviction, and behind it.
+        # Every block step between the refresh and the eviction, and after the eviction.
         ({"delay_steps": 0, "eviction_delay": 3}, True),
     ],
 )
@@ -233,7 +233,7 @@ def test_what_is_replayed(graphed: Graphed, options: dict[str, Any], is_replayed
     case = Case(list(range(5, 65)), 16, {"block_length": BLOCK, **options})
     expected = graphed.eager([case])
     assert generate(graphed.llm, [case.prompt], [case.sampling()]) == expected
-    # The block in front of a short last one: `prefix` has no suffix to run then.
+    # Only the first half of the steps counts: in the last block, `prefix` has no suffix to run.
     inner = graphed.replayed[: len(graphed.replayed) // 2]
     assert (1 in inner) == is_replayed
     if "eviction_delay" in options and graphed.runner.traits.family == "LLaDA":
@@ -242,7 +242,7 @@ def test_what_is_replayed(graphed: Graphed, options: dict[str, Any], is_replayed
 
 
 def test_layers_that_keep_different_numbers_run_eagerly(graphed: Graphed) -> None:
-    """Runs of a page: a layer that takes the short last run keeps fewer."""
+    """With granularity `page`, a layer that keeps the short last run keeps fewer positions."""
     options = {"granularity": "page", "keep_ratio": 0.4, "delay_steps": 0, "block_length": BLOCK}
     cases = [Case([i + (j * j) % 50 for j in range(101)], BLOCK, options) for i in range(12)]
     expected = graphed.eager(cases)
@@ -251,7 +251,7 @@ def test_layers_that_keep_different_numbers_run_eagerly(graphed: Graphed) -> Non
         assert generate(graphed.llm, [case.prompt], [case.sampling()]) == [tokens]
         seen.append(set(graphed.replayed[1:]))
         graphed.replayed.clear()
-    # All block steps of a request, or none: where some layers take it and others do not.
+    # All block steps of a request are replayed, or none if only some layers keep the short run.
     assert all(sizes in ({0}, {1}) for sizes in seen)
     assert {0} in seen
 
@@ -279,7 +279,7 @@ def test_log_probabilities_of_replayed_steps(graphed: Graphed) -> None:
 def test_a_step_is_one_copy_there_and_one_back(
     graphed: Graphed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedy requests of all policies, eager and replayed steps; nothing else is waited for."""
+    """Greedy steps, eager or replayed, wait for nothing but a single copy back to the host."""
     there: list[int] = []
     back: list[int] = []
     others: list[str] = []
@@ -324,7 +324,7 @@ def test_a_step_is_one_copy_there_and_one_back(
     replay = graphed.replay
 
     def checked(*args: Any) -> None:
-        # What the stand-in for a graph looks at is not the step's affair.
+        # Reads by the stand-in for a graph are not the step's.
         others_before = list(others)
         replay(*args)
         others[:] = others_before
@@ -338,14 +338,14 @@ def test_a_step_is_one_copy_there_and_one_back(
             case.expected(graphed.reference, PAGE) for case in own
         ]
     assert {0, 1} <= set(graphed.replayed)
-    # The first steps may need more room than was thought.
+    # The first steps may exceed the buffer, and then need more than one copy.
     assert set(there[3:]) == {1}
     assert set(back) <= {0, 1} and 1 in back
     assert others == []
 
 
 class Waiting(recorded.TorchDispatchMode):
-    """Notes the operators that wait for a device."""
+    """Notes operators that wait for the device."""
 
     def __init__(self, noted: list[str]) -> None:
         super().__init__()
@@ -360,7 +360,7 @@ class Waiting(recorded.TorchDispatchMode):
 
 
 def test_replays_take_nothing_but_their_tensors() -> None:
-    """The stand-in for a graph: what Python would do by then does not reach it."""
+    """A replay of the stand-in for a graph ignores what the captured code would do by then."""
     source, target = torch.ones(4), torch.zeros(4)
     factor = [2.0]
 
@@ -404,7 +404,7 @@ def test_with_triton_kernels(tmp_path: Path) -> None:
 
 
 def test_sampling_is_still_the_request_s_own(graphed: Graphed) -> None:
-    """Drawn tokens under graphs: each request from its own generator, as ever."""
+    """With graphs, too, each request draws its tokens from its own generator."""
     params = [
         sampling(16, temperature=0.9, seed=i, diffusion_cache_policy="dual") for i in range(5)
     ]

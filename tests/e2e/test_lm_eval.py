@@ -28,7 +28,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def extra_of(block: Block) -> dict[str, Any]:
-    """Return the diffusion parameters that a command sends."""
+    """Return the diffusion parameters in a command."""
     found = re.search(r"--gen_kwargs '(.*)'", block.text)
     return json.loads(found[1])["vllm_xargs"] if found else {}
 
@@ -73,19 +73,19 @@ def exact_match(tmp_path_factory: pytest.TempPathFactory) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def server(exact_match: dict[str, float], default_server: Server) -> Server:
-    """The server, started when the offline answers are there."""
+    """The shared server, once the offline answers exist too."""
     return default_server
 
 
 def test_the_items_are_those_of_the_generator() -> None:
-    """If not, run examples/lm_eval/items.py."""
+    """The file of items is up to date; if not, run examples/lm_eval/items.py."""
     (items,) = load(FOLDER, "items")
     (tasks,) = load(EXAMPLES / "quality", "tasks")
     assert items.rows(tasks.held_out) == items.FILE.read_text(encoding="utf-8")
 
 
 def test_the_commands_ask_for_different_things(exact_match: dict[str, float]) -> None:
-    """Else a parameter that does not reach the server would not be noticed."""
+    """Scores differ; otherwise, parameters that do not reach the server would go unnoticed."""
     assert len(COMMANDS) == 2
     assert len(set(exact_match.values())) == 2, exact_match
     assert all(0 < score <= 1 for score in exact_match.values())

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics of an engine in this process, against values worked out by hand."""
+"""Metrics of an engine in this process equal values worked out by hand."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def llm() -> Iterator[LLM]:
 
 
 def read() -> dict[str, float]:
-    """Return all series; those with a cause as ``name/cause``."""
+    """Return the values of all series, by name, or by ``name/cause`` if they have a cause."""
     values = {}
     for family in REGISTRY.collect():
         for sample in family.samples:
@@ -39,7 +39,7 @@ def read() -> dict[str, float]:
 
 @pytest.fixture
 def grown() -> Callable[[], dict[str, float]]:
-    """Return what has grown since the test began, without what has not."""
+    """Return a function that returns the changes of all series that changed in this test."""
     before = read()
     return lambda: {k: v - before[k] for k, v in read().items() if v != before[k]}
 
@@ -60,17 +60,18 @@ def test_all_metrics_are_there_from_the_start(llm: LLM) -> None:
     assert read()["pages"] == scheduler_of(llm).block_manager.num_pages
 
 
-# Of each: the request, and what it costs. 20 tokens of prompt, and blocks of 4 if not said.
+# For each case: options of the request, and by how much the metrics grow. Prompts have 20 tokens,
+# and blocks 4 positions.
 CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
-    # Two blocks; each a full pass, a refresh and two block steps, a token each. Of the 24
-    # others a refresh keeps half.
+    # Two blocks; each has a full pass, a refresh and two block steps, which commit a token each. A
+    # refresh keeps half of the 24 positions outside the block.
     "sparse": (
         {"max_tokens": 8, "diffusion_cache_policy": "sparse"},
         {"full_passes": 4, "refreshes": 2, "block_steps": 4, "kept_positions": 24}
         | {"evicted_positions": 24, "finished_blocks": 2, "num_denoising_steps": 8 + 2}
         | {"num_canvas_positions": (8 + 2) * 4, "num_committed_tokens": 8},
     ),
-    # Whole pages of 32 positions at a time: 12 of 24 are the one run of 24.
+    # Runs of a page, 32 positions, are kept whole: the 24 positions are a single run.
     "page": (
         {
             "max_tokens": 8,
@@ -82,27 +83,27 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         | {"finished_blocks": 2, "num_denoising_steps": 8 + 2}
         | {"num_canvas_positions": (8 + 2) * 4, "num_committed_tokens": 8},
     ),
-    # The refreshes keep what lies before the block, and nothing else could be kept.
+    # Refreshes keep all positions before the block; those after it are no candidates.
     "prefix": (
         {"max_tokens": 8, "diffusion_cache_policy": "prefix"},
         {"full_passes": 2, "refreshes": 2, "block_steps": 6, "kept_positions": 20 + 24}
         | {"finished_blocks": 2, "num_denoising_steps": 8 + 2}
         | {"num_canvas_positions": (8 + 2) * 4, "num_committed_tokens": 8},
     ),
-    # Blocks of 4 and 2, with 2 steps and 1 step: 2, 2 and 2 tokens.
+    # Blocks of 4 and 2, with 2 steps and 1 step, which commit 2 tokens each.
     "none": (
         {"max_tokens": 6, "diffusion_cache_policy": "none", "diffusion_steps": 3},
         {"full_passes": 3, "finished_blocks": 2, "num_denoising_steps": 3 + 2}
         | {"num_canvas_positions": 4 + 4 + 2 + 4 + 2, "num_committed_tokens": 6},
     ),
-    # Two sequences, each with its cache; but one denoising step.
+    # Two sequences, each with its own cache, share their denoising steps.
     "guided": (
         {"max_tokens": 4, "diffusion_cache_policy": "dual", "diffusion_cfg_scale": 1.0},
         {"full_passes": 1, "refreshes": 1, "block_steps": 3, "kept_positions": 2 * 20}
         | {"finished_blocks": 1, "num_denoising_steps": 4 + 1}
         | {"num_canvas_positions": (4 + 1) * 4, "num_committed_tokens": 4},
     ),
-    # The refresh keeps all 24 others; what stays of them is settled in the second block step.
+    # The refresh keeps all 24 other positions; the second block step chooses 6 of them.
     "late eviction": (
         {
             "max_tokens": 8,
@@ -115,7 +116,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         | {"evicted_positions": 2 * 18, "finished_blocks": 2, "num_denoising_steps": 8 + 2}
         | {"num_canvas_positions": (8 + 2) * 4, "num_committed_tokens": 8},
     ),
-    # The blocks end before that: nothing is settled, all stays.
+    # The blocks end before the eviction: all positions stay, and none are counted.
     "too late eviction": (
         {
             "max_tokens": 8,
@@ -127,8 +128,8 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         | {"num_denoising_steps": 8 + 2, "num_canvas_positions": (8 + 2) * 4}
         | {"num_committed_tokens": 8},
     ),
-    # Of three blocks the second goes on with the first one's cache; the keys that it appends
-    # are no refresh, nor is anything evicted for them.
+    # The second of three blocks continues with the first one's cache; appending keys to it counts
+    # neither as a refresh nor as an eviction.
     "refresh interval": (
         {
             "max_tokens": 12,
@@ -139,7 +140,7 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, int]]] = {
         | {"finished_blocks": 3, "num_denoising_steps": 12 + 3}
         | {"num_canvas_positions": (12 + 3) * 4, "num_committed_tokens": 12},
     ),
-    # The first block does not see the second: half of 20, then half of 24.
+    # The first block does not see the second, so half of 20 is kept, then half of 24.
     "suffix window": (
         {"max_tokens": 8, "diffusion_cache_policy": "sparse", "diffusion_suffix_window": 0},
         {"full_passes": 4, "refreshes": 2, "block_steps": 4, "kept_positions": 10 + 12}
@@ -157,7 +158,7 @@ def test_one_request(llm: LLM, grown: Callable[[], dict[str, float]], name: str)
 
 
 def test_requests_add_up(llm: LLM, grown: Callable[[], dict[str, float]]) -> None:
-    """All at once, in bursts and out of them: the sum of each alone. Two run, three wait."""
+    """Requests at once, of which at most two run, count as the sum of what each counts alone."""
     run(llm, 20, *({"diffusion_block_length": 4, **options} for options, _ in CASES.values()))
     found = grown()
     assert found.pop("queued_request_steps/max_num_seqs") > 0
@@ -174,7 +175,7 @@ def test_a_refused_request(llm: LLM, grown: Callable[[], dict[str, float]]) -> N
 
 
 def test_pages_held(llm: LLM) -> None:
-    """20 + 44 positions: all of them but a block, and the block, are two pages."""
+    """All of the 20 + 44 positions, those of the block included, take two pages."""
     engine = llm.llm_engine
     params = sampling(44, diffusion_cache_policy="dual", diffusion_block_length=4)
     engine.add_request("r", {"prompt_token_ids": [77] * 20}, params)
@@ -189,13 +190,13 @@ def test_the_log_line(llm: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     manager = llm.llm_engine.logger_manager
     assert manager is not None
     lines: list[str] = []
-    # vLLM's own logging, every ten seconds, must not come between.
+    # vLLM's own logging, every ten seconds, must not interfere.
     monkeypatch.setattr(llm.llm_engine, "do_log_stats_with_interval", lambda: None)
     manager.log()
     monkeypatch.setattr(metrics.logger, "info", lambda text, *args: lines.append(text % args))
     run(llm, 20, {"max_tokens": 8, "diffusion_block_length": 4})
     manager.log()
-    manager.log()  # nothing has happened since
+    manager.log()  # nothing has happened since, so there is no line
     assert lines == [
         "Engine 000: Diffusion: 1.00 tokens committed a step, block steps: 4, full passes: 4 "
         "(refreshes: 2), pages held: 0 of 255"

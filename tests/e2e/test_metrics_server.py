@@ -45,7 +45,7 @@ def body(name: str, trace: int | None = None) -> dict[str, Any]:
 
 
 def collected(parts: Iterator[dict[str, Any]]) -> dict[int, Answer]:
-    """Return the choices of a stream put together."""
+    """Return the choices of a stream, by index, with their chunks joined."""
     choices: dict[int, Answer] = {}
     for part in parts:
         for choice in part["choices"]:
@@ -66,7 +66,7 @@ def approx(trace: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", REQUESTS)
 def test_completions(server: Server, name: str) -> None:
-    """Streamed and not, each choice has its trace. `test_trace` has what is in it."""
+    """Each choice has its trace, streamed or not; `test_trace` checks what is in it."""
     answer = server.answer("completions", **body(name, 2), logprobs=0)
     assert answer["kv_transfer_params"] is None
     with server.streamed("completions", **body(name, 2)) as parts:
@@ -158,7 +158,7 @@ def test_endpoints_that_cannot_tell_refuse_to(
 
 
 def test_a_client_that_leaves_frees_its_pages(server: Server) -> None:
-    """Its request ends where it was: without an abort all positions would be committed."""
+    """When a client leaves, its request is aborted: not all of its positions are committed."""
     length, committed = 1900, "vllm:diffusion_num_committed_tokens_total"
     request = {"prompt": PROMPT, "max_tokens": length, "ignore_eos": True}
     extra = {"diffusion_trace": 2, "diffusion_block_length": 4}
@@ -181,7 +181,7 @@ def test_every_metric_is_published(server: Server) -> None:
 
 
 def test_a_request_is_counted(server: Server) -> None:
-    """As `test_metrics` has it by hand, and as the trace has it; whichever process answers."""
+    """Counts equal those of `test_metrics` and of the trace, whichever API process answers."""
 
     def read() -> dict[str, float]:
         return {m.name: server.metric(m.sample) for m in METRICS}

@@ -6,7 +6,8 @@ from __future__ import annotations
 from tests.e2e.openapi import check_endpoints, check_odd_values
 from tests.e2e.server import Server, poll
 
-#: Requests an endpoint and mode, and one of how many odd values; `make soak` sends more.
+#: Requests per endpoint and kind (valid or invalid); and, of requests with odd values, one in how
+#: many is sent. `make soak` sends more.
 EXAMPLES, EVERY = 40, 11
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenCompass reads the configurations, and its model classes ask a server as they say."""
+"""OpenCompass loads the configurations, and its model classes send the requests they describe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.e2e.server import ROOT, Server, run_program, running_server, tiny_lla
 FOLDER = ROOT / "examples" / "opencompass"
 PYTHON = ROOT / ".venv-opencompass" / "bin" / "python"
 BEGIN = "<|startoftext|>"
-#: What the paper decodes with, written out once more.
+#: The paper's decoding settings, written out independently of the configurations.
 PAPER = {
     "diffusion_cache_policy": "sparse",
     "diffusion_keep_ratio": 0.5,
@@ -33,7 +33,7 @@ DREAM = {
     "seed": 2025,
     "vllm_xargs": {**PAPER, "diffusion_remasking": "entropy"},
 }
-#: Text before the question, and parameters.
+#: For each configuration, text in front of the question, and request parameters.
 EXPECTED: dict[str, tuple[str, dict[str, Any]]] = {
     "llada_8b_instruct": ("", LLADA),
     "llada_1_5": ("", LLADA),
@@ -49,7 +49,7 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """A server whose own settings are others than the paper's."""
+    """A server whose own settings differ from the paper's."""
     settings = {
         "sparse_dllm": {
             "cache_policy": "none",
@@ -72,10 +72,10 @@ def completion(server: Server, prompt: str, **options: Any) -> str:
 
 
 def test_configurations(server: Server) -> None:
-    """All load and resolve, and one question through each is the completion it stands for."""
+    """All configurations load, and a question asked through each gets the expected completion."""
     lines = (ROOT / "examples" / "lm_eval" / "recall.jsonl").read_text().splitlines()
     asked = [f"<|user|>{json.loads(line)['question']}<|eot_id|><|assistant|>" for line in lines]
-    # One whose answer tells the paper's settings from the server's.
+    # A question whose answer differs between the paper's settings and the server's.
     question = next(
         text
         for text in asked

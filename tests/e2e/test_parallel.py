@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Several devices: tensor parallelism token for token, over both executors; replicas.
+"""Several devices: tensor parallelism gives one device's tokens with both executors; replicas.
 
-With ``ALL_LAYOUTS=1`` in the environment, every combination of executor, model, and key/value
-heads split or replicated; without, each of them at least once.
+With ``ALL_LAYOUTS=1`` in the environment, every combination of executor, model, and key/value heads
+split or replicated is run; otherwise, each of these values at least once.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ from tests.reference.grammars import Grammar
 from vllm_sparse_dllm.plugin import RAY_ON_CPU
 from vllm_sparse_dllm.settings import SALIENCIES
 
-#: Ranks divide the machine, as they would without other tests beside them.
+#: Ranks divide all of the machine's cores, as without other tests at the same time.
 pytestmark = pytest.mark.usefixtures("all_cores")
 
 NAMES = list(LAYOUTS)
@@ -65,7 +65,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> Iterator[dict[str, Result]]:
-    """Return each layout's result, made when the first of its backend is asked for."""
+    """Return each layout's result; the first access runs all layouts of the same backend."""
     yield _Results(folder)
 
 
@@ -87,7 +87,7 @@ class _Results(dict[str, Result]):
 
 
 def _near_tie(model: Model, case: Case, output: list[int]) -> bool:
-    """Return whether weights of another rounding give these tokens, or any but the model's own.
+    """Return whether rounding weights differently gives these tokens, or changes tokens at all.
 
     Ranks add up floating-point numbers in another order than one device does.
     """
@@ -130,7 +130,7 @@ def test_layouts_have_every_policy_and_choice() -> None:
 def test_tokens_are_those_of_one_device(
     name: str, results: dict[str, Result], folder: Path
 ) -> None:
-    """Those of the reference, which `test_tokens` compares one device with."""
+    """Compared with the reference, which `test_tokens` compares one device with."""
     layout, result = LAYOUTS[name], results[name]
     model = load(layout.write(folder))
     different = [
@@ -174,7 +174,7 @@ def test_pages_hold_the_heads_of_a_rank(name: str, results: dict[str, Result]) -
 
 @pytest.mark.parametrize("name", NAMES)
 def test_ranks_share_the_cores(name: str, results: dict[str, Result]) -> None:
-    """None is idle, and as long as there is one for each rank none has two."""
+    """Every rank has cores of its own, or shares some if there are fewer cores than ranks."""
     cores = results[name].cores
     assert all(cores)
     if len(os.sched_getaffinity(0)) >= len(cores):
@@ -220,12 +220,12 @@ def test_refused_at_start(
         EngineArgs(str(path), skip_tokenizer_init=True, **options).create_engine_config()
 
 
-# The commands of the README.
+# The README's commands.
 
 
 @contextmanager
 def readme_server(block: Block, log: Path, **environment: str) -> Iterator[Server]:
-    """Start a server as the README says, and stop it as a service manager does."""
+    """Run a server by a command of the README, and stop it as a service manager does."""
     port = free_port()
     with log.open("wb") as out:
         process = subprocess.Popen(
@@ -247,8 +247,8 @@ def readme_server(block: Block, log: Path, **environment: str) -> Iterator[Serve
 
 @pytest.fixture(scope="module")
 def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """Start Ray as the README says, in the foreground; return what finds and allows it."""
-    # The path of a socket must be short; and other clusters' files are elsewhere.
+    """Run Ray by the README's command, in the foreground; return the environment to use it with."""
+    # Paths of sockets must be short, and clusters must not share files.
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     exported = dict(re.findall(r"^export (\w+)=(\w+)$", RAY[0].text, flags=re.MULTILINE))
     port, client_port = free_port(), free_port()
@@ -278,7 +278,7 @@ def ray_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
         shutil.rmtree(folder, ignore_errors=True)
 
 
-#: One of the tasks that the embedded model has learnt, and what it answers.
+#: A task that the embedded model has learnt, and its answer.
 REQUEST = {
     "model": "tiny-llada",
     "prompt": "<|startoftext|><|user|> default used [ file name object list ] method class given "
@@ -290,7 +290,7 @@ ANSWER = "file name object list"
 
 
 def check_answers(server: Server, replicas: int) -> None:
-    """Send requests at once: all are answered, and every replica has worked."""
+    """Send requests at once; check that all are answered and that every replica has worked."""
     with ThreadPoolExecutor(8) as pool:
         answers = pool.map(lambda _: server.answer("completions", **REQUEST), range(8))
         assert {answer["choices"][0]["text"].strip() for answer in answers} == {ANSWER}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plugin in vLLM: it stays out where it must, and bad input is refused at start."""
+"""The plugin in vLLM: other models are unaffected, and bad input is refused at start."""
 
 from __future__ import annotations
 
@@ -48,12 +48,12 @@ def dream(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[Path], Path]:
-    """Copies a checkpoint, for a test to spoil."""
+    """Return a function that copies a checkpoint, so that a test can damage it."""
     return lambda source: Path(shutil.copytree(source, tmp_path / "checkpoint"))
 
 
 def config_of(model: Path, **options: Any) -> Any:
-    """Return vLLM's configuration of a model, as an engine's start makes it."""
+    """Return vLLM's configuration of a model, made as at an engine's start."""
     args = EngineArgs(str(model), skip_tokenizer_init=True, dtype="float32", **options)
     return args.create_engine_config()
 
@@ -66,7 +66,7 @@ def edit_config(model: Path, **fields: Any) -> None:
 
 
 def run_python(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run a program in a process of its own; errors are its exit status."""
+    """Run code in a process of its own; an error shows in its exit status only."""
     return subprocess.run(
         [sys.executable, "-c", code, *args],
         env=clean_environment(**environment),
@@ -77,7 +77,7 @@ def run_python(code: str, *args: str, **environment: str) -> subprocess.Complete
     )
 
 
-# (a) and (b): where the plugin is not wanted, and beside other models.
+# (a) and (b): the plugin is not loaded, or runs beside other models.
 
 
 def test_plugin_stays_out_when_not_listed() -> None:
@@ -325,7 +325,7 @@ LINEAR = {"rope_type": "linear", "factor": 4.0}
 def test_rotary_positions(
     tmp_path: Path, family: str, fields: dict[str, Any], base: Any, overridden: bool
 ) -> None:
-    """The base, whatever it is called and wherever it is set; all else of them is refused."""
+    """The rotary base is found under each name and in each place; other settings are refused."""
     model = write_checkpoint(tmp_path, family, **SMALL)
     theta = json.loads((model / "config.json").read_text())["rope_theta"]
     if not overridden:
@@ -352,7 +352,7 @@ def test_uneven_heads(llada: Path, copy: Callable[[Path], Path]) -> None:
 
 
 def test_a_moe_checkpoint_is_not_taken_for_llada(llada: Path, copy: Callable[[Path], Path]) -> None:
-    """It has the same ``model_type``; vLLM refuses its architecture."""
+    """A MoE checkpoint has the same ``model_type``, but vLLM refuses its architecture."""
     model = copy(llada)
     edit_config(model, architectures=["LLaDAMoEModelLM"])
     with pytest.raises(ValueError, match="LLaDAMoEModelLM"):
@@ -404,7 +404,7 @@ def _tensors(change: Callable[[dict[str, torch.Tensor]], None]) -> Callable[[Pat
 
 
 def _truncate(size: int) -> Callable[[Path], None]:
-    """Leave so many bytes of the file; a negative number: take so many away."""
+    """Truncate the file to ``size`` bytes; if negative, remove so many bytes from its end."""
 
     def change(model: Path) -> None:
         path = model / "model.safetensors"
@@ -415,7 +415,7 @@ def _truncate(size: int) -> Callable[[Path], None]:
 
 
 def _pickled(model: Path) -> None:
-    """Turn the file into one of torch's, and cut it in two."""
+    """Replace the file by a `torch.save` file, of which the second half is missing."""
     path = model / "pytorch_model.bin"
     torch.save(load_file(model / "model.safetensors"), path)
     (model / "model.safetensors").unlink()
@@ -507,7 +507,7 @@ def test_a_truncated_shard_is_named(tmp_path: Path) -> None:
 
 
 def test_dummy_weights(llada: Path, copy: Callable[[Path], Path]) -> None:
-    """Needs no weights at all."""
+    """Dummy weights need no file of weights."""
     model = copy(llada)
     (model / "model.safetensors").unlink()
     with running_engine(str(model), load_format="dummy") as llm:
@@ -516,7 +516,7 @@ def test_dummy_weights(llada: Path, copy: Callable[[Path], Path]) -> None:
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_sharded_checkpoint(tmp_path: Path, family: str) -> None:
-    """Three files of tensors; the configuration's ``auto_map`` names code that is not there."""
+    """Tensors are in three files; the configuration's ``auto_map`` names code that is missing."""
     model = write_checkpoint(tmp_path, family, shards=3, **SMALL)
     assert len(list(model.glob("*.safetensors"))) == 3
     assert "auto_map" in json.loads((model / "config.json").read_text())
@@ -527,7 +527,7 @@ def test_sharded_checkpoint(tmp_path: Path, family: str) -> None:
 
 @pytest.fixture(params=["products in half", "products in float32"])
 def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """What a processor multiplies decides; both ways run on all."""
+    """The processor normally decides between the two ways to multiply; all can run both."""
     wanted = request.param == "products in float32"
     wants = f"{cpu_products.__name__}.{cpu_products.wants_float32_products.__name__}"
     monkeypatch.setattr(wants, lambda dtype: wanted)
@@ -535,7 +535,7 @@ def products(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def methods_of(llm: LLM) -> list[str]:
-    """Return which classes multiply in a model of an engine in this process."""
+    """Return the names of the classes that multiply in a model of an engine in this process."""
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model
     methods = (getattr(module, "quant_method", None) for module in model.modules())
     return sorted({type(method).__name__ for method in methods if method is not None})
@@ -543,7 +543,7 @@ def methods_of(llm: LLM) -> list[str]:
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_bfloat16(tmp_path: Path, family: str, products: str) -> None:
-    """The checkpoint's own dtype is taken; all policies run, and twice alike."""
+    """The checkpoint's own dtype is used; all policies run, and give the same tokens again."""
     model = write_checkpoint(tmp_path, family, dtype=torch.bfloat16, **SMALL)
     params = [
         sampling(24, diffusion_cache_policy=policy)
@@ -566,7 +566,7 @@ def test_bfloat16(tmp_path: Path, family: str, products: str) -> None:
 
 
 def tie(model: Path) -> None:
-    """Make a checkpoint's head its embedding, which the file may say twice."""
+    """Tie a checkpoint's head to its embedding; its file still has both tensors."""
     tensors = load_file(model / "model.safetensors")
     for head, embedding, field in (
         ("model.transformer.ff_out.weight", "model.transformer.wte.weight", "weight_tying"),
@@ -591,7 +591,7 @@ def tie(model: Path) -> None:
 def test_weights_are_loaded_anew(
     tmp_path: Path, family: str, dtype: str, products: str, tied: bool
 ) -> None:
-    """In their places, from where it is asked."""
+    """Weights are replaced in place by those of the checkpoint that is named."""
     paths = [write_checkpoint(tmp_path / str(n), family, **SMALL, seed=n) for n in range(2)]
     expected = []
     for path in paths:
@@ -615,7 +615,7 @@ def test_packed_weights_are_loaded_from_checkpoints_only(llada: Path) -> None:
 
 
 def test_memory_is_free_when_an_engine_has_ended(llada: Path) -> None:
-    """Though `LLM` is still there."""
+    """Memory is freed even while the `LLM` object still exists."""
     with running_engine(str(llada)) as llm:
         generate(llm, [PROMPT], [sampling(4)])
         runner = llm.llm_engine.model_executor.driver_worker.worker.model_runner
@@ -629,7 +629,7 @@ def test_memory_is_free_when_an_engine_has_ended(llada: Path) -> None:
 
 
 def test_a_profile_has_the_steps(llada: Path, tmp_path: Path) -> None:
-    """vLLM's profiler sees each step, and stops after as many as it was told."""
+    """vLLM's profiler sees the steps, and stops after ``max_iterations`` of them."""
     options = {
         "profiler": "torch",
         "torch_profiler_dir": str(tmp_path),
@@ -676,8 +676,11 @@ TEXTS = [
 
 @pytest.fixture(scope="module")
 def dream_with_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Dream checkpoint with the files that public ones ship: no tokenizer.json, but the
-    parts of a byte-level BPE, and a configuration that names a class in code."""
+    """A Dream checkpoint with tokenizer files like those of public ones.
+
+    There is no tokenizer.json, but the parts of a byte-level BPE, and a configuration that names a
+    class in remote code.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     path = tmp_path_factory.mktemp("dream-tokenizer")
@@ -767,7 +770,7 @@ def byte_level_bpe(path: Path) -> Any:
 def test_dream_tokenizer(
     dream_with_tokenizer: Path, copy: Callable[[Path], Path], trusted: bool, named: bool
 ) -> None:
-    """Loads through vLLM without remote code, and reads and writes as Qwen2's does."""
+    """The tokenizer loads in vLLM without remote code, and encodes and decodes as Qwen2's does."""
     from vllm.tokenizers import get_tokenizer
 
     path = copy(dream_with_tokenizer)
@@ -801,7 +804,7 @@ def test_dream_tokenizer(
 
 
 def test_dream_chats(dream_with_tokenizer: Path) -> None:
-    """The checkpoint's chat template, and text from tokens."""
+    """Chats use the checkpoint's chat template, and answers have text."""
     path = dream_with_tokenizer
     expected = byte_level_bpe(path)
     prompt = "<|im_start|>user\nhello world<|im_end|>\n<|im_start|>assistant\n"
@@ -901,7 +904,7 @@ PAGE_BYTES = 2 * 32 * 2 * 32 * 4 * 2
 
 
 def test_requests_and_the_page_pool(llada: Path) -> None:
-    """What never fits is refused; what does not fit now waits, and both complete."""
+    """A request that never fits is refused; one that does not fit yet waits, and completes."""
     pool = 12
     size = (pool + 1) * PAGE_BYTES
     dual = {"diffusion_cache_policy": "dual"}

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The profiled steps really are the costliest: what they run, and how large it is."""
+"""The profiled steps are really the costliest: what they run, and how large they are."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from vllm_sparse_dllm.engine import runner as runner_module
 from vllm_sparse_dllm.engine.profiling import graph_bytes
 
 VOCAB, LAYERS, CONTEXT, BUDGET, BLOCK = 320, 3, 200, 512, 16
-#: Layers that run: the first and the last.
+#: Layers that run during profiling: the first and the last.
 PROFILED = 2
 
 
@@ -55,7 +55,7 @@ def runner_of(llm: LLM) -> Any:
 
 
 class Noted(Saliency):
-    """A saliency of somebody else's, profiled like ours."""
+    """A saliency from outside the package, which is profiled like the others."""
 
     name = "noted"
 
@@ -121,24 +121,24 @@ def test_what_is_profiled(engine: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         unregister_saliency(saliency.name)
 
-    # One row; then refreshes of the whole budget, the evictions beside refreshes of what they
-    # leave, and between them the passes that fill the cache that is evicted.
+    # One row; then, for each saliency, refreshes of the whole budget, a pass that fills the cache
+    # to be evicted, and its eviction beside refreshes of what remains of the budget.
     most = BUDGET - BUDGET % 2
     own = [BUDGET, CONTEXT, BUDGET] * num_saliencies
     assert passes == [1] + own + [most, 2 * CONTEXT, most] * guided
-    # Everything that a context has outside its block is kept, and read back.
+    # All positions of a context outside its block are kept, and read back for the eviction.
     assert max(filled) == max(moved) == max(evicted) == CONTEXT - BLOCK
     assert len(evicted) == PROFILED * (num_saliencies + 2 * guided)
     assert min(evicted) == CONTEXT - BLOCK
-    # One plan for all layers, as in a step of requests.
+    # All layers share one plan, as in steps of real requests.
     assert plans == [1] * (num_saliencies + guided)
     assert saliency.sizes.count(CONTEXT - BLOCK) >= 2 * PROFILED
-    # As many logits as there may be, with as many unconditional ones, once more for their
-    # log-probabilities.
+    # As many logits as can exist at a time, and as many unconditional ones; they are computed again
+    # for log-probabilities.
     assert logits[-2 * (1 + guided) :] == [40] * 2 * (1 + guided)
     assert max(logits) == 40
 
-    # The pages that were there before are the ones that are used.
+    # Requests use the pages that were bound before profiling.
     assert generate(engine, [[5] * 60, [6] * 90], params) == expected
 
 
@@ -152,7 +152,7 @@ def test_memory_is_held_for_graphs(engine: LLM, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(runner.model_config, "enforce_eager", False)
     sizes = runner.graph_sizes
     assert sizes == [1, 2, 3, 4, 6, 8, 12, 16]  # up to `max_num_seqs`
-    # At least residual stream and gate and up of all tokens.
+    # At least the residual stream and the gate and up projections of all tokens.
     shape = runner.model.shape
     tokens = sizes[-1] * BLOCK
     assert graph_bytes(runner) > 4 * tokens * (shape.hidden_size + 2 * shape.intermediate_size)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The quality harness in its quick mode: complete, consistent, and its page can be refreshed."""
+"""The quality harness in its quick mode: results are complete and consistent, pages updated."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ controls, evaluate, report, sweeps, tasks = load(
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder with the report of a run, and the documentation as that left it."""
+    """Return the folder with the report of a run, and the documentation page that it updated."""
     folder = tmp_path_factory.mktemp("quality")
     (folder / "page.md").write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
     command = [sys.executable, str(FOLDER / "run.py"), "--quick", "--output", str(folder)]
@@ -70,7 +70,7 @@ def test_everything_is_there(measured: Json) -> None:
 
 
 def test_cells_fill_batches() -> None:
-    """Else rows with other numbers of items would differ in tokens a second for that alone."""
+    """Items fill all batches, so that their number does not affect tokens a second."""
     scale = sweeps.Scale()
     assert not any(num % evaluate.BATCH for num in (scale.num_items, scale.num_side_items))
 
@@ -88,7 +88,7 @@ def test_figures_follow_from_the_items(measured: Json) -> None:
 
 
 def test_steps_are_counted(measured: Json) -> None:
-    """One for each position of a response, or fewer under a threshold."""
+    """A response takes one step per position, or fewer with a threshold."""
     rows = measured["parallel"]["rows"]
     steps = {
         row["name"]: row["cells"][0]["num_steps"] / sweeps.QUICK.num_side_items for row in rows
@@ -106,7 +106,7 @@ def test_keeping_all_without_delay_is_dual(measured: Json) -> None:
 
 
 def test_who_keeps_all_makes_no_difference(measured: Json) -> None:
-    """In float32, up to the order of sums."""
+    """If all positions are kept, saliencies and controls give the same answers, in float32."""
     sweep = measured["keep"]
     whole = cells(sweep, "sparse keep 1")
     for row in sweep["rows"]:
@@ -148,7 +148,7 @@ def test_paired_differences() -> None:
 
 
 def test_runs_put_together(measured: Json) -> None:
-    """Each table says what it was measured with, and only the same items are compared."""
+    """Each table names the seed of its items; rows are compared only on the same items."""
 
     def run(seed: int, *sweeps: str) -> Json:
         about = {"dtype": "float32", "seed": seed, "cores": 2, "processor": "", "quick": False}
@@ -168,7 +168,7 @@ def test_runs_put_together(measured: Json) -> None:
 
 
 def test_page_is_refreshed(folder: Path, measured: Json) -> None:
-    """The documentation has a place for each sweep, and nothing else of it changes."""
+    """The page has a place for the table of each sweep, and nothing else on it changes."""
     before, after = (path.read_text(encoding="utf-8") for path in (PAGE, folder / "page.md"))
     for name in measured:
         assert report.sweep_table(measured, name) in after
@@ -196,12 +196,12 @@ def test_items_know_their_parts(task: str) -> None:
 
 
 def run_code(code: str) -> str:
-    """Run code beside the scripts, in a process of its own."""
+    """Run code that can import the scripts, in a process of its own."""
     return run_program([sys.executable, "-c", f"import sys\nsys.path[0] = {str(FOLDER)!r}\n{code}"])
 
 
 def test_bad_arguments() -> None:
-    """Each is named before an engine starts."""
+    """Each bad argument is reported before an engine starts."""
     cases = {
         "run": {
             "--items 1": "--items must be at least 2, got 1",
@@ -241,7 +241,7 @@ def test_bad_arguments() -> None:
 
 
 def test_engines_start_without_the_controls() -> None:
-    """On a GPU an engine tries all saliencies as it starts; controls know only their items."""
+    """Engines on a GPU run all saliencies at start, and controls would not know the prompts."""
     output = run_code(
         "import run\n"
         "def start(*_):\n    print('saliencies:', *run.SALIENCIES)\n    sys.exit(0)\n"

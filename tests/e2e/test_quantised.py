@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised checkpoints: which module is quantised, and what its tensors stand for."""
+"""Quantised checkpoints: the right modules are quantised, and compute with the right weights."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def first_token(path: Path) -> torch.Tensor:
         [output] = llm.generate([prompt], params, use_tqdm=False)[0].outputs
     assert output.logprobs is not None
     [row] = output.logprobs
-    # The mask's own is minus infinity.
+    # The mask token's log-probability is minus infinity.
     found = torch.full((VOCAB,), torch.nan)
     for token, one in row.items():
         found[token] = one.logprob
@@ -66,7 +66,7 @@ def _multiply(
 def test_four_bits(
     tmp_path: Path, family: str, spared: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """GPTQ, whole and with layers left out; in place of vLLM's kernel, which wants AVX-512."""
+    """GPTQ, of all or only some layers; vLLM's kernel, which needs AVX-512, is replaced."""
     monkeypatch.setattr(CPUWNA16LinearKernel, "process_weights_after_loading", _unpack)
     monkeypatch.setattr(CPUWNA16LinearKernel, "apply_weights", _multiply)
     plain = write_checkpoint(tmp_path / "plain", family, **SIZES)
@@ -79,7 +79,7 @@ def test_four_bits(
 @pytest.mark.parametrize("spared", [False, True])
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_eight_bits(tmp_path: Path, family: str, spared: bool) -> None:
-    """Compressed-tensors' weights and activations of 8 bits, by vLLM's kernel."""
+    """Compressed-tensors' 8-bit weights and activations, with vLLM's kernel."""
     plain = write_checkpoint(tmp_path / "plain", family, **SIZES)
     other = write_checkpoint(tmp_path / "other", family, **SIZES, seed=1)
     left = (HEADS[family], *SPARED[family]) if spared else (HEADS[family],)
@@ -115,7 +115,7 @@ def test_names_in_lists_of_modules() -> None:
 
 
 def test_a_quantised_head_is_named(tmp_path: Path) -> None:
-    """LLaDA's has a name that quantisers do not leave out by themselves."""
+    """The error names the head; quantisers do not spare LLaDA's by default, because of its name."""
     plain = write_checkpoint(tmp_path / "plain", "llada", **SIZES)
     quantised, _ = quantise(plain, tmp_path, "int8", head=True)
     message = r"ff_out\.weight_scale that this model has not: lm_head is not quantised in vLLM"
@@ -124,7 +124,7 @@ def test_a_quantised_head_is_named(tmp_path: Path) -> None:
 
 
 def test_tensors_without_a_use(tmp_path: Path) -> None:
-    """Scales of a KV cache and biases of zeros are passed over, other biases are not."""
+    """Scales of a KV cache and biases of zeros are ignored; other biases are refused."""
     from safetensors.torch import load_file, save_file
 
     plain = write_checkpoint(tmp_path / "plain", "dream", **SIZES)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What explores further rankings agrees with the reference where that has them."""
+"""The script that explores rankings agrees with the reference on those that both have."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def path(request: pytest.FixtureRequest) -> Path:
 
 
 def naive(saliency: str, view: Any) -> torch.Tensor:
-    """Return what the reference makes of the same queries and keys."""
+    """Return the reference's scores for the same queries and keys."""
     block, others = view.queries[:, view.block], torch.arange(view.prompt)
     end = view.queries[:, max(0, view.prompt - WINDOW) : view.prompt]
     return worth(saliency, [block, end], view.keys, others, view.prompt)
@@ -39,10 +39,10 @@ def naive(saliency: str, view: Any) -> torch.Tensor:
     [("published (`paper`)", "paper"), ("`attention`", "attention"), ("`window`", "window")],
 )
 def test_known_methods(path: Path, name: str, saliency: str) -> None:
-    """The same tokens and scores, and the highest are kept.
+    """Tokens and scores equal the reference's, and the highest scores are kept.
 
-    What the reference keeps may differ: it may commit another of the positions that are sure
-    first, and choose among others that are worth the same.
+    The positions that the reference keeps may differ: it may first commit another of several
+    equally sure positions, and may choose differently between equal scores.
     """
     explorer, method, views = rankings.Explorer(path), rankings.METHODS[name], []
 
@@ -63,7 +63,7 @@ def test_known_methods(path: Path, name: str, saliency: str) -> None:
         **sizes,
     )
     assert explorer.respond(prompt, rankings.Method(recording), 0.4) == expected
-    # The window's end is above all others by different numbers.
+    # `window` raises the prompt's end above all others, but to other scores than the reference.
     ranked = len(prompt) - (WINDOW if saliency == "window" else 0)
     assert len(views) == len(explorer.network.blocks)
     for number, (view, scores) in enumerate(views):
@@ -88,7 +88,7 @@ def test_without_a_cache(path: Path) -> None:
 
 
 def test_shares_of_layers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean over layers is what the ratio says, and choosing again fills the caches anew."""
+    """The mean over layers equals the keep ratio, and a second choice refills the caches."""
     explorer, kept = rankings.Explorer(path), []
     select = rankings.RankedBlock._select
 
@@ -105,7 +105,7 @@ def test_shares_of_layers(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_second_choice_replaces_the_first(path: Path) -> None:
-    """It sees the masks that are left by then, and what it keeps is what stays."""
+    """The second choice sees the masks that are left by then, and only what it keeps stays."""
     explorer = rankings.Explorer(path)
     (item,) = tasks.held_out("copy", LENGTH, 1, seed=5)
     prompt = explorer.vocabulary.encode(item.prompt)
@@ -113,13 +113,13 @@ def test_a_second_choice_replaces_the_first(path: Path) -> None:
     asked: list[int] = []
 
     def late(view: Any) -> torch.Tensor:
-        """Score the prompt's start highest, in the second choice its end."""
+        """Score the start of the prompt highest, but in the second choice its end."""
         asked.append(len(view.asking))
         positions = torch.arange(view.prompt, dtype=torch.float32)
         return -positions if len(asked) <= calls else positions
 
     explorer.respond(prompt, rankings.Method(late, choices=(1, 9)), 0.25)
-    # Dream's first steps commit one and none.
+    # Dream's first two steps commit one token and none.
     assert asked == [31] * calls + [23 + (explorer.network.shape.family == "dream")] * calls
     kept = [explorer.choice.kept[number].tolist() for number in range(calls)]
     assert all(set(one) == set(range(LENGTH - LENGTH // 4, LENGTH)) for one in kept)
@@ -149,12 +149,12 @@ def test_cells() -> None:
 
 
 def test_what_was_kept(path: Path) -> None:
-    """The prompt's first half has no question."""
+    """Keeping the first half of a prompt keeps nothing of the question, which is at its end."""
     explorer = rankings.Explorer(path)
     items = tasks.held_out("copy", LENGTH, 2, seed=5)
     first = rankings.Method(lambda view: -torch.arange(view.prompt, dtype=torch.float32))
     cell = explorer.answer(items, first, 0.5)
-    half = LENGTH // 2 + 1  # The pool keeps one more.
+    half = LENGTH // 2 + 1  # The max-pool keeps one more.
     listed = [sum(place < half for place in item.pivots) / len(item.pivots) for item in items]
     layers = len(explorer.network.blocks)
     assert cell.question == [[0.0] * layers] * 2

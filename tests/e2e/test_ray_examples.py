@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Ray examples on a cluster of two cores: a batch job that is disturbed, and a server."""
+"""The Ray examples on a cluster of two cores: a batch job whose processes die, and a server."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ ENGINE = {
     "max_model_len": CONTEXT,
     "max_num_seqs": 8,
 }
-#: What is wrong with a line, and what its error says of that.
+#: Bad input lines, and text that their errors must contain.
 BAD_LINES = {
     '{"prompt": "a", "diffusion_keep_ratio": 7}': "diffusion_keep_ratio must be a number",
     json.dumps({"id": "long", "prompt": "a " * CONTEXT}): f"context length is {CONTEXT}",
@@ -57,7 +57,7 @@ BAD_LINES = {
 
 
 def good_request(number: int) -> dict[str, Any]:
-    """Return a request; in every third one the noise is its own, and one in two has a seed."""
+    """Return a request; one in three draws its tokens, and one in two has a seed."""
     words = " ".join(WORDS[(number * 7 + i) % len(WORDS)] for i in range(3 + number))
     request: dict[str, Any] = {
         "id": [number],
@@ -73,7 +73,7 @@ def good_request(number: int) -> dict[str, Any]:
 
 
 def lines() -> list[str]:
-    """Return the job's input: good lines, the bad ones among them, a blank one."""
+    """Return the job's input: good lines, with bad ones and a blank one among them."""
     result = [json.dumps(good_request(number)) for number in range(NUM_GOOD)]
     for place, bad in enumerate(BAD_LINES):
         result.insert(5 * place + 2, bad)
@@ -86,9 +86,9 @@ def lines() -> list[str]:
 
 @contextmanager
 def cluster_folder() -> Iterator[str]:
-    """Yield a folder for a cluster's files: its name marks the processes of the cluster.
+    """Yield a folder for a cluster's files, by which the cluster's processes are identified.
 
-    The path of a socket must be short. On leaving, no process of the cluster may be left.
+    Its path is short, as paths of sockets must be. On exit, no process of the cluster may remain.
     """
     folder = tempfile.mkdtemp(prefix="ray-", dir="/tmp")
     try:
@@ -101,7 +101,7 @@ def cluster_folder() -> Iterator[str]:
 
 
 def processes(folder: str, title: str = "") -> list[psutil.Process]:
-    """Return the processes of the cluster with that folder, those with a title only."""
+    """Return the processes of a folder's cluster whose command line contains ``title``."""
     found = []
     for process in psutil.process_iter():
         try:
@@ -115,7 +115,7 @@ def processes(folder: str, title: str = "") -> list[psutil.Process]:
 
 
 def replicas(folder: str) -> set[int]:
-    """Return the processes of a job's replicas."""
+    """Return the process ids of a job's replicas."""
     return {process.pid for process in processes(folder, "MapWorker")}
 
 
@@ -123,7 +123,7 @@ def replicas(folder: str) -> set[int]:
 def program(
     folder: str, log: Path, *command: str, **environment: str
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """Start a program with a cluster of its own, kill it on leaving if it still runs."""
+    """Start a program with a cluster of its own; kill it on exit if it still runs."""
     with log.open("ab") as out:
         process = subprocess.Popen(
             [sys.executable, *command],
@@ -145,13 +145,13 @@ def program(
 
 @dataclass(frozen=True)
 class Job:
-    """A job that was ended by force, begun again, lost its replicas and went on with new ones.
+    """A job that was killed, started again, lost its replicas and continued with new ones.
 
     Attributes:
         command: Its command.
-        output: Its folder.
-        batches_before: Batches that were finished before the first run was ended.
-        num_batches: All batches.
+        output: Its output folder.
+        batches_before: Number of batches finished when the first run was killed.
+        num_batches: Number of all batches.
         printed: What both runs printed.
     """
 
@@ -163,7 +163,7 @@ class Job:
 
 
 def _wait_for_parts(process: subprocess.Popen[bytes], output: Path, number: int, log: Path) -> int:
-    """Wait until so many batches are finished, return how many are."""
+    """Wait until at least ``number`` batches are finished; return how many are."""
 
     def parts() -> int:
         assert process.poll() is None, log.read_text()[-4000:]
@@ -193,7 +193,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         process.kill()
         process.wait()
     before = len(list(output.glob("part-*.jsonl")))
-    # From here on an engine is part of its replica's process: four of them start.
+    # In this run, four engines start, so each is part of its replica's process to save time.
     within = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     with cluster_folder() as cluster, program(cluster, log, *command, **within) as process:
         done = _wait_for_parts(process, output, before + 1, log)
@@ -202,7 +202,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
         assert len(first) == 2
         os.kill(min(first), signal.SIGKILL)
         poll(lambda: replicas(cluster) - first, "another replica")
-        # The other as well: then none but new ones can finish the job.
+        # Kill the other as well, so that only new replicas can finish the job.
         os.kill(max(first), signal.SIGKILL)
         assert process.wait(timeout=900) == 0, log.read_text()[-4000:]
     return Job(command, output, before, num_batches, log.read_text())
@@ -210,7 +210,7 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
 
 @pytest.fixture(scope="module")
 def results(job: Job) -> dict[int, dict[str, Any]]:
-    """Return the job's results by line, which must be each line once, in order."""
+    """Return the job's results by line; each line must have one result, in order of lines."""
     found = [json.loads(text) for text in (job.output / "results.jsonl").read_text().splitlines()]
     wanted = [number for number, text in enumerate(lines(), start=1) if text]
     assert [result["line"] for result in found] == wanted
@@ -319,7 +319,7 @@ def client(served_from: str, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 
 
 def complete(client: httpx.Client) -> httpx.Response:
-    """Ask for a completion that the embedded model knows: `KNOWN`."""
+    """Ask for a completion that the embedded model answers with `KNOWN`."""
     prompt = "<|startoftext|><|user|> file18 the42 name49 get name file<|eot_id|><|assistant|>"
     body = {"model": "tiny", "prompt": prompt, "max_tokens": 16}
     body["vllm_xargs"] = {"diffusion_cache_policy": "none"}
@@ -354,7 +354,7 @@ def test_serve_refuses_a_bad_parameter(client: httpx.Client) -> None:
 
 
 def test_serve_goes_on_after_the_death_of_an_engine(client: httpx.Client, served_from: str) -> None:
-    """Comes last: it is the only replica's."""
+    """Must be the last test: the only replica loses its engine."""
     (engine,) = processes(served_from, "VLLM::EngineCore")
     engine.kill()
     engine.wait()

@@ -63,9 +63,9 @@ COMMANDS = [block for block in _RUN if block not in CURLS + BENCHMARKS + SCORES]
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of a shell in which the README's environment is active."""
+    """Return the variables of a shell in which the README's virtual environment is active."""
     path = os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]])
-    # VENV is for `make`: the environment that this test runs in.
+    # VENV makes `make` use the virtual environment that this test runs in.
     return clean_environment(PATH=path, VENV=sys.prefix)
 
 
@@ -166,7 +166,7 @@ def test_curl(block: Block, port: int) -> None:
 
 @pytest.mark.parametrize("block", BENCHMARKS, ids=titles(BENCHMARKS))
 def test_benchmark(block: Block, port: int) -> None:
-    """8 responses of 2 blocks of 32 tokens, one token a step; one more step for each block."""
+    """8 responses of 2 blocks of 32 tokens take one step per token, and one more per block."""
     command = ["bash", "-euc", block.text.replace("localhost:8000", f"localhost:{port}")]
     output = run_program(command, timeout=900, environment=environment())
     section = output.split("Diffusion Decoding")[1]

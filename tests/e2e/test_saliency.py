@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A saliency from outside the package: what it is shown, and that its choice is what is kept."""
+"""A saliency from outside the package gets the right inputs, and its choice is what is kept."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ PROMPTS = [[7 + i for i in range(length)] for length in (20, 41)]
 
 
 class Earliest(Saliency):
-    """Ranks by position, the first highest, and writes down what it was shown."""
+    """Ranks by position, the first highest, and records its inputs."""
 
     name = "earliest"
 
@@ -102,7 +102,7 @@ def test_its_choice_is_kept(llm: LLM, earliest: Earliest, late: int, granularity
                 assert inputs.queries.shape == (rows, HEADS, 32)
                 assert inputs.block_queries.shape == (BLOCK, HEADS, 32)
                 assert sum(hi - lo for lo, hi in inputs.rows) == len(others)
-    # A token a step, and it is asked in step delay_steps + late.
+    # Each step commits a token, and the saliency is asked in step delay_steps + late.
     assert set(earliest.masks) == {BLOCK - 1 - late}
 
 
@@ -117,7 +117,7 @@ def test_requests_that_do_not_name_it_are_not_shown(llm: LLM, earliest: Earliest
 
 
 class Latest(Earliest):
-    """Of another name, registered while the engine runs."""
+    """The same under another name, registered while the engine runs."""
 
     name = "latest"
 

@@ -37,7 +37,7 @@ def ids(seed: int, length: int) -> list[int]:
 
 
 def at(policy: str, rule: str, **options: Any) -> dict[str, Any]:
-    """Return options under the names that a request has."""
+    """Return options of a policy and a rule, under the names that they have in a request."""
     own = {"cache_policy": policy, "remasking": rule}
     vllm = ("max_tokens", "ignore_eos", "temperature", "seed", "top_p", "top_k", *UNSURE)
     own |= {name: value for name, value in options.items() if name not in vllm}
@@ -87,7 +87,7 @@ LEFT_TO_RIGHT = (
 )
 DEFAULT_LENGTH = (ids(21, 20), {"max_tokens": 256, **LONG})
 BYSTANDERS = MIXED[1:5]
-#: Those that hold pages.
+#: Policies that hold pages.
 POLICIES = ("prefix", "dual", "sparse")
 
 
@@ -99,7 +99,7 @@ def body(prompt: list[int], options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]:
-    """What `LLM.generate` answers, each request alone; by the request's text."""
+    """Return the answers of `LLM.generate` to each request alone, by ``str`` of the prompt."""
     scored = (SCORED[0], {**SCORED[1], "logprobs": 3})
     ordered = (LEFT_TO_RIGHT[0], {**LEFT_TO_RIGHT[1], "logprobs": 0})
     wanted = [*MIXED, N_SAMPLES, scored, PLAIN, ordered, DEFAULT_LENGTH]
@@ -112,7 +112,7 @@ def offline(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Answer]]
 
 @pytest.fixture(scope="module")
 def server(offline: dict[str, list[Answer]], default_server: Server) -> Server:
-    """The server, started when the offline answers are there."""
+    """The shared server, once the offline answers exist too."""
     return default_server
 
 
@@ -123,7 +123,7 @@ def check_idle(server: Server) -> Iterator[None]:
     poll(lambda: server.gauges() == (0.0, 0.0, 0.0), f"no work, but {server.gauges()}")
 
 
-# All cores, as the server has, so that an engine of several threads is compared somewhere.
+# All cores, as the server has: the offline engine, too, then has several threads.
 pytestmark = pytest.mark.usefixtures("check_idle", "all_cores")
 
 
@@ -136,7 +136,7 @@ def test_the_engine_is_a_process_of_its_own_and_logs_as_vllm(server: Server) -> 
 def test_sixteen_clients_at_once_get_offline_tokens(
     server: Server, offline: dict[str, list[Answer]]
 ) -> None:
-    """All 16 at once, every second one streamed, twice over: 32 answers, all as offline."""
+    """16 at once, every second one streamed, in two rounds: all 32 answers are as offline."""
 
     def ask(number: int) -> Answer:
         request = body(*MIXED[number % len(MIXED)])
@@ -159,7 +159,7 @@ def test_sixteen_clients_at_once_get_offline_tokens(
 
 
 def test_the_requests_have_little_in_common(offline: dict[str, list[Answer]]) -> None:
-    """Or answers that went to the wrong client would not show."""
+    """Answers differ; otherwise, one that went to the wrong client would go unnoticed."""
     answers = [tuple(offline[str(prompt)][0]["tokens"]) for prompt, _ in MIXED]
     assert len(set(answers)) >= len(MIXED) - 2
     assert len({token for tokens in answers for token in tokens}) >= 50
@@ -168,7 +168,7 @@ def test_the_requests_have_little_in_common(offline: dict[str, list[Answer]]) ->
 def streamed_answer(
     server: Server, path: str, request: dict[str, Any]
 ) -> tuple[Answer, list[list[int]]]:
-    """Return a streamed answer put together, and the token ids of each chunk."""
+    """Return a streamed answer, its chunks joined, and the token ids of each chunk."""
     chunks: list[list[int]] = []
     text, finish_reason = "", None
     with server.streamed(path, **request) as parts:
@@ -208,7 +208,7 @@ QUESTION = "file18 time52 name49 list07 get name file"
 
 
 def test_chat_is_the_completion_of_the_template(server: Server) -> None:
-    """Streamed and not; the model answers the question, so the template is the right one."""
+    """Streamed or not. The model answers the question, so the template is the right one."""
     prompt = chat_prompt(server, QUESTION)
     assert prompt[:2] == [0, 3] and prompt[-2:] == [EOT, 4]
     plain = server.answer("completions", **body(prompt, {"max_tokens": 32}))["choices"][0]
@@ -238,7 +238,7 @@ def test_samples_of_one_request(server: Server, offline: dict[str, list[Answer]]
 
 
 def test_logprobs(server: Server, offline: dict[str, list[Answer]]) -> None:
-    """Both interfaces give offline's numbers; the token's own is among them."""
+    """Completions and chats give the offline values, those of the chosen tokens included."""
     prompt, options = SCORED
     expected = offline[str(prompt)][0]
     own = [
@@ -276,7 +276,7 @@ def test_logprobs(server: Server, offline: dict[str, list[Answer]]) -> None:
 def test_a_logprob_is_of_the_step_that_committed_the_token(
     server: Server, offline: dict[str, list[Answer]]
 ) -> None:
-    """With blocks of one token: the prompt and what is before it, masks after it."""
+    """With blocks of one token, that step sees all tokens before it, and masks from it on."""
     prompt, options = LEFT_TO_RIGHT
     expected = offline[str(prompt)][0]
     model = load(tiny_llada())
@@ -369,7 +369,7 @@ def test_default_length(server: Server, offline: dict[str, list[Answer]]) -> Non
 
 
 def refused(name: str, named: str | None = None, **request: Any) -> Any:
-    """Return a bad request and what its message must contain."""
+    """Return a bad request and text that the refusal must contain, as a test parameter."""
     return pytest.param(request, named or name, id=f"{name}={request.get(name, '')!r}"[:40])
 
 
@@ -514,7 +514,7 @@ def test_other_endpoints_name_a_field_of_a_wrong_type(server: Server, path: str)
 
 @pytest.mark.parametrize("field", ["diffusion_steps", "min_tokens", "guided_json", "max_tokens"])
 def test_responses_refuse_misplaced_fields(server: Server, field: str) -> None:
-    """Their length is `max_output_tokens`."""
+    """Fields of other endpoints are refused; here, `max_output_tokens` sets the length."""
     response = server.post("responses", input=QUESTION, max_output_tokens=8, **{field: 4})
     assert response.status_code == 400, response.text
     assert response.json()["error"]["message"].startswith(f"{field} ")
@@ -534,7 +534,7 @@ def test_bad_chat_is_refused(server: Server, request_: dict[str, Any], named: st
 
 
 def test_broken_unicode_is_refused(server: Server) -> None:
-    """As JSON can spell it; vLLM's tokenizer fails on it."""
+    """A lone surrogate, which JSON can spell, is refused: vLLM's tokenizer would fail on it."""
     body = {"model": "tiny", "prompt": [7, 8], "max_tokens": 4, "bad_words": ["\ud800"]}
     response = server.client.post(
         "/v1/completions",
@@ -546,10 +546,10 @@ def test_broken_unicode_is_refused(server: Server) -> None:
 
 
 def assert_refused(server: Server, path: str, request: dict[str, Any], named: str) -> None:
-    """Check that a request gets 400 with a telling message and nothing else.
+    """Check that a request gets HTTP 400, with ``named`` in the message, streamed or not.
 
-    Streamed, vLLM finds most errors after it has sent its headers; then the error, with the
-    same code and message, is all that is in the stream.
+    vLLM finds most errors of a streamed request after it has sent the headers; the stream then
+    contains only the error, with the same code and message.
     """
     request = {"max_tokens": 8, **request}
     response = server.post(path, **request)
@@ -577,7 +577,7 @@ def test_the_server_answers_after_refusals(
 
 
 def test_beam_search_is_refused(server: Server) -> None:
-    """What cannot be honoured is refused: a beam of one-token canvases is not a beam search."""
+    """vLLM would search with canvases of one token, which is no beam search, so it is refused."""
     request = {"prompt": ids(40, 6), "max_tokens": 4, "n": 2}
     assert_refused(server, "completions", {**request, "use_beam_search": True}, "beam")
 
@@ -632,7 +632,7 @@ COUNTRY = {
     "required": ["name", "size"],
     "additionalProperties": False,
 }
-#: A schema whose order, blanks and lengths a weak model cannot draw out.
+#: `COUNTRY` as an expression that fixes order and blanks, so that even a weak model finishes it.
 COMPACT = r'\{"name": "[A-Z][a-z]{1,5}", "size": "(small|large)"\}'
 CONSTRAINED: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"choice": ["yes", "no", "maybe so"]}}, "yes|no|maybe so"),
@@ -667,7 +667,7 @@ CONSTRAINED: list[tuple[dict[str, Any], str]] = [
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_structured_output(server: Server, path: str) -> None:
-    """All at once, whole and streamed; each answer is in its language, or cut by max_tokens."""
+    """All at once, streamed and not: each answer follows its grammar, or is cut by max_tokens."""
     question: dict[str, Any] = {"prompt": ids(50, 12)}
     if path == "chat/completions":
         question = {"messages": [{"role": "user", "content": QUESTION}]}
@@ -696,13 +696,13 @@ def test_structured_output(server: Server, path: str) -> None:
         if not pattern:
             country = json.loads(text)
             assert country.keys() == {"name", "size"} and country["size"] in ("small", "large")
-    # Those whose language is finite.
+    # Answers are not cut if their grammar allows short texts only.
     assert sum(reason == "stop" for _, reason, _ in answers) >= 4
 
 
 @pytest.mark.parametrize("path", ["completions", "chat/completions"])
 def test_a_grammar_that_contradicts_other_constraints(server: Server, path: str) -> None:
-    """Found at the third token: 400 with the reason, for all samples; a stream ends with it."""
+    """At the third token, all samples, or the stream, end with error 400 and the reason."""
     tokens = server.client.post("/tokenize", json={"model": "tiny", "prompt": "c"}).json()["tokens"]
     request: dict[str, Any] = {"prompt": ids(51, 12), "max_tokens": 9}
     if path == "chat/completions":

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A server with engine settings, one slot and priorities; every parameter a request may have."""
+"""A server with engine settings, one request at a time and priorities; all request parameters."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PROMPT = [77, 311, 316]
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One request runs at a time, the least priority value first."""
+    """A server that runs one request at a time, the lowest priority value first."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "template.jinja").write_text(TEMPLATE)
     settings = {"sparse_dllm": {"default_response_length": 40, "cache_policy": "dual"}}
@@ -54,7 +54,7 @@ def test_default_length_is_a_setting(server: Server) -> None:
 
 
 def test_waiting_requests_run_by_priority(server: Server) -> None:
-    """Three wait for the only slot; they run by priority, not in the order they came."""
+    """Three requests wait for a running one; then they run by priority, not in order of arrival."""
     order: list[int] = []
     lock = threading.Lock()
 
@@ -82,7 +82,7 @@ def test_waiting_requests_run_by_priority(server: Server) -> None:
 
 @pytest.mark.parametrize("value", [2**70, -(2**70), 2**64])
 def test_priorities_beyond_what_can_be_sent(server: Server, value: int) -> None:
-    """Of vLLM's messages between its processes, as a field and as vLLM's header."""
+    """Values that vLLM's processes cannot exchange are refused, in the field and in the header."""
     request = {"prompt": PROMPT, "max_tokens": 2}
     response = server.post("completions", **request, priority=value)
     assert response.status_code == 400 and "priority" in response.text
@@ -91,7 +91,7 @@ def test_priorities_beyond_what_can_be_sent(server: Server, value: int) -> None:
         headers = {"X-Vllm-Priority": given}
         response = server.client.post("/v1/completions", json=content, headers=headers)
         assert response.status_code == status, response.text
-    # Those that are refused are not kept.
+    # Refused requests leave nothing behind.
     poll(lambda: server.gauges() == (0.0, 0.0, 0.0), "the pages to come back")
 
 
@@ -104,7 +104,7 @@ OWN_REFUSED = {"completions": REFUSED_COMPLETION, "chat/completions": REFUSED_CH
 
 
 def fields_of(path: str) -> set[str]:
-    """Return the fields that the table has of an endpoint."""
+    """Return the fields of an endpoint that are in the table."""
     rows = table("parameters", PARAMETERS)
     return {str(code(row["parameter"])) for row in rows if LETTERS[path] in row["of"].split()}
 
@@ -132,7 +132,7 @@ def test_every_row_is_tried(path: str) -> None:
     ("path", "name"), [(path, name) for path in BASE for name in effects(path)]
 )
 def test_honoured_rows(server: Server, path: str, name: str) -> None:
-    """What the table says of a parameter shows in the answer."""
+    """Answers show the effect that the table says a parameter has."""
     effect = effects(path)[name]
     assert effect.shown(Row(server, path, name, effect.fragment))
 
@@ -161,7 +161,7 @@ def test_constraints_act(server: Server) -> None:
     first = plain[0]
     assert tokens_of(server, logit_bias={"500": 100}) == [500] * 12
     assert first not in tokens_of(server, logit_bias={str(first): -100})
-    # Cut to 100: neither of two can be favoured more.
+    # Biases are clipped to 100, so neither of two tokens can be favoured further.
     pairs = [{"500": a, "501": b} for a, b in ((100, 100), (1000, 100), (100, 1000))]
     even, *others = (tokens_of(server, logit_bias=pair) for pair in pairs)
     assert others == [even, even]
@@ -180,14 +180,14 @@ def test_bad_words_act(server: Server) -> None:
     question = {"messages": [{"role": "user", "content": " file18 the42 name49 get name file"}]}
     chat = {**question, "max_tokens": 8, "return_token_ids": True}
     content = server.answer("chat/completions", **chat)["choices"][0]["message"]["content"]
-    # Of one token, and of two that are committed in any order.
+    # A word of one token, and one of two tokens, which may be committed in either order.
     for bad in (content[5:7], content[5:12]):
         other = server.answer("chat/completions", **chat, bad_words=[bad])
         assert bad in content and bad not in other["choices"][0]["message"]["content"]
 
 
 def test_min_tokens_acts(server: Server) -> None:
-    """Without it the answer ends early."""
+    """Without ``min_tokens``, the answer ends early."""
     chat = {"messages": MESSAGES, "max_tokens": 40}
     early = server.answer("chat/completions", **chat)["usage"]["completion_tokens"]
     assert early < 30
@@ -205,7 +205,7 @@ def test_echo(server: Server) -> None:
     assert only["choices"][0]["text"] == " file name"
     with server.streamed("completions", **request, echo=True) as parts:
         assert "".join(part["choices"][0]["text"] for part in parts) == " file name" + text
-    # What lm-evaluation-harness sends for log-likelihoods.
+    # The request of lm-evaluation-harness for log-likelihoods.
     for length in (0, 1):
         asked = {**request, "max_tokens": length, "echo": True, "logprobs": 1}
         response = server.post("completions", **asked)
@@ -253,7 +253,7 @@ def test_many_samples(server: Server) -> None:
 
 
 def test_default_requests_of_clients(server: Server) -> None:
-    """The OpenAI client's, and those that lm-evaluation-harness makes to generate."""
+    """Requests of the OpenAI client, and those of lm-evaluation-harness for generation, succeed."""
     openai = pytest.importorskip("openai")
     client = openai.OpenAI(base_url=str(server.client.base_url) + "/v1", api_key="none")
     assert client.completions.create(model="tiny", prompt="hello").choices
@@ -268,7 +268,7 @@ def test_default_requests_of_clients(server: Server) -> None:
 
 @pytest.mark.parametrize("path", BASE)
 def test_fields_that_nobody_reads(server: Server, path: str) -> None:
-    """What would change the answer is refused, what is for others is accepted."""
+    """Unknown fields are refused if they would change the answer, and ignored otherwise."""
     for name, value, message in (
         ("diffusion_steps", 4, "diffusion_steps must be in vllm_xargs"),
         ("best_of", 3, "best_of is not a field"),

@@ -30,9 +30,9 @@ from tests.reference.grammars import Grammar
 
 TINY = str(tiny_llada())
 VOCAB, EOS, MASK = 1408, 1, 5
-#: Without it a weak model writes blanks between tokens of JSON for ever.
+#: Without this, a weak model goes on writing blanks between tokens of JSON.
 NO_BLANKS = {"backend": "guidance", "disable_any_whitespace": True}
-#: What these models have been trained on, or not at all: never what a grammar wants.
+#: Prompts that these models know from training, or do not: none asks for what a grammar wants.
 PROMPTS = [[0, 3, 400, 401, 402, 2, 4], [3] * 40, list(range(400, 470))]
 
 
@@ -41,10 +41,10 @@ class Wanted:
     """A constrained request.
 
     Attributes:
-        kind: ``json``, ``regex`` or ``choice``.
-        text: The schema, the expression or the list.
+        kind: Field of `StructuredOutputsParams`, such as ``json``, ``regex`` or ``choice``.
+        text: Value of the field: the schema, the expression or the list.
         max_tokens: Length of the canvas.
-        options: vLLM's parameters, and the plugin's under their short names.
+        options: vLLM's parameters, and the plugin's without ``diffusion_``.
     """
 
     kind: str
@@ -65,14 +65,14 @@ class Wanted:
         return Grammar(self.kind, self.text, TINY, VOCAB, spaces=False)
 
     def check(self, output: RequestOutput) -> None:
-        """Check an answer by means that have nothing to do with grammars over tokens."""
+        """Check the texts of an answer without the help of grammars, except for those cut short."""
         for answer in output.outputs:
             tokens = list(answer.token_ids)
             assert MASK not in tokens
             if answer.finish_reason == "length":
                 assert len(tokens) == self.max_tokens
                 assert self.grammar().begins(tokens)
-                # A last character may still lack some of its bytes.
+                # The last character may be incomplete.
                 text = answer.text.rstrip("\ufffd")
                 if self.kind == "regex":
                     assert regex.fullmatch(self.text, text, partial=True)
@@ -226,7 +226,7 @@ SCHEMA = {
 
 
 def fixed_requests(family: str) -> list[Wanted]:
-    """Every cache policy with a grammar of each kind, drawn and not, guided and not."""
+    """Return requests of every cache policy with each kind of grammar, some drawn or guided."""
     requests = []
     for number, policy in enumerate(POLICIES):
         ours = {"cache_policy": policy, "block_length": (4, 8, 16, 32)[number]}
@@ -250,7 +250,7 @@ def model(checkpoint: str) -> Model:
 def test_tokens_are_those_of_the_reference(llm: LLM, model: Model, family: str) -> None:
     requests = fixed_requests(family)
     if family == "llada":
-        # The embedded model is slow without tricks; the random one has all cases.
+        # The reference is slow with the embedded model; the random one runs all cases.
         requests = requests[1::3]
     outputs = answer(llm, prompts_for(requests), [request.sampling() for request in requests])
     for request, prompt, output in zip(requests, prompts_for(requests), outputs, strict=True):
@@ -271,7 +271,7 @@ def test_tokens_are_those_of_the_reference(llm: LLM, model: Model, family: str) 
 
 
 def test_batches_with_and_without_grammars(llm: LLM, family: str) -> None:
-    """What else runs, penalties and traces among it, changes no request's tokens."""
+    """Other requests, including those with penalties or traces, change no request's tokens."""
     rng, guided = random.Random(1), family == "llada"
     constrained = fixed_requests(family)[2:10]
     free = rng.sample(greedy_cases(3, VOCAB) + drawn_cases(4, VOCAB, guided), 4)
@@ -294,7 +294,7 @@ def add_all(llm: LLM, requests: list[Wanted]) -> None:
 
 
 def step_until_idle(llm: LLM) -> dict[str, RequestOutput]:
-    """Run all requests, return the finished ones."""
+    """Run all requests to their ends; return their outputs by name."""
     finished = {}
     while llm.llm_engine.has_unfinished_requests():
         finished |= {o.request_id: o for o in llm.llm_engine.step() if o.finished}
@@ -338,7 +338,7 @@ def test_several_answers_scored(llm: LLM) -> None:
     assert len({one.text for one in output.outputs}) > 1
     for one in output.outputs:
         assert one.logprobs is not None and len(one.logprobs) == len(one.token_ids)
-        # As the model has them, not as the grammar leaves them.
+        # They are the model's log-probabilities, from before the grammar is applied.
         assert all(token in at for token, at in zip(one.token_ids, one.logprobs, strict=True))
         assert min(at[t].logprob for t, at in zip(one.token_ids, one.logprobs, strict=True)) < -1
 
@@ -353,7 +353,7 @@ def test_a_stop_token_ends_an_answer_only_where_it_may_end(llm: LLM) -> None:
 
 
 def test_a_stop_token_that_the_grammar_needs_cuts_there(llm: LLM) -> None:
-    """Where it needs none of them, the text goes on."""
+    """Text goes on while the grammar allows others than stop tokens, and ends when it does not."""
     tokenizer = llm.get_tokenizer()
     ordinary = set(range(len(tokenizer))) - set(tokenizer.all_special_ids)
     without_b = {i for i in ordinary if "b" not in tokenizer.decode([i])}
@@ -445,13 +445,13 @@ def test_refusals(
             [PROMPTS[0]],
             [sampling(8, structured_outputs=params, **{"ignore_eos": False, **options})],
         )
-    # What the server answers with 400.
+    # An error of this class is answered with 400 by the server.
     assert any(kind.__name__ == "VLLMValidationError" for kind in type(caught.value).__mro__)
     assert pool_is_whole(llm)
 
 
 def test_numbers_that_are_no_bounds(llm: LLM) -> None:
-    """A property's name, and data."""
+    """Names of properties, and data, are not checked as bounds."""
     schema = {"properties": {"maximum": {"const": {"maximum": 10**9}}}, "type": "object"}
     assert generate(llm, [PROMPTS[0]], [Wanted("json", schema, 4).sampling()])[0]
 
@@ -464,7 +464,7 @@ def test_settings_that_ask_for_nothing_are_accepted(llm: LLM) -> None:
 
 
 def run_beside_others(llm: LLM, params: SamplingParams) -> RequestOutput:
-    """Return the answer of a request that fails while others, which must not, run."""
+    """Run a request that fails, and others at the same time, which must not; return its output."""
     others = [Wanted("json", SCHEMA, 30), Wanted("choice", ["one", "two"], 9)]
     free = Case([9] * 30, 24, {"cache_policy": "sparse"})
     other_params = [*(other.sampling() for other in others), free.sampling()]
@@ -506,7 +506,7 @@ def test_a_grammar_that_allows_nothing_fails_its_request_alone(
 
 
 def test_constraints_that_leave_nothing_fail_their_request_alone(llm: LLM) -> None:
-    """At once, or after what could be written."""
+    """The request fails at once, or after the tokens that could be written."""
     [letter] = llm.get_tokenizer().encode("c", add_special_tokens=False)
     failures = scheduler_of(llm).figures.failures
     for options, written in (
@@ -525,7 +525,7 @@ def test_constraints_that_leave_nothing_fail_their_request_alone(llm: LLM) -> No
 
 @pytest.mark.parametrize("name", ["<|startoftext|>", "<|mask|>"])
 def test_the_name_of_a_special_token_is_no_text(llm: LLM, name: str) -> None:
-    """llguidance offers the token itself, whose name the text would not show."""
+    """llguidance allows only the special token itself, which the text would not show: an error."""
     output = run_beside_others(llm, Wanted("choice", [name]).sampling())
     [answer] = output.outputs
     assert answer.finish_reason == "error" and not answer.token_ids
@@ -546,13 +546,13 @@ def test_logits_that_are_not_finite_are_not_the_grammars_fault(
     monkeypatch.setattr(model, "compute_logits", spoilt)
     [output] = answer(llm, [PROMPTS[0]], [Wanted("regex", "[abc]+").sampling()])
     assert output.outputs[0].finish_reason == "error"
-    # What has a reason is answered with 400.
+    # With a reason, the server would answer 400, as if the request were at fault.
     assert output.outputs[0].stop_reason is None
     assert pool_is_whole(llm)
 
 
 def test_a_schema_holds_between_tags(llm: LLM) -> None:
-    """A trigger that looks like a special token and is none, in text that often has it."""
+    """The trigger looks like a special token but is none, and comes up often in the text."""
     tokenizer = llm.get_tokenizer()
     letters = {letter: tokenizer.encode(letter, add_special_tokens=False)[0] for letter in "<n>/7"}
     structures = [{"begin": "<n>", "schema": {"type": "integer", "maximum": 99}, "end": "</n>"}]
@@ -560,7 +560,7 @@ def test_a_schema_holds_between_tags(llm: LLM) -> None:
     params = [
         Wanted("structural_tag", tag, 60).sampling(
             allowed_token_ids=[EOS, *letters.values()],
-            # So these three come about equally often.
+            # Makes these three come up about equally often.
             logit_bias={EOS: -100.0} | {letters[letter]: 50.0 for letter in "<n>"},
             frequency_penalty=2.0,
             temperature=2.0,
@@ -588,7 +588,7 @@ def test_constraints_and_a_grammar_hold_together(llm: LLM) -> None:
 def test_a_grammar_that_does_not_compile_fails_its_request_alone(
     llm: LLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the front end did not find."""
+    """The error is one that the front end does not find."""
     backend = scheduler_of(llm).structured_output_manager.backend
     original = backend.compile_grammar
 
@@ -662,7 +662,7 @@ def test_without_a_tokenizer_it_is_refused() -> None:
 
 @pytest.mark.parametrize("backend", ["xgrammar", "outlines"])
 def test_other_backends(backend: str) -> None:
-    """What the user chose instead; engine settings that order commits do not count."""
+    """Users may choose them; engine settings for the order of commits are then ignored, too."""
     with running_engine(
         TINY,
         skip_tokenizer_init=False,
@@ -672,7 +672,7 @@ def test_other_backends(backend: str) -> None:
         requests = [
             Wanted("choice", ["yes", "no"]),
             Wanted("regex", "[<|>a-z]{15}", 20),
-            # The name of a special token is a text like others.
+            # With these backends, the name of a special token is ordinary text.
             *(
                 Wanted("regex", "[<|>a-z]{15}", 20, {"temperature": 2.0, "seed": seed})
                 for seed in range(6)

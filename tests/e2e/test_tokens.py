@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token for token: the engine against the slow reference, float32.
+"""The engine gives the slow reference's tokens, in float32.
 
 All cases of a checkpoint run in one engine at the same time, so that every batch is mixed.
 """
@@ -58,7 +58,7 @@ CHECKPOINTS = {
         {"d_model": 128, "layers": 3, "heads": 4, "kv_heads": 2, "mlp": 256},
         _cases(3, "dream"),
     ),
-    # Head size 48, which vLLM's CPU kernel has not: the portable attention runs.
+    # Head size 48, which vLLM's CPU kernel does not support: the portable attention runs.
     "dream-odd-heads": Checkpoint(
         "dream",
         {"d_model": 144, "layers": 2, "heads": 3, "kv_heads": 1, "mlp": 256},
@@ -74,7 +74,7 @@ PARAMETERS = [
 
 @dataclass(frozen=True)
 class Run:
-    """What the engine made of a checkpoint's cases."""
+    """The engine's responses to a checkpoint's cases, and the reference model."""
 
     reference: Model
     outputs: list[list[int]]
@@ -82,7 +82,7 @@ class Run:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
-    """Return each checkpoint's run, made when it is first asked for."""
+    """Return each checkpoint's run, which is made on first access."""
     yield _Runs(tmp_path_factory.mktemp("checkpoints"))
 
 
@@ -107,7 +107,7 @@ class _Runs(dict[str, Run]):
         return self[name]
 
 
-#: Of a confidence; float32 has 24 bits, and sums of some hundred numbers lose a few.
+#: Relative error of a confidence: float32 has 24 bits, and sums of some hundred numbers lose a few.
 ROUNDING = 2e-6
 
 
@@ -122,7 +122,7 @@ def test_equals_reference(runs: dict[str, Run], name: str, number: int) -> None:
 
 
 def test_embedded_model_equals_reference() -> None:
-    """The trained model, whose confidences are near 1 and full of near ties."""
+    """The trained model has confidences close to 1, with many near ties."""
     path = embedded_model()
     vocab = 1400
     cases = greedy_cases(11, vocab)[::2] + drawn_cases(12, vocab, guided=True)[::3]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Traces offline: steps, confidences, passes and kept positions are the slow reference's."""
+"""Traces offline: steps, confidences, passes and kept positions equal the slow reference's."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SHAPE = {"d_model": 64, "layers": 2, "heads": 2, "mlp": 96}
 
 @dataclass(frozen=True)
 class Run:
-    """A case, what the engine told of it, and the reference's own account."""
+    """A case, the engine's outputs without and with a trace, and the reference's results."""
 
     case: Case
     plain: CompletionOutput
@@ -51,7 +51,7 @@ def with_trace(params: SamplingParams, level: int) -> SamplingParams:
 
 
 def account(model: Model, case: Case) -> tuple[list[int], Stats]:
-    """Return the reference's tokens and what it did."""
+    """Return the reference's tokens, and its record of what it did."""
     generator = None if case.seed is None else torch.Generator().manual_seed(case.seed)
     return generate_with_stats(
         model, case.prompt, case.max_tokens, page=32, generator=generator, **case.options
@@ -60,12 +60,12 @@ def account(model: Model, case: Case) -> tuple[list[int], Stats]:
 
 @pytest.fixture(scope="module", params=["llada", "dream"])
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Run]:
-    """Each case with and without a trace, all in one batch that is mixed in every step."""
+    """Run each case without and with a trace, all of them at once, so that all steps are mixed."""
     name = request.param
     path = write_checkpoint(tmp_path_factory.mktemp(name) / name, name, vocab=VOCAB, **SHAPE)
     guided = name == "llada"
     cases = greedy_cases(31, VOCAB)[::3] + drawn_cases(32, VOCAB, guided=guided)[::2]
-    cases += beyond_cases(34, VOCAB, guided)[10::5]  # without those of `none`
+    cases += beyond_cases(34, VOCAB, guided)[10::5]  # without the policy `none`
     random.Random(33).shuffle(cases)
     with running_engine(str(path)) as llm:
         params = [case.sampling() for case in cases]
@@ -89,7 +89,7 @@ def test_tokens_are_the_same_with_and_without(runs: list[Run]) -> None:
 
 
 def test_each_token_has_its_step(runs: list[Run]) -> None:
-    """The reference also counts the steps of a schedule that do nothing; the engine skips them."""
+    """The reference also counts steps of a schedule that commit nothing; the engine skips them."""
     exact = 0
     for run in runs:
         steps = [positions for block in run.stats.commits for positions in block]
@@ -119,7 +119,7 @@ def test_each_token_has_its_confidence(runs: list[Run]) -> None:
 def test_each_change_of_the_cache_has_what_each_layer_kept(runs: list[Run]) -> None:
     num_changes: Counter[str] = Counter()
     for run in runs:
-        # Under guidance the other canvas has its own.
+        # Under guidance, every second entry is of the unconditional canvas.
         every = slice(None, None, 2 if run.case.options.get("cfg_scale") else 1)
         kept, changes = run.stats.kept[every], run.stats.changes[every]
         refreshes = run.trace["refreshes"]
@@ -136,7 +136,7 @@ def test_each_change_of_the_cache_has_what_each_layer_kept(runs: list[Run]) -> N
     assert min(num_changes["append"], num_changes["evict"]) > 2
 
 
-# What vLLM does with outputs on their way.
+# The tests below are about what vLLM does with outputs on their way to users.
 
 
 @pytest.fixture(scope="module")
@@ -173,7 +173,7 @@ def test_confidence_is_the_probability_of_the_step_of_commit(llm: LLM) -> None:
 
 
 def test_a_trace_ends_with_the_tokens(llm: LLM) -> None:
-    """Whether the engine stops, at a token, or the front end, at a string."""
+    """A trace is cut with the tokens, by the engine at a token or by the front end at a string."""
     options: dict[str, Any] = {"diffusion_block_length": 8, "diffusion_steps": 6}
     options |= {"temperature": 2.0, "seed": 8, "detokenize": True, "diffusion_trace": 2, **UNSURE}
     whole = llm.generate(PROMPT, sampling(24, **options), use_tqdm=False)[0].outputs[0]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training example: it resumes exactly, and the engine runs what it writes."""
+"""The training example: resuming changes nothing, and the engine runs the checkpoints."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tests.scripts import load as load_scripts
 
 FOLDER = ROOT / "examples" / "train_tiny"
 SCRIPTS = dict(zip(("train", "batches"), load_scripts(FOLDER, "train", "batches"), strict=True))
-#: Below the embedding table's rows.
+#: Ids of prompts are below this, which is less than the rows of the embedding table.
 VOCAB = 1400
 
 
@@ -41,7 +41,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *command: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return a folder of toys: both families, and LLaDA again in two parts."""
+    """Return a folder of toy models: both families, and LLaDA again, trained in two parts."""
     folder = tmp_path_factory.mktemp("train")
     toy = ["--plan", "toy", "--no-compile", "--processes", "1"]
     train(
@@ -79,7 +79,7 @@ def test_another_run_is_not_resumed(
 
 @pytest.mark.parametrize("family", ["llada", "dream"])
 def test_engine_equals_reference(folder: Path, family: str) -> None:
-    """The written layout is the public one: two independent readers agree on it."""
+    """Checkpoints have the public layout: two independent readers agree on it."""
     path = str(folder / family)
     cases = greedy_cases(21, VOCAB)[::7]
     with running_engine(path) as llm:
@@ -121,7 +121,7 @@ def test_a_broken_state_and_a_path_below_a_file(
 
 
 def test_plans_are_as_documented() -> None:
-    """How long each is, in the documentation of what came of them."""
+    """The READMEs of the example and of the embedded models state each plan's number of steps."""
     for family, steps in (("llada", 3700), ("dream", 4600)):
         assert SCRIPTS["train"].PLANS[family].steps == steps
         for readme in (
@@ -136,7 +136,7 @@ def test_cycles_have_rates_and_decay_of_their_own() -> None:
     plan, vocabulary = train.PLANS["toy"], train.Vocabulary(train.TOKENIZER)
     assert [plan.schedule(step)[1] for step in (0, 3, 4, 7, 8)] == [0, 0, 0.1, 0.1, 0]
     factors = [plan.schedule(step)[0] for step in range(9)]
-    # Two steps of warm-up in each; the second falls in all of its steps.
+    # Each cycle has two steps of warm-up; the cooldown of the second takes all of its steps.
     assert factors == pytest.approx([0.5, 1, 1, 0.625, 0.25, 0.375, 0.25, 0.125, 0])
     training = train.Training(plan, "dream", "wired", vocabulary, 0)
     data = batches.Batches(vocabulary, plan.stages, 64, 0)
@@ -145,12 +145,12 @@ def test_cycles_have_rates_and_decay_of_their_own() -> None:
         training.step = step
         training.update(training.network, data[step])
         decays.append([one.param_groups[0]["weight_decay"] for one in training.optimisers])
-    # Muon's, of the hidden matrices, and never Adam's.
+    # Weight decay is Muon's, for the hidden matrices, and never Adam's.
     assert decays == [[0, 0], [0.1, 0]]
 
 
 def test_half_way_responses() -> None:
-    """With ``in_order`` 1 they show the start of an answer; others may show any words."""
+    """With ``in_order`` 1, half-way responses show the start of an answer; with 0, random words."""
     batches, vocabulary = (
         SCRIPTS["batches"],
         SCRIPTS["train"].Vocabulary(SCRIPTS["train"].TOKENIZER),
@@ -177,7 +177,7 @@ def test_half_way_responses() -> None:
     [("llada", "wired", 0.8, 1.0), ("dream", "wired", 0.4, 1.0), ("dream", "random", 0.0, 0.1)],
 )
 def test_wired_start(family: str, start: str, least: float, most: float) -> None:
-    """Untrained, the circuit fills in one masked word of a list that is otherwise copied."""
+    """Before any training, the circuit fills in a masked word in the copy of a list."""
     train, batches, length, num = SCRIPTS["train"], SCRIPTS["batches"], 96, 40
     vocabulary, rng = train.Vocabulary(train.TOKENIZER), random.Random(5)
     network = train.Training(train.PLANS[family], family, start, vocabulary, 0).network

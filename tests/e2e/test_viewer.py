@@ -18,11 +18,11 @@ pytestmark = pytest.mark.skipif(
 )
 
 VIEWER = ROOT / "examples" / "viewer" / "index.html"
-#: What is on the page: of each token its class, text, the line below it and its tooltip.
+#: JavaScript for what is on the page: each token's class, text, line below it and tooltip.
 TOKENS = """[...document.querySelectorAll("#tokens .token")].map((cell) => [
     cell.classList.contains("masked") ? "masked" : cell.classList.contains("new") ? "new" : "",
     cell.children[0].textContent, cell.children[1].textContent, cell.title])"""
-#: Of each layer the positions that are painted in the colour of the kept ones.
+#: JavaScript for the positions that are painted as kept, for each layer.
 PAINTED = """(() => {
     const canvas = $("kept"), paint = canvas.getContext("2d");
     const {trace, texts, promptLength} = shown;
@@ -51,7 +51,7 @@ def browser() -> Iterator[Page]:
 
 @pytest.fixture
 def page(browser: Page, server: Server) -> Page:
-    """The page as a user opens it, with the server's address."""
+    """The page as a user opens it, with the server's address filled in."""
     browser.resize(1100, 900)
     browser.prefer("light")
     browser.open(VIEWER)
@@ -60,7 +60,7 @@ def page(browser: Page, server: Server) -> Page:
 
 
 def ask(page: Page, **fields: str | bool) -> dict[str, Any]:
-    """Fill the form, ask, and return what the server answered; playing is stopped."""
+    """Fill in the form, ask, stop playing, and return the server's answer."""
     page.fill(**fields)
     page.evaluate("$('asking').open = true, shown = null")
     page.click("ask")
@@ -71,7 +71,7 @@ def ask(page: Page, **fields: str | bool) -> dict[str, Any]:
 
 
 def refusal(page: Page, **fields: str | bool) -> str:
-    """Fill the form, ask, and return the error that is shown."""
+    """Fill in the form, ask, and return the error that is shown."""
     page.fill(**fields)
     page.click("ask")
     page.wait("!$('error').hidden && !$('waiting').textContent")
@@ -79,7 +79,7 @@ def refusal(page: Page, **fields: str | bool) -> str:
 
 
 def opened(page: Page, path: Path, content: Any) -> None:
-    """Open a file as a saved answer."""
+    """Write a file, and open it as a saved answer."""
     path.write_text(content if isinstance(content, str) else json.dumps(content), "utf-8")
     page.evaluate("shown = null")
     page.choose_file("file", path)
@@ -93,7 +93,7 @@ def test_it_opens_and_asks_nobody(page: Page) -> None:
 
 
 def test_every_pass_of_a_response(page: Page) -> None:
-    """At each place of the slider: the tokens, their figures, and what each layer keeps."""
+    """Each position of the slider shows the tokens, their figures, and what each layer keeps."""
     answer = ask(page, block_length="16", keep_ratio="0.6")
     choice = answer["choices"][0]
     trace = choice["diffusion_trace"]
@@ -135,7 +135,7 @@ def test_every_pass_of_a_response(page: Page) -> None:
 
 
 def test_playing(page: Page) -> None:
-    """From the first pass to the last, each once; and on from where it was stopped."""
+    """Playing shows each pass once, first to last; after a stop, it goes on from the same pass."""
     ask(page, speed="60")
     page.evaluate(
         """go(0), globalThis.seen = [], new MutationObserver(() => seen.push(
@@ -180,7 +180,7 @@ def test_stepping(page: Page) -> None:
     page.evaluate("go(0)")
     page.click("back")
     assert page.evaluate(where) == 0
-    # Keys that are typed into a field are the field's.
+    # Keys typed into a field do not step.
     page.evaluate("$('prompt').focus()")
     page.press("ArrowRight")
     assert page.evaluate(where) == 0
@@ -211,7 +211,7 @@ def test_no_cache_and_an_early_end(page: Page) -> None:
 
 
 def test_refusals_are_shown(page: Page, server: Server) -> None:
-    """What the server says, word for word; the next good answer takes it away."""
+    """Refusals appear word for word, and disappear with the next good answer."""
     nobody = f"http://127.0.0.1:{free_port()}"
     for fields, words in (
         ({"keep_ratio": "2"}, "(HTTP 400): diffusion_keep_ratio must be"),
@@ -232,7 +232,7 @@ EVIL = '<img src=x onerror="globalThis.harmed = true"><b>bold</b>'
 
 
 def test_text_is_no_markup(page: Page, tmp_path: Path) -> None:
-    """Neither in what a model writes nor in a prompt, a saved file's name or its numbers."""
+    """Text from a model, a prompt or the name of a saved file is never interpreted as HTML."""
     trace = {"nfe": 2, "steps": [1, 0], "confidences": [0.5, 0.25]}
     trace["refreshes"] = [{"step": 0, "kind": "refresh", "block": [2, 4], "kept": [[0], [1]]}]
     tokens = [{"token": EVIL}, {"token": "</span>"}]
@@ -250,7 +250,7 @@ def test_text_is_no_markup(page: Page, tmp_path: Path) -> None:
 
 
 def test_saved_answers(page: Page, server: Server, tmp_path: Path) -> None:
-    """Of completions, with several choices, given tokens and no text; and what is no answer."""
+    """Completions are shown with choices and given tokens, without texts; bad files are refused."""
     canvas = [5, 77, 5, 5, 311, 5, 5, 5]
     body = {"prompt": [77, 311, 45], "max_tokens": 8, "n": 2, "ignore_eos": True, "seed": 1}
     body |= {"temperature": 2.0, "return_token_ids": True}
@@ -278,7 +278,7 @@ def test_saved_answers(page: Page, server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [360, 768, 1600])
 def test_it_fits_and_can_be_read(page: Page, tmp_path: Path, width: int, scheme: str) -> None:
-    """Nothing sticks out sideways, and text stands out from its background (WCAG's 4.5 : 1)."""
+    """Nothing overflows sideways, and text has enough contrast (WCAG's 4.5 : 1)."""
     steps = [*range(20)]
     trace = {"nfe": 20, "steps": steps, "confidences": [i / 19 for i in steps]}
     kept = [[i for i in range(300) if i % 7 > layer] for layer in range(4)]

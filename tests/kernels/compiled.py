@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compile every kernel for a Hopper GPU, which needs none: ``python -m tests.kernels.compiled``.
+"""Compile every kernel for a Hopper GPU, without having one: ``python -m tests.kernels.compiled``.
 
-Prints what is in each binary: registers of a thread, bytes that spill from
-them, shared memory of a program, and the matrix instructions. Fails if anything spills or does
-not fit.
+Prints for each binary the registers of a thread, the bytes that spill from them, the shared memory
+of a program, and the matrix instructions. Fails if anything spills or does not fit.
 """
 
 from __future__ import annotations
@@ -31,21 +30,21 @@ from vllm_sparse_dllm.kernels import (
 )
 
 HOPPER = GPUTarget("cuda", 90, 32)
-#: Bytes that a program may have on an H100.
+#: Bytes of shared memory available to a program on an H100.
 SHARED_MEMORY = 227 << 10
 _CUDA = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
 class Case:
-    """A kernel as it is launched.
+    """A kernel with the parameters of a launch.
 
     Attributes:
-        name: For the table.
+        name: Name in the output.
         kernel: The kernel.
         types: Types of its arguments in order; ``:16`` marks multiples of 16.
-        constants: Its constants.
-        warps: Of a program.
+        constants: Its compile-time constants.
+        warps: Warps of a program.
         stages: Tiles in flight.
     """
 
@@ -170,7 +169,7 @@ def compile_case(case: Case) -> Any:
 
 
 def resources(binary: bytes) -> tuple[int, int]:
-    """Return registers of a thread, and bytes of it that lie in memory for want of them."""
+    """Return the registers of a thread, and its bytes in memory (stack and local)."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()

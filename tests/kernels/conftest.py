@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels against their twins: on a GPU, or in Triton's interpreter.
 
-The interpreter has to be asked for before Triton is imported, which other tests do; so without
-a GPU these run in a process of their own, ``TRITON_INTERPRET=1 pytest tests/kernels``, which
+The interpreter must be enabled before Triton is imported, and other tests import it. So without
+a GPU these tests run in a process of their own, ``TRITON_INTERPRET=1 pytest tests/kernels``, which
 `tests/unit/test_kernels.py` starts.
 """
 
@@ -24,5 +24,5 @@ else:
 
 @pytest.fixture(scope="session")
 def device() -> torch.device:
-    """Return where the kernels run."""
+    """Return the device that the kernels run on."""
     return torch.device("cpu" if interpreted() else "cuda")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton backend against softmax written out: ragged lengths, any page table, any split."""
+"""The Triton backend against a plain softmax: ragged lengths, any page table, any split."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ PAGES = pytest.mark.parametrize("page_size", [16, 32])
 
 
 class Pool:
-    """A backend on pages whose every element is ``fill``, and what was written to them."""
+    """A backend whose pages are filled with ``fill``, and views of their keys and values."""
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class Pool:
         return drawn.to(self.device, self.dtype)
 
     def table(self, lengths: list[int], seed: int) -> np.ndarray:
-        """Fill own pages for every sequence, in no order; return the table."""
+        """Write random keys and values of each sequence to pages of its own; return the table."""
         generator = torch.Generator().manual_seed(seed)
         page_size = self.backend.page_size
         pages = np.random.default_rng(seed).permutation(NUM_PAGES)
@@ -121,7 +121,7 @@ def assert_close(output: torch.Tensor, expected: torch.Tensor) -> None:
 def test_paged(
     shape: AttentionShape, dtype: torch.dtype, page_size: int, device: torch.device
 ) -> None:
-    """The slots behind a sequence's last hold NaN; nothing of them may show."""
+    """Slots after a sequence's last key hold NaN, which must not reach the output."""
     pool = Pool(shape, dtype, device, page_size)
     queries, keys = (np.array(column) for column in zip(*PAGED, strict=True))
     table = pool.table(keys.tolist(), seed=1)
@@ -172,7 +172,7 @@ def test_any_tiles_and_splits(
     page_size: int,
     seed: int,
 ) -> None:
-    """Whatever the launch parameters, the function is the same."""
+    """The result does not depend on the launch parameters."""
     shape = AttentionShape(group, 1, 16)
     pool = Pool(shape, torch.float32, device, page_size)
     queries, keys = (np.array(column) for column in zip(*lengths, strict=True))
@@ -193,7 +193,7 @@ def test_any_tiles_and_splits(
     )  # fmt: skip
     assert_close(output, expected)
 
-    # The same keys as rows of a pass.
+    # The same keys, as rows of a full pass.
     page_slots = table[:, :, None] * page_size + np.arange(page_size)
     slots = [row.reshape(-1)[:num] for row, num in zip(page_slots, keys, strict=True)]
     rows = torch.from_numpy(np.concatenate(slots)).to(device)
@@ -207,7 +207,7 @@ def test_any_tiles_and_splits(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_keys_are_split_where_sequences_are_few(dtype: torch.dtype, device: torch.device) -> None:
-    """In float32 never: what is added up in which order must not depend on the batch."""
+    """Not in float32, where the order of summation must not depend on the batch."""
     pool = Pool(AttentionShape(2, 1, 32), dtype, device)
     queries, keys = np.array([4]), np.array([600])
     table = pool.table([600], seed=4)
@@ -250,7 +250,7 @@ def test_a_broken_sequence_does_not_leak(broken: int, garbage: float, device: to
 
 
 def test_a_sequence_alone_is_the_same_as_in_company(device: torch.device) -> None:
-    """Batch invariance in float32, bit by bit."""
+    """Attention in float32 is batch-invariant, bit for bit."""
     pool = Pool(AttentionShape(4, 2, 32), torch.float32, device)
     table = pool.table([300, 90, 17], seed=6)
     q = pool.randn(torch.Generator().manual_seed(7), 60, 4)
@@ -272,7 +272,7 @@ def test_a_sequence_alone_is_the_same_as_in_company(device: torch.device) -> Non
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=name)
 def test_a_static_plan_is_rewritten_in_place(dtype: torch.dtype, device: torch.device) -> None:
-    """What a CUDA graph has seen of it stays, for fewer sequences, queries and pages too."""
+    """The tensors that a CUDA graph captures stay in place, also if less of the plan is used."""
     shape = AttentionShape(4, 2, 32)
     pool = Pool(shape, dtype, device)
     plan = pool.backend.static_paged_plan(num_sequences=4, num_queries=8, width=20)

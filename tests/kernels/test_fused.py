@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A denoising step with the device's own confidences against the same step without them."""
+"""A denoising step with the confidences of fused kernels, against the same step without them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class RuleOut:
 
 @dataclass(frozen=True)
 class Request:
-    """What a request asks of a step."""
+    """A request's parameters for a step."""
 
     rule: str
     num: int
@@ -49,7 +49,7 @@ class Request:
     edits: tuple[RuleOut, ...] = field(default=(RuleOut(5),), init=False)
 
     def candidates(self, device: torch.device) -> Candidates:
-        """Return it as the step takes it, with a generator of its own."""
+        """Return the request as input of a step, with a generator of its own."""
         return Candidates(
             num=self.num,
             count=min(self.count, self.num),
@@ -136,7 +136,7 @@ def test_one_requests_garbage_fails_it_alone(device: torch.device) -> None:
 
 
 def test_a_greedy_request_gets_the_same_beside_one_that_draws(device: torch.device) -> None:
-    """Bit by bit: its rows take the same way whoever else is in the batch."""
+    """Bit for bit: its rows take the same code path, whatever else is in the batch."""
     greedy, drawing = Request("entropy", 5), Request("entropy", 3, temperature=0.7)
     logits = torch.randn(8, VOCAB, generator=torch.Generator().manual_seed(2)).to(device)
     fused = greedy_distribution(device)

@@ -32,7 +32,7 @@ def layers(draw: st.DrawFn, integers: bool):
     generator = torch.Generator().manual_seed(draw(SEEDS))
     shapes = (end - start, kv_heads * group, head_size), (length, kv_heads + 1, head_size)
     if integers:
-        # A power of two, so that the mean is exact.
+        # A block of 4: with a power of two the mean is exact.
         shapes = (4, *shapes[0][1:]), shapes[1]
         q, k = (torch.randint(-2, 3, shape, generator=generator).float() for shape in shapes)
     else:
@@ -47,7 +47,7 @@ def test_scores_are_close(layer, device: torch.device) -> None:
     got = key_scores(q.to(device), k.to(device), spans).cpu()
     expected = twins.key_scores(q.double(), k.double(), spans)
     assert got.dtype == k.dtype and got.shape == expected.shape
-    # Rounded thrice; the sum has as many terms as a row of keys.
+    # Rounded three times; the sum has as many terms as a row of keys.
     tolerance = 4 * torch.finfo(k.dtype).eps * math.sqrt(k.shape[1] * k.shape[2])
     tolerance *= math.sqrt(q.shape[1] / k.shape[1])
     torch.testing.assert_close(got.double(), expected, rtol=tolerance, atol=tolerance)
@@ -55,7 +55,7 @@ def test_scores_are_close(layer, device: torch.device) -> None:
 
 @given(layer=layers(integers=True))
 def test_scores_of_small_integers_are_the_twins(layer, device: torch.device) -> None:
-    """Where nothing is rounded not a bit differs, so the same scores tie."""
+    """Where nothing is rounded, not a bit differs, so the same scores tie."""
     q, k, spans = layer
     expected = twins.key_scores(q.float(), k.float(), spans)
     got = key_scores(q.to(device), k.to(device), spans).cpu()
@@ -88,7 +88,7 @@ def test_pooling_is_the_twins(
     special: float | None,
     seed: int,
 ) -> None:
-    """Bit by bit, so that topk sees the same vector and breaks its ties alike."""
+    """Bit for bit, so that `torch.topk` gets the same vector and breaks ties in the same way."""
     values = torch.randn(length, generator=torch.Generator().manual_seed(seed)).to(dtype)
     if special is not None:
         values[seed % length] = special
@@ -135,7 +135,7 @@ def test_rows_land_in_their_slots_and_nowhere_else(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_backends_agree(dtype: torch.dtype, device: torch.device) -> None:
-    """What is moved to which slot, and what is read from there."""
+    """Both move the same entries to the same slots, and read the same from them."""
     shape = AttentionShape(4, 2, 32)
     backends = [kind(shape, 16, dtype, device) for kind in (TritonBackend, PortableBackend)]
     generator = torch.Generator().manual_seed(1)

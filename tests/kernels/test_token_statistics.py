@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Statistics of rows of logits against softmax written out."""
+"""Statistics of rows of logits against a plain softmax."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_sparse_dllm.kernels.token_statistics import negative_entropy, token_st
 
 @st.composite
 def rows(draw: st.DrawFn):
-    """Rows that lie in wider ones, with ties, sure tokens and tokens that are ruled out."""
+    """Rows that are parts of wider ones; some have ties, near-certain or excluded tokens."""
     vocab, num = draw(st.integers(2, 300)), draw(st.integers(1, 4))
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
     logits = torch.randn(num, vocab + 8, generator=generator) * draw(st.sampled_from([1, 30]))
@@ -67,7 +67,7 @@ def test_the_first_of_equal_tokens_but_not_the_mask(device: torch.device) -> Non
 
 
 def test_sure_tokens_are_told_apart_near_one(device: torch.device) -> None:
-    """A probability is 1 over the sum, not the exponential of a difference of logarithms."""
+    """A probability is a quotient, not the exponential of a difference of logarithms."""
     logits = torch.full((3, 50), -80.0, device=device)
     logits[:, 9] = 900.0
     logits[:, 3] = torch.tensor([885.0, 886.0, 880.0], device=device)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels compute, written out in PyTorch, in float64 where rounding is theirs."""
+"""What the kernels compute, in plain PyTorch; in float64 where the kernels round."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def paged_attention(
     page_table: np.ndarray,
     page_size: int,
 ) -> torch.Tensor:
-    """Return attention, sequence by sequence, of queries over the first slots of its pages."""
+    """Return the attention of each sequence's queries over the first slots of its pages."""
     parts, first = [], 0
     for queries, keys, pages in zip(query_lengths, key_lengths, page_table, strict=True):
         slots = torch.from_numpy((pages[:, None] * page_size + np.arange(page_size)).reshape(-1))
@@ -51,7 +51,7 @@ def write_rows(
     entries: torch.Tensor | None = None,
     gap: tuple[int, int] = (0, 0),
 ) -> None:
-    """Copy row by row; see the kernel's function."""
+    """Copy rows one by one; arguments are those of `kernels.pages.write_rows`."""
     for number, slot in enumerate(slots.tolist()):
         row = number if entries is None else int(entries[number])
         if entries is not None and row >= gap[0]:
@@ -62,7 +62,7 @@ def write_rows(
 
 
 def statistics(logits: torch.Tensor, mask_token_id: int) -> dict[str, torch.Tensor]:
-    """Return the rules' view of rows of logits, from float64 probabilities."""
+    """Return the statistics that the rules use, from float64 probabilities."""
     wide = logits.double()
     probabilities = torch.softmax(wide, dim=-1)
     allowed = wide.clone()

@@ -1,7 +1,7 @@
 """The slow reference: LLaDA and Dream decoding in plain PyTorch, one request at a time.
 
-Used by tests only, written from ``algorithms.md`` ("A<n>" and "B<n>" in comments are its
-sections) and sharing no code with the engine.
+Used by tests only; written from ``algorithms.md`` ("A<n>" and "B<n>" in comments are its
+sections), without any code of the engine.
 """
 
 from .checkpoints import write_checkpoint

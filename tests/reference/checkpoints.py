@@ -1,10 +1,10 @@
 """Random LLaDA and Dream checkpoints in the public Hugging Face layouts.
 
 The weights are scaled so that greedy decoding is not degenerate: attention logits have a standard
-deviation of about ATTN_STD (a few effective keys a query), every sub-layer adds about as much as
-the residual stream holds, LM-head logits have LOGIT_STD. The head rows of mask, eos and bos are
-zero, so a greedy run never predicts them. All values lie on the bfloat16 grid: float32 and
-bfloat16 runs use the very same weights.
+deviation of about ATTN_STD (a few effective keys per query) and LM-head logits one of LOGIT_STD;
+every sub-layer adds about as much as the residual stream holds. The head rows of mask, eos and bos
+are zero, so a greedy run never predicts them. All values are exact in bfloat16, so float32 and
+bfloat16 runs use the same weights.
 """
 
 import json
@@ -44,7 +44,7 @@ def write_checkpoint(
     shards: int = 1,
     tokenizer: bool = False,
 ) -> Path:
-    """Write a checkpoint directory; kv_heads None is what is public: LLaDA MHA, Dream GQA."""
+    """Write a checkpoint directory; kv_heads None is as in public models: LLaDA MHA, Dream GQA."""
     if model not in ("llada", "dream"):
         raise ValueError(f"model {model!r}")
     if kv_heads is None:
@@ -80,7 +80,7 @@ def write_checkpoint(
 
 
 class Weights:
-    """Random tensors under the public names."""
+    """Random tensors under the names of the public checkpoints."""
 
     def __init__(self, seed: int, sizes: dict[str, int]) -> None:
         self.generator = torch.Generator().manual_seed(seed)
@@ -137,10 +137,10 @@ class Weights:
         return 1.0 + self._normal(n, std=0.1)
 
     def _query_or_key(self, rows: int) -> Tensor:
-        """sqrt(ATTN_STD) each, so (q.k) / sqrt(head_dim) has ATTN_STD.
+        """Queries and keys have std sqrt(ATTN_STD) each, so (q.k) / sqrt(head_dim) has ATTN_STD.
 
-        The fast RoPE pairs get more of it: mask positions have equal embeddings, only RoPE
-        tells neighbours apart.
+        The fast RoPE pairs get more of it: mask positions have equal embeddings, and only RoPE
+        distinguishes neighbours.
         """
         half = self.head_dim // 2
         gain = 1.0 + 2.0 * torch.exp(-torch.arange(half).float() / max(1.0, self.head_dim / 8))
@@ -251,9 +251,9 @@ def dream_config(s: dict[str, int], ids: dict[str, int]) -> dict[str, Any]:
 def write_tokenizer(path: Path, vocab: int, max_positions: int) -> None:
     """A character-level tokenizer that covers all ids.
 
-    Printable ASCII and newline are one id each; the ids after them decode to " w<id>" and are
+    Printable ASCII and newline have one id each; the ids after them decode to " w<id>" and are
     never produced from text; the last four are <|bos|>, <|eos|>, <|mask|>, <|unk|>. Every id
-    decodes to whole characters, so streamed text never waits for bytes.
+    decodes to whole characters, so streamed text never waits for further bytes.
     """
     from tokenizers import Tokenizer, decoders, models
 

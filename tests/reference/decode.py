@@ -1,7 +1,7 @@
-"""Decoding as algorithms.md says it: part A, and part B where A is silent.
+"""Decoding as algorithms.md describes it: part A, and part B where A is silent.
 
-Nothing is fast here. A block is a loop of steps; a step is one forward (which keys it sees is the
-cache policy), a choice (which masks to commit is the rule), and a write.
+Nothing is optimised. A block is a loop of steps; a step is one forward (the cache policy decides
+which keys it sees), a choice (the rule decides which masks to commit), and a write.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from .models import Forward, KeyValue, Model
 
 POLICIES = ("none", "prefix", "dual", "sparse")
 RULES = ("low_confidence", "random", "maskgit_plus", "topk_margin", "entropy", "origin")
-WINDOW = 16  # the end of a prompt, where its question is
+WINDOW = 16  # positions at the end of a prompt, where its question is
 DEFAULT_RULE = {"llada": "low_confidence", "dream": "entropy"}
 
 
@@ -31,11 +31,11 @@ class Options:
     saliency: str = "paper"
     granularity: str = "token"
     page: int = 32
-    eviction_delay: int = 0  # block steps between filling the cache and choosing what stays
-    refresh_interval: int = 1  # blocks that one filling of the cache serves
-    suffix_window: int | None = None  # positions behind the block that exist; None: all
+    eviction_delay: int = 0  # block steps between filling the cache and choosing what to keep
+    refresh_interval: int = 1  # blocks that use the cache of one refresh
+    suffix_window: int | None = None  # positions after the block that take part; None: all
     block_length: int = 32
-    steps: int | None = None  # None: one per token
+    steps: int | None = None  # None: one per masked position
     remasking: str | None = None  # None: the model's own
     threshold: float | None = None
     factor: float | None = None
@@ -56,9 +56,10 @@ class Options:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
-    canvas: Sequence[int] | None = None  # the response's first ids, masks among them
-    allowed: Callable[[list[int]], Tensor] | None = None  # response so far -> [vocab], a grammar
-    leads: list[float] | None = None  # gets by how much, relatively, each order was decided
+    canvas: Sequence[int] | None = None  # the first ids of the response; may contain masks
+    allowed: Callable[[list[int]], Tensor] | None = None  # a grammar: response so far -> [vocab]
+    # Receives, for each ranking, the relative lead of the last committed over the next candidate.
+    leads: list[float] | None = None
 
     def __post_init__(self) -> None:
         if self.cache_policy not in POLICIES:
@@ -76,22 +77,22 @@ class Options:
 
     @property
     def adaptive(self) -> bool:
-        """Threshold or factor say how many, and confidence is the chosen token's probability."""
+        """Whether threshold or factor sets how many commit; rules then rank by probability."""
         return self.threshold is not None or self.factor is not None
 
 
 @dataclass
 class Stats:
-    """What a run cost and did. CFG's second sequence counts as forwards of its own."""
+    """The cost and the commits of a run. Forwards of CFG's second sequence count separately."""
 
     full_forwards: int = 0
-    block_forwards: int = 0  # steps with a cache: of a block, or the suffix steps of `prefix`
+    block_forwards: int = 0  # steps with a cache: block steps, or the suffix steps of `prefix`
     query_tokens: int = 0
     commits: list[list[list[int]]] = field(default_factory=list)  # [block][step] -> positions
-    confidences: dict[int, float] = field(default_factory=dict)  # position -> as it was committed
+    confidences: dict[int, float] = field(default_factory=dict)  # position -> at its commit
     # [change of the cache][layer] -> positions
     kept: list[list[Tensor]] = field(default_factory=list)
-    changes: list[str] = field(default_factory=list)  # their kinds: refresh, evict, append
+    changes: list[str] = field(default_factory=list)  # kinds of change: refresh, evict, append
 
     @property
     def reveals(self) -> list[list[int]]:
@@ -152,7 +153,7 @@ def generate_with_stats(
             else:
                 state = None if o.generator is None else o.generator.get_state()
                 tokens, chosen = choose(edited, model, o, i, steps, masks)
-                if len(chosen):  # its draws once more, for the distribution that it saw
+                if len(chosen):  # repeat its draws, for the distribution that it ranked by
                     probs = distribution(edited, model, o, state)
                 chosen = without_bad_words(tokens, chosen, places, x[prompt:], o)
             positions = s + rows[chosen]
@@ -165,7 +166,7 @@ def generate_with_stats(
                 stream.x[positions] = tokens[chosen]
             stats.commits[-1].append(positions.tolist())
             i += 1
-        if i == 0:  # nothing to write: the next block has a filling of its own
+        if i == 0:  # nothing to write: the next block fills its own cache
             for stream in streams:
                 stream.filled = -1
         s = e
@@ -181,7 +182,7 @@ def generate_with_stats(
 def blocks_with_masks(
     masked: Sequence[bool], length: int, steps: int | None
 ) -> Iterator[tuple[int, int, int]]:
-    """A1 where some positions are given: (size, masks, steps); shares go by masks."""
+    """A1 for a partly given response: (size, masks, steps) of each block, steps shared by masks."""
     parts = [masked[start : start + length] for start in range(0, len(masked), length)]
     total = sum(masked)
     t = total if steps is None else steps
@@ -194,7 +195,7 @@ def blocks_with_masks(
 
 
 def blocks(total: int, length: int, steps: int) -> Iterator[tuple[int, int]]:
-    """A1: (size, steps) of each block; what the proportional share leaves goes to the first."""
+    """A1: (size, steps) of each block; steps left over go one each to the first blocks."""
     sizes = [min(length, total - start) for start in range(0, total, length)]
     shares = [max(1, steps * size // total) for size in sizes]
     left = steps - sum(shares)
@@ -207,7 +208,7 @@ def blocks(total: int, length: int, steps: int) -> Iterator[tuple[int, int]]:
 
 @dataclass
 class Kept:
-    """What one layer keeps: positions ``[n]`` in the order they are stored, keys and values."""
+    """The entries that one layer keeps: positions ``[n]`` in storage order, keys and values."""
 
     positions: Tensor
     k: Tensor  # [kv heads, n, hd]
@@ -225,7 +226,7 @@ class Kept:
 
 
 class Stream:
-    """A canvas of L ids and what each layer keeps for the coming steps."""
+    """A canvas of L ids, and the entries that each layer keeps for the coming steps."""
 
     def __init__(self, model: Model, x: Tensor, o: Options, stats: Stats, prompt: int) -> None:
         self.model, self.x, self.o, self.stats, self.prompt = model, x, o, stats, prompt
@@ -233,14 +234,14 @@ class Stream:
         self.filled = -1  # the block in which the cache was filled last
 
     def logits(self, number: int, i: int, s: int, e: int) -> Tensor:
-        """Step i of block ``number``, [s, e): one forward; the rows that predict s..e-1."""
+        """Run step i of block ``number``, [s, e), in one forward: the rows that predict s..e-1."""
         policy = self.o.cache_policy
         fill = self.o.delay_steps if policy == "sparse" else 0
-        # Beyond the window there is nothing.
+        # Positions beyond the window do not take part.
         far = len(self.x)
         if self.o.suffix_window is not None:
             far = min(far, e + self.o.suffix_window)
-        # The block goes on with the cache of a block before.
+        # The block continues with the cache of an earlier block.
         goes_on = self.filled >= 0 and self.filled < number < self.filled + self.o.refresh_interval
         if policy == "none" or (i <= fill and not goes_on):
             out = self._run(0, far, None)
@@ -275,14 +276,14 @@ class Stream:
         return self.model(self.x[start:end], range(start, end), cache)
 
     def _rows(self, out: Forward, start: int, s: int, e: int) -> Tensor:
-        """B6: Dream's row p-1 predicts position p, within the rows from ``start`` on."""
+        """The rows that predict [s, e), given those from ``start`` on; Dream shifts them (B6)."""
         logits = out.logits
         if self.model.kind == "dream":
             logits = torch.cat([logits[:1], logits[:-1]])
         return logits[s - start : e - start]
 
     def _frozen(self, out: Forward, s: int, e: int, far: int) -> list[Kept]:
-        """What of this full forward later steps see besides their own keys (B4, B5)."""
+        """The entries of this full forward that later steps see besides their own keys (B4, B5)."""
         others = torch.cat([torch.arange(s), torch.arange(e, far)])
         kept = []
         for q, k in zip(out.q, out.k, strict=True):
@@ -298,7 +299,7 @@ class Stream:
         return [Kept(j, k[:, j], v[:, j]) for j, k, v in zip(kept, out.k, out.v, strict=True)]
 
     def _evict(self, out: Forward) -> None:
-        """Of all that was kept, what this step's queries find salient stays."""
+        """Keep only those cached entries that are the most salient for this step's queries."""
         cache = []
         for q, own, layer in zip(out.q, out.k, self.cache, strict=True):
             seen = torch.cat([layer.k, own], dim=1)
@@ -314,7 +315,7 @@ class Stream:
 
 
 def worth(saliency: str, groups: list[Tensor], k: Tensor, others: Tensor, prompt: int) -> Tensor:
-    """What the others among all keys are worth; the first group of queries is the block's."""
+    """Scores of the others among all keys; the first group of queries is the block's.  -> [n]."""
     if saliency == "attention":
         return attention_importance(groups[0], k, others)
     if saliency == "window":
@@ -329,7 +330,7 @@ def importance(q: Tensor, k: Tensor) -> Tensor:
 
 
 def attention_importance(q: Tensor, k: Tensor, others: Tensor) -> Tensor:
-    """The mean share of attention that rows of all heads pay the others.  -> [n]."""
+    """The share of attention that each of the others gets, mean over rows and heads.  -> [n]."""
     paid = [share[:, others] for share in shares(q, k)]
     return torch.cat(paid).mean(dim=0)
 
@@ -342,10 +343,10 @@ def shares(q: Tensor, k: Tensor) -> list[Tensor]:
 
 
 def window_importance(groups: list[Tensor], k: Tensor, others: Tensor, prompt: int) -> Tensor:
-    """Groups of rows ([heads, rows, hd]) spread their attention over ``k``; heads vote apart.
+    """Scores by the attention that groups of rows ([heads, rows, hd]) pay to ``k``.  -> [n].
 
-    A key is worth the sum of the groups' mean shares, in the head where that is largest; the
-    last of the prompt more than all else, and the later the more.  -> [n]
+    A key's score is the sum of the groups' mean shares, in the head where this sum is largest.
+    The last WINDOW positions of the prompt score above all others, later ones higher.
     """
     votes = torch.zeros(len(groups[0]), k.shape[1])
     for q in groups:
@@ -419,7 +420,7 @@ def completes(
 def without_bad_words(
     tokens: Tensor, chosen: Tensor, places: Tensor, response: Tensor, o: Options
 ) -> Tensor:
-    """Of the chosen rows, surest first, those that complete no bad word with what stands."""
+    """The chosen rows, surest first, except those that complete a bad word in the response."""
     stands, kept = response.tolist(), []
     for row in chosen.tolist():
         place, token = int(places[row]), int(tokens[row])
@@ -471,7 +472,7 @@ def choose(
 
 
 def confidence(probs: Tensor, tokens: Tensor, rule: str, o: Options) -> Tensor:
-    """A6: what a rule ranks by, and the probability for a rule that draws its order."""
+    """A6: what a rule ranks by; the probability for a rule that orders at random."""
     if rule == "topk_margin" and not o.adaptive:
         first, second = probs.topk(2).values.unbind(-1)
         return first - second
@@ -481,7 +482,7 @@ def confidence(probs: Tensor, tokens: Tensor, rule: str, o: Options) -> Tensor:
 
 
 def distribution(logits: Tensor, model: Model, o: Options, state: Tensor | None) -> Tensor:
-    """The distribution that `draw` ranked by, with the generator as it was, and left as it is."""
+    """The distribution of `draw` from generator state ``state``; the generator keeps its own."""
     if o.generator is None or state is None:
         return draw(logits, model, o)[1]
     now = o.generator.get_state()
@@ -492,7 +493,7 @@ def distribution(logits: Tensor, model: Model, o: Options, state: Tensor | None)
 
 
 def draw(logits: Tensor, model: Model, o: Options) -> tuple[Tensor, Tensor]:
-    """A3, A7: a token for each row (never the mask id), and the distribution of its confidence."""
+    """A3, A7: a token for each row (never the mask id), and the distribution for its confidence."""
     tokens_allowed = torch.arange(model.vocab) != model.mask_id
     greedy = logits.masked_fill(~tokens_allowed, -torch.inf).argmax(-1)
     if o.temperature == 0:
@@ -511,7 +512,7 @@ def draw(logits: Tensor, model: Model, o: Options) -> tuple[Tensor, Tensor]:
         score = probs.double() / noise.exponential_(generator=o.generator)
     alive = tokens_allowed & (filtered > -torch.inf)
     drawn = score.masked_fill(~alive, -torch.inf).argmax(-1)
-    return torch.where(alive.any(-1), drawn, greedy), probs  # the filter may leave the mask id only
+    return torch.where(alive.any(-1), drawn, greedy), probs  # the filter may leave only the mask id
 
 
 def top_p_top_k(logits: Tensor, top_p: float, top_k: int) -> Tensor:
@@ -533,7 +534,7 @@ def probability(probs: Tensor, tokens: Tensor) -> Tensor:
 
 
 def at_threshold(conf: Tensor, threshold: float) -> int:
-    """B4: of descending confidences the first always, and the others with c >= t in float32."""
+    """B4: of descending confidences, count the first and all others with c >= t in float32."""
     return max(1, int((conf >= torch.tensor(threshold, dtype=torch.float32)).sum()))
 
 

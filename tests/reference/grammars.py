@@ -1,4 +1,4 @@
-"""What a grammar allows next, from llguidance itself: for ``Options.allowed``."""
+"""The tokens that a grammar allows next, according to llguidance; for ``Options.allowed``."""
 
 import json
 from functools import cache
@@ -17,13 +17,14 @@ def _tokenizer(path: str, vocab: int) -> llguidance.LLTokenizer:
 
 
 class Grammar:
-    """A grammar that is read anew from its start each time.
+    """A grammar that reads each text anew from its start.
 
     Args:
         kind: ``json`` (a schema), ``regex``, ``choice`` or ``grammar``.
-        text: As vLLM's ``StructuredOutputsParams`` have it.
+        text: The grammar, as in vLLM's ``StructuredOutputsParams``.
         tokenizer: Directory of the tokenizer.
         vocab: Rows of the language-model head.
+        spaces: Whether JSON texts can contain optional white space.
     """
 
     def __init__(self, kind: str, text: Any, tokenizer: str, vocab: int, spaces: bool) -> None:
@@ -42,7 +43,7 @@ class Grammar:
         return matcher, matcher.try_consume_tokens(tokens)
 
     def allowed(self, tokens: list[int]) -> Tensor:
-        """Which tokens may follow. -> [vocab] bool; all of them behind the end."""
+        """Which tokens can follow; after the end of the text, all of them. -> [vocab] bool."""
         matcher, consumed = self._after(tokens)
         if consumed < len(tokens) or self.tokenizer.eos_token in tokens:
             assert self.tokenizer.eos_token in tokens

@@ -1,4 +1,4 @@
-"""The two networks of B1, batch 1: every query sees every key that is present."""
+"""The two networks of B1 at batch size 1: every query sees every key that is present."""
 
 import json
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Model:
-    """A LLaDA or Dream network and the ids and constants that its checkpoint gives."""
+    """A LLaDA or Dream network, and the ids and constants of its checkpoint."""
 
     kind: str  # "llada" or "dream"
     config: dict[str, Any]

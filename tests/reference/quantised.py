@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Quantised checkpoints, as public tools write them, beside plain ones of the same weights.
+"""Quantised checkpoints, as public tools write them, and plain ones with the same weights.
 
-The plain checkpoint has the weights that the quantised one stands for, so that both give the
-same tokens, but for what a kernel rounds.
+The plain checkpoint has the weights that the quantised one represents, so that both give the
+same tokens, except for rounding in kernels.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-#: Rows of a weight's input that share a scale, in the formats with 4 bits.
+#: Input channels of a weight that share a scale, in 4-bit formats.
 GROUP = 32
 _PROJECTION = re.compile(
     r"(model\.(?:transformer\.blocks|layers)\.\d+\.(?:\w+\.)?\w*(?:proj|out))\.weight"
 )
 
 Tensors = dict[str, Tensor]
-#: From a weight ``[out, in]`` to the tensors that stand for it, by suffix, and their weight.
+#: Maps a weight ``[out, in]`` to its quantised tensors, by suffix, and the weight they represent.
 Quantiser = Callable[[Tensor], tuple[Tensors, Tensor]]
 
 
@@ -36,13 +36,13 @@ def quantise(
 
     Args:
         plain: A checkpoint in one file.
-        folder: Where the two new ones are written.
+        folder: Folder that the two new checkpoints are written to.
         method: ``gptq`` with 4 bits, or ``int8``, which is compressed-tensors' W8A8.
-        spared: Modules that are left as they are.
+        spared: Modules that are not quantised.
         head: Quantise the head too.
 
     Returns:
-        The quantised checkpoint and the plain one with the weights it stands for.
+        The quantised checkpoint and the plain one with the weights that it represents.
     """
     quantiser, config = _METHODS[method]
     quantised, same = (Path(shutil.copytree(plain, folder / name)) for name in (method, "same"))
@@ -69,7 +69,7 @@ def quantise(
 
 
 def _four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return values 0 to 15 ``[in, out]``, scales ``[groups, out]``, and their weight."""
+    """Return values 0 to 15 ``[in, out]``, their scales ``[groups, out]`` and their weight."""
     grouped = weight.t().reshape(-1, GROUP, weight.shape[0])
     scales = (grouped.abs().amax(dim=1) / 7).half()
     values = (grouped / scales.float().unsqueeze(1)).round().clamp(-8, 7)
@@ -78,7 +78,7 @@ def _four_bits(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _packed(values: Tensor) -> Tensor:
-    """Pack each eight values of four bits, along the last dimension, into an int32."""
+    """Pack every eight 4-bit values along the last dimension into an int32."""
     eights = values.unflatten(-1, (-1, 8))
     words = (eights << (4 * torch.arange(8))).sum(dim=-1)
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
@@ -86,7 +86,7 @@ def _packed(values: Tensor) -> Tensor:
 
 def _gptq(weight: Tensor) -> tuple[Tensors, Tensor]:
     values, scales, meant = _four_bits(weight)
-    # The format stores the zero point less one.
+    # The format stores zero points minus 1.
     zeros = _packed(torch.full(scales.shape, 7))
     groups = torch.arange(len(values), dtype=torch.int32) // GROUP
     packed = _packed(values.t()).t()
@@ -94,7 +94,7 @@ def _gptq(weight: Tensor) -> tuple[Tensors, Tensor]:
 
 
 def gptq_weight(qweight: Tensor, scales: Tensor) -> Tensor:
-    """Return the weight ``[out, in]`` that a layer of `quantise`'s GPTQ stands for."""
+    """Return the weight ``[out, in]`` that a GPTQ layer of `quantise` represents."""
     values = (qweight.unsqueeze(1) >> (4 * torch.arange(8).view(1, 8, 1))) & 15
     grouped = values.flatten(0, 1).unflatten(0, (-1, GROUP)) - 8
     return (grouped * scales.float().unsqueeze(1)).flatten(0, 1).t()

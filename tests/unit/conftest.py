@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Unit tests: one thread, and hypothesis draws the same examples in every run."""
+"""Unit tests run on one thread, and hypothesis draws the same examples in every run."""
 
 from __future__ import annotations
 

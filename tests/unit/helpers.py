@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several unit tests share: model traits, and the reference's view of a model."""
+"""Shared by several unit tests: model traits, and models for the reference's functions."""
 
 from __future__ import annotations
 
@@ -17,5 +17,5 @@ def traits_of(kind: str, mask_id: int = 3) -> ModelTraits:
 
 
 def reference_model(kind: str, vocab: int, mask_id: int) -> Any:
-    """Return what the reference's decoding functions read of a model."""
+    """Return the attributes of a model that the reference's decoding functions read."""
     return SimpleNamespace(kind=kind, vocab=vocab, mask_id=mask_id, eos_id=None)

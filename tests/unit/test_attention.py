@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Both attention backends against softmax written out: paged and whole, any page table."""
+"""The CPU attention backends against a plain softmax: paged and whole, any page table."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def softmax_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torc
 def bound(
     make: Make, shape: AttentionShape, dtype: torch.dtype, num_layers: int = 2, fill: float = 0.0
 ) -> AttentionBackend:
-    """A backend on a pool whose every element is ``fill``."""
+    """Return a backend on a pool whose elements are all ``fill``."""
     backend = make(shape, PAGE, dtype, CPU)
     size = NUM_PAGES * 2 * PAGE * shape.num_kv_heads * shape.head_size
     backend.bind_pages(
@@ -82,7 +82,7 @@ def randn(generator: torch.Generator, *shape: int, dtype: torch.dtype) -> torch.
 
 
 def page_table(lengths: list[int], seed: int) -> np.ndarray:
-    """Own pages for every sequence, in no order."""
+    """Return a table with pages of its own for each sequence, in random order."""
     pages = np.random.default_rng(seed).permutation(NUM_PAGES)
     counts = [-(-length // PAGE) for length in lengths]
     table = np.zeros((len(lengths), max(counts)), dtype=np.int64)
@@ -101,7 +101,7 @@ def slots_of(table: np.ndarray, row: int, length: int) -> torch.Tensor:
 def run_paged(
     backend: AttentionBackend, dtype: torch.dtype, seed: int, layer: int = 1
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write and attend `PAGED`; return what the backend computed and what it should be."""
+    """Write and attend to `PAGED`; return the backend's output and the expected one."""
     shape, generator = backend.shape, torch.Generator().manual_seed(seed)
     lengths = [keys for _, keys in PAGED]
     table = page_table(lengths, seed)
@@ -146,7 +146,7 @@ def test_stale_slots_do_not_leak(
     dtype: torch.dtype,
     garbage: float,
 ) -> None:
-    """Pages are cleared for their owner: whatever an earlier one left must not count."""
+    """Pages are cleared for a new owner: what an earlier owner left must have no effect."""
     clean, expected = run_paged(bound(backend_class, shape, dtype), dtype, 5)
     backend = bound(backend_class, shape, dtype, fill=garbage)
     table = page_table([keys for _, keys in PAGED], 5)
@@ -186,7 +186,7 @@ def test_a_broken_sequence_does_not_leak_into_the_next_full_pass(
 def test_a_broken_sequence_does_not_leak_within_a_pass(
     backend_class: Make, shape: AttentionShape, dtype: torch.dtype, broken: int
 ) -> None:
-    """Kernels reuse work space from one sequence to the next, where lengths differ most."""
+    """Kernels reuse work space from one sequence to the next, here of different lengths."""
     backend = bound(backend_class, shape, dtype)
     generator = torch.Generator().manual_seed(4)
     lengths = np.array([40, 31, 7])
@@ -225,7 +225,7 @@ def test_read_returns_what_was_written(
 def test_full(backend_class: Make, shape: AttentionShape, dtype: torch.dtype) -> None:
     backend = bound(backend_class, shape, dtype)
     generator = torch.Generator().manual_seed(3)
-    # Twice, the second time with keys that are fewer: scratch pages hold the first's.
+    # Twice, the second time with fewer keys: scratch pages still hold those of the first pass.
     for sequences in (WHOLE, [(2, 9), (0, 3), (40, 40)]):
         expected, parts = [], []
         for num_queries, num_keys in sequences:
@@ -256,7 +256,7 @@ def test_layers_do_not_touch_each_other(
     lengths = [num for _, num in PAGED]
     generator = torch.Generator().manual_seed(1)
     queries = []
-    for num_queries, num_keys in PAGED:  # the draws of the first run, for its queries
+    for num_queries, num_keys in PAGED:  # repeat the draws of the first run to get its queries
         for heads, num in ((shape.num_kv_heads, num_keys), (shape.num_kv_heads, num_keys)):
             randn(generator, num, heads, shape.head_size, dtype=dtype)
         queries.append(randn(generator, num_queries, shape.num_heads, shape.head_size, dtype=dtype))
@@ -273,7 +273,7 @@ def test_layers_do_not_touch_each_other(
 def test_a_sequence_alone_is_the_same_as_in_company(
     backend_class: Make, shape: AttentionShape, dtype: torch.dtype
 ) -> None:
-    """Batch invariance starts here, bit by bit."""
+    """Attention is batch-invariant, bit for bit."""
     backend = bound(backend_class, shape, dtype)
     generator = torch.Generator().manual_seed(9)
     k = randn(generator, 90, shape.num_kv_heads, shape.head_size, dtype=dtype)
@@ -297,7 +297,7 @@ def test_the_backend_that_fits_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
         return type(make_backend(AttentionShape(4, 2, head_size), page, dtype, CPU))
 
     assert made(64) is made(128) is CPUBackend
-    assert made(48) is PortableBackend  # a head size that the kernel has not
+    assert made(48) is PortableBackend  # a head size that the kernel does not support
     assert made(64, page=16) is PortableBackend
     assert made(64, dtype=torch.float64) is PortableBackend
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Backends that call a library: which may be used, and what the library is asked for.
+"""The choice of attention backends, and the calls of those that use a library.
 
-FlashAttention and xFormers need a GPU. Stand-ins compute what their documentation says of the
-arguments they get; xFormers' own masks are used where it is installed.
+FlashAttention and xFormers need a GPU. Stand-ins compute what their documentation says for the
+arguments that they get; xFormers' own masks are used where it is installed.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ PAGE = 16
 
 
 def flash_attn_varlen_func(**given: Any) -> None:
-    """What vLLM's FlashAttention is documented to do with the arguments that are used."""
+    """Compute what vLLM's FlashAttention documents for the arguments that the backend passes."""
     assert given["causal"] is False and given["fa_version"] == 2
     if given["max_seqlen_q"] == 1 and given["q"].shape[1] > given["k"].shape[-2]:
-        # It folds the heads of a group into queries then, as many as there are sequences.
+        # It then folds the heads of a group into queries, taking every sequence to have one query.
         given["q"].view(len(given["cu_seqlens_q"]) - 1, given["k"].shape[-2], -1)
     queries = given["cu_seqlens_q"].tolist()
     if "block_table" in given:
@@ -66,7 +66,7 @@ def flash_attn_varlen_func(**given: Any) -> None:
 
 @dataclass
 class Mask:
-    """A mask of xFormers, as far as it is used, where the package is not installed."""
+    """Stands in for xFormers' masks, as far as they are used, if it is not installed."""
 
     q_seqlen: list[int]
     kv_seqlen: list[int]
@@ -90,7 +90,7 @@ class Mask:
 
     def materialize(self, shape: tuple[int, ...]) -> torch.Tensor:
         if self.block_tables is not None:
-            # As the package has it: given without pages, returned with them.
+            # As in the package, the result has a column for every slot of the pages.
             shape = (shape[0], (int(self.block_tables.max()) + 1) * self.page_size)
         mask = torch.full(shape, -math.inf)
         first_query = first_key = 0
@@ -105,18 +105,18 @@ class Mask:
 
 
 class SplitK:
-    """Stands for xFormers' split-K operator."""
+    """Stands in for xFormers' split-K operator."""
 
 
 def memory_efficient_attention_forward(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *, attn_bias: Any, scale: float, op: Any
 ) -> torch.Tensor:
-    """Attention under a mask, for ``[1, n, groups, heads, d]`` or ``[1, n, heads, d]``."""
+    """Compute attention under a mask, for ``[1, n, groups, heads, d]`` or ``[1, n, heads, d]``."""
     paged = getattr(attn_bias, "block_tables", None) is not None
     if paged and op is not SplitK:
         raise NotImplementedError("no operator for pages")
     if not paged and q.dim() == 5 and attn_bias.q_seqinfo.max_seqlen == 1:
-        # PyTorch's kernel folds the heads of a group into queries, as many as sequences.
+        # PyTorch's kernel folds the heads of a group into queries, one query per sequence.
         q.view(len(attn_bias.q_seqinfo.seqstart_py) - 1, q.shape[2], -1)
     shape = q.shape
     q, k, v = (x[0].reshape(x.shape[1], -1, x.shape[-1]).double() for x in (q, k, v))
@@ -124,7 +124,7 @@ def memory_efficient_attention_forward(
     mask = attn_bias.materialize((q.shape[0], num_keys))
     k, v = k[: mask.shape[-1]], v[: mask.shape[-1]]
     weights = torch.einsum("qhd,khd->hqk", q, k) * scale + mask
-    # What is masked has the weight 0, and 0 times NaN is NaN: pages have to be clear.
+    # Masked keys have weight 0, and 0 times NaN is NaN: pages must have been cleared.
     out = torch.einsum("hqk,khd->qhd", torch.softmax(weights, dim=-1), v)
     return out.view(shape).to(torch.bfloat16)
 
@@ -145,7 +145,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     xformers = SimpleNamespace(
         memory_efficient_attention_forward=memory_efficient_attention_forward,
         attn_bias=masks(),
-        # One that is installed and does not read pages of this size.
+        # An operator that is installed but cannot read pages of this size.
         flash3=SimpleNamespace(FwOp=object),
         triton_splitk=SimpleNamespace(FwOp=SplitK),
     )
@@ -174,7 +174,7 @@ def test_full(backend: AttentionBackend) -> None:
 
 @pytest.mark.parametrize("queries", [[1, 0], [0, 1, 0], [1, 1, 0]])
 def test_sequences_of_one_query_and_of_none(backend: AttentionBackend, queries: list[int]) -> None:
-    """A last layer's: some requests have a mask left, others none."""
+    """As in the last layer, where some requests have one mask left and others none."""
     generator = torch.Generator().manual_seed(4)
     lengths, keys = np.array(queries), np.array([5, 7, 3][: len(queries)])
     q = randn(generator, int(lengths.sum()), SHAPE.num_heads)
@@ -187,7 +187,7 @@ def test_sequences_of_one_query_and_of_none(backend: AttentionBackend, queries: 
 
 
 def paged(backend: AttentionBackend, plan: Any = None) -> None:
-    """Attend `PAGED` over pages that were full of NaN; compare with plain PyTorch."""
+    """Attend to `PAGED` on pages that were full of NaN; compare with plain PyTorch."""
     generator = torch.Generator().manual_seed(2)
     queries, keys = (np.array(column) for column in zip(*PAGED, strict=True))
     counts = -(-keys // PAGE)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One step's batch: which rows, at which positions, into which slots, with logits of which."""
+"""One step's batch: the rows that run, their positions and slots, and the rows with logits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FURTHER_PAGES = itertools.count(10_000)
 
 @dataclass
 class Recorder(AttentionBackend):
-    """A backend whose plans are the arrays they are made of."""
+    """A backend whose plans are the arrays that they are made from."""
 
     calls: list[Any] = field(default_factory=list)
 
@@ -90,7 +90,7 @@ def make_state(
 def build(*states: RequestState) -> tuple[StepBatch, list[NextStep]]:
     steps = [state.next_step() for state in states]
     for state, step in zip(states, steps, strict=True):
-        if step.kind is StepKind.REFRESH:  # as the scheduler has it
+        if step.kind is StepKind.REFRESH:  # as the scheduler does
             held = sum(len(sequence.page_ids) for sequence in state.sequences)
             peak = state.policy.peak_pages(state.canvas, state.settings, PAGE)
             state.add_pages([next(FURTHER_PAGES) for _ in range(peak - held)])
@@ -98,7 +98,7 @@ def build(*states: RequestState) -> tuple[StepBatch, list[NextStep]]:
 
 
 def advance(state: RequestState, num: int = 1) -> None:
-    """Take ``num`` steps: each commits the first of its candidates it is allowed to."""
+    """Take ``num`` steps, each of which commits its first ``count`` candidates."""
     for _ in range(num):
         _, (step,) = run(state)
         chosen = step.candidates[: step.count]
@@ -106,7 +106,7 @@ def advance(state: RequestState, num: int = 1) -> None:
 
 
 def run(*states: RequestState) -> tuple[StepBatch, list[NextStep]]:
-    """Build a batch and do to the caches what the attention layers do, by chance."""
+    """Build a batch and update the caches as attention layers do, but keep random entries."""
     batch, steps = build(*states)
     for number, task in enumerate([*batch.plan.fills, *batch.plan.evictions]):
         for layer in range(LAYERS):
@@ -124,7 +124,7 @@ def run(*states: RequestState) -> tuple[StepBatch, list[NextStep]]:
 
 
 def choose(entries: np.ndarray, selection: Selection | None, seed: int) -> np.ndarray:
-    """Return what a selection keeps of some entries, by chance."""
+    """Return random ones of the entries, as many as the selection keeps; all without one."""
     if selection is None:
         return entries
     length = selection.run_length
@@ -162,7 +162,7 @@ def test_a_model_that_shifts_asks_for_the_rows_before() -> None:
     batch, steps = build(state)
     assert steps[0].candidates.tolist() == [5, 6, 7, 8]
     assert batch.plan.last_rows.tolist() == [4, 5, 6, 7]
-    # Cached, the rows before are those of the same forward; the first position is filled.
+    # In a cached step these rows are of the same forward; the first position is committed.
     state = make_state("dream", cache_policy="dual")
     advance(state)
     batch, steps = build(state)
@@ -178,7 +178,7 @@ def test_dreams_first_step_of_a_block_asks_for_one_row() -> None:
     batch, steps = build(make_state("dream", cache_policy="sparse"))
     assert steps[0].candidates.tolist() == [5]
     assert batch.plan.last_rows.tolist() == [4]
-    # Without a prompt there is no row before position 0: it has its own.
+    # Without a prompt, position 0 has no row before it and uses its own.
     batch, _ = build(make_state("dream", prompt=0, cache_policy="sparse"))
     assert batch.plan.last_rows.tolist() == [0]
 
@@ -205,7 +205,7 @@ def test_a_refresh_fills_the_slots_behind_those_of_the_fresh_keys() -> None:
 def test_sparse_keeps_by_saliency() -> None:
     state = make_state(cache_policy="sparse", keep_ratio=0.5, kernel_size=5)
     batch, _ = build(state)
-    assert batch.plan.fills == ()  # the delayed step keeps nothing
+    assert batch.plan.fills == ()  # steps within the delay keep nothing
     advance(state)
     (fill,) = build(state)[0].plan.fills
     assert fill.selection == Selection(keep=4, kernel_size=5, run_length=1)
@@ -213,11 +213,11 @@ def test_sparse_keeps_by_saliency() -> None:
     paged = make_state(cache_policy="sparse", granularity="page", delay_steps=0, keep_ratio=0.6)
     (fill,) = build(paged)[0].plan.fills
     assert fill.selection == Selection(keep=5, kernel_size=3, run_length=PAGE)
-    assert len(fill.slots) == 8  # two runs of which 5 are asked for
+    assert len(fill.slots) == 8  # two runs of 4, to keep 5
 
 
 def test_layers_that_keep_different_numbers_have_plans_of_their_own() -> None:
-    """Granularity ``page``: one layer may have kept the short last run, another not."""
+    """With granularity ``page``, only some layers may have kept the short last run."""
     state = make_state(cache_policy="sparse", granularity="page", delay_steps=0)
     advance(state)
     state.sequences[0].num_kept[:] = [8, 5, 8]
@@ -268,10 +268,10 @@ def test_guidance_runs_a_second_canvas() -> None:
     )
     assert batch.positions.tolist() == [*range(13), *range(11), *range(11)]
     assert batch.plan.last_rows.tolist() == [5, 6, 7, 8, 16, 17, 18, 19, 27, 28, 29, 30]
-    assert batch.logits.rows.tolist() == list(range(12))  # the unconditional ones are last
+    assert batch.logits.rows.tolist() == list(range(12))  # unconditional rows are last
     assert batch.logits.guided.tolist() == [4, 5, 6, 7]
     assert batch.logits.guidance.tolist() == [1.5] * 4
-    # A commit reaches both canvases, and only the response.
+    # A commit is written to the response of both canvases.
     guided.commit(np.array([4]), np.array([50]), None)
     assert guided.sequences[0].token_ids.tolist() == [10, 11, 12, MASK, 50] + [MASK] * 6
     assert guided.sequences[1].token_ids.tolist() == [MASK] * 4 + [50] + [MASK] * 6
@@ -298,7 +298,7 @@ def test_guidance_between_others_keeps_the_order() -> None:
 
 
 def test_a_step_without_candidates_still_has_a_row() -> None:
-    """A refresh that commits nothing: the layers behind the attention want a row."""
+    """A refresh that commits nothing: the layers after the attention need at least one row."""
     state = make_state("dream", response=32, block_length=32, cache_policy="sparse")
     advance(state)
     step = state.next_step()
@@ -308,7 +308,7 @@ def test_a_step_without_candidates_still_has_a_row() -> None:
     assert batch.plan.full is not None
     assert batch.plan.full.last_plan == ([1], [37])
     assert batch.logits.rows.numel() == 0
-    # Beside others there is no need for it.
+    # Beside a request with candidates, no such row is needed.
     batch, _ = build(state, make_state(cache_policy="none", steps=4))
     assert batch.plan.full is not None
     assert batch.plan.full.last_plan == ([0, 4], [37, 13])
@@ -317,7 +317,7 @@ def test_a_step_without_candidates_still_has_a_row() -> None:
 
 @st.composite
 def running(draw: st.DrawFn, kind: str) -> list[RequestState]:
-    """Requests of all kinds, each somewhere in its life."""
+    """Requests of all kinds, each after a random number of steps."""
     states, first_page = [], 1
     for _ in range(draw(st.integers(1, 5))):
         state = make_state(
@@ -358,7 +358,7 @@ def split(slots: list[int], steps: list[NextStep]) -> list[list[int]]:
 def check_slots(
     state: RequestState, sequence: Sequence, step: NextStep, fresh: list[int], layer: int
 ) -> None:
-    """Own keys, then kept entries without a gap; each position once, the queries' own fresh."""
+    """Check slots: fresh keys of the queries, then kept entries of others, no gap, none twice."""
     queries = state.policy.queries(state.canvas, step.block, state.settings)
     num_fresh = queries[1] - queries[0]
     num_keys = num_fresh + int(sequence.num_kept[layer])
@@ -375,7 +375,7 @@ def check_slots(
     assert len(set(kept)) == len(kept)
     assert all(0 <= p < visible and not queries[0] <= p < queries[1] for p in kept)
     if step.kind is StepKind.APPEND:
-        # The block before is where its keys are written in this very pass.
+        # This pass writes the previous block's keys to the slots that are recorded for them.
         places = [sequence.slots.tolist().index(slot) for slot in fresh[:-num_fresh]]
         assert positions[places].tolist() == list(range(step.queries[0], queries[0]))
 
@@ -393,7 +393,7 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
         if not step.kind.runs_all
         for sequence in state.sequences
     ]
-    # Every token is its canvas' at its position: cached sequences first, then whole ones.
+    # Every token is that of its canvas at its position; cached sequences come before whole ones.
     whole = [
         (state, sequence, step)
         for state, step in zip(states, steps, strict=True)
@@ -404,7 +404,7 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
     tokens = np.concatenate([q.token_ids[slice(*step.queries)] for _, q, step in cached + whole])
     assert batch.positions.tolist() == positions.tolist()
     assert batch.input_ids.tolist() == tokens.tolist()
-    # Fresh keys and kept entries have different slots, all of them the sequence's own.
+    # Fresh keys and kept entries have different slots, all of their own sequence.
     if cached:
         assert plan.cached is not None
         for layer in range(LAYERS):
@@ -441,7 +441,7 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
         first = sequence.num_fresh
         assert eviction.slots.tolist() == sequence.slots[first : first + others].tolist()
         assert eviction.selection.keep == int(others * state.settings.keep_ratio)
-    # Logits: the candidates of the requests in order, shifted models one row before.
+    # Logits: the requests' candidates in order; if the model shifts logits, the rows before them.
     rows = plan.last_rows[batch.logits.rows]
     asked = [step.candidates for step in steps]
     asked += [s.candidates for r, s in zip(states, steps, strict=True) if r.settings.cfg_scale]
@@ -457,7 +457,7 @@ def test_any_batch_is_consistent(drawn: tuple[str, list[RequestState]]) -> None:
 
 
 def test_a_step_that_appends_beside_a_block_step() -> None:
-    """One row of slots for each layer; the block before goes where there is room."""
+    """Each layer has a row of slots; keys of the previous block take the slots that are free."""
     plain = make_state(prompt=2, cache_policy="dual", first_page=30)
     advance(plain)
     state = make_state(
@@ -468,7 +468,7 @@ def test_a_step_that_appends_beside_a_block_step() -> None:
     assert (step.kind, step.block, step.queries) == (StepKind.APPEND, (7, 11), (3, 11))
     cached = build(plain, state)[0].plan.cached
     assert cached is not None
-    # Kept were 0, 1, 2 and 7 to 12, in slots 8 to 16; 7 to 10 are stale, 3 to 6 take their slots.
+    # Positions 0 to 2 and 7 to 12 were kept, in slots 8 to 16; 3 to 6 replace 7 to 10, now stale.
     for layer in range(LAYERS):
         assert cached.fresh_slots_of(layer).tolist() == [
             *(120, 121, 122, 123),
@@ -477,7 +477,7 @@ def test_a_step_that_appends_beside_a_block_step() -> None:
         ]
     assert cached.plans == (([4, 8], [10, 13], [[30, 31, 32, 0], [1, 2, 3, 4]]),)
     state.commit(np.arange(7, 11), np.arange(4), None)
-    # The last block is shorter: two slots behind its fresh keys and its two stale keys' are free.
+    # The last block is shorter: free are two slots after its fresh keys and its two stale slots.
     cached = build(state)[0].plan.cached
     assert cached is not None
     assert cached.fresh_slots_of(0).tolist() == [6, 7, 15, 16, 4, 5]
@@ -534,7 +534,7 @@ def test_a_block_that_ends_before_its_eviction_gives_the_pages_back() -> None:
 
 @given(st.data())
 def test_make_room(data: st.DataObject) -> None:
-    """Whatever was kept: no gap, each position once, the finished block's among them."""
+    """Whatever was kept: no gap remains, and the finished block's positions are added, once."""
     draw = data.draw
     num_before = draw(st.integers(0, 10))
     size, window = draw(st.integers(1, 6)), draw(st.integers(0, 12))
@@ -582,7 +582,7 @@ def test_make_room(data: st.DataObject) -> None:
 @pytest.mark.parametrize("kind", ["llada", "dream"])
 @pytest.mark.parametrize("policy", [*POLICIES])
 def test_a_request_walks_through_all_its_blocks(kind: str, policy: str) -> None:
-    """Every position is committed once, in the order of the blocks, and none is left."""
+    """Every position is committed once, in the order of the blocks."""
     state = make_state(kind, response=10, cache_policy=policy, remasking="entropy")
     seen: list[int] = []
     while not state.finished:

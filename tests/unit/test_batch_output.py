@@ -28,7 +28,7 @@ def result(line: int) -> str:
 def test_a_job_goes_on_with_what_was_kept(tmp_path: Path) -> None:
     first = ray_batch.Output(tmp_path, JOB)
     first.add([4, 5], [result(4), result(5)])
-    # What a crash leaves in the middle of a write.
+    # What a crash in the middle of a write leaves.
     (tmp_path / "part-000000001.partial").write_text('{"line": 1, "te')
     del first
     second = ray_batch.Output(tmp_path, JOB)
@@ -201,7 +201,7 @@ def test_sampling() -> None:
     assert own.extra_args is None
     other = ray_batch.sampling({"seed": 1, "max_tokens": 9, "diffusion_steps": 3}, defaults, 5)
     assert (other.max_tokens, other.seed, other.extra_args) == (9, 1, {"diffusion_steps": 3})
-    # vLLM's word for none, which would be another noise in every run.
+    # To vLLM -1 means no seed, so that every run would draw differently.
     assert ray_batch.sampling({"seed": -1}, defaults, 5).seed == 105
     with pytest.raises(ValueError, match=r"Expected `int | null`, got `str`.*max_tokens"):
         ray_batch.sampling({"max_tokens": "many"}, defaults, 5)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The benchmark's options, its kinds of steps, and what it says of programs that fail."""
+"""The benchmark's options, kinds of steps, floors, and reports of programs that fail."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_bad_options_are_refused_before_anything_is_loaded(
 def test_products_are_measured_as_the_engine_multiplies(
     in_float32: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Where the processor has none in half precision, vLLM's are those of float32 weights."""
+    """On a processor without half-precision products, the engine's are those of float32 weights."""
     if in_float32 is not None:
         monkeypatch.setattr(cpu_products, "wants_float32_products", lambda dtype: in_float32)
     dtype, device = torch.bfloat16, torch.device("cpu")
@@ -71,7 +71,7 @@ def test_products_are_measured_as_the_engine_multiplies(
 
 
 def test_only_the_sweeps_that_run_need_positions() -> None:
-    """So that a model with fewer positions than the longest default can be measured."""
+    """A model with fewer positions than the longest default prompt can be measured."""
     for options, longest in (
         ("--sweeps context", 4096),
         ("--sweeps concurrency", 512),
@@ -81,12 +81,12 @@ def test_only_the_sweeps_that_run_need_positions() -> None:
     ):
         arguments = run.parse_arguments(options.split())
         assert run._longest_prompt(arguments) == longest, options
-    # Lengths of blocks matter where they are swept.
+    # The block lengths to sweep matter only if they are swept.
     assert run.parse_arguments("--sweeps context --response 32".split()).response == 32
 
 
 def test_steps_on_a_cache_are_not_full_passes() -> None:
-    """Under `prefix` they run more than a block."""
+    """Under `prefix`, a step on a cache runs more than its block."""
 
     def step(*tokens: int) -> dict[str, Any]:
         parts = {"forward": 0.5, "other": 0.5}
@@ -109,7 +109,7 @@ def test_a_program_that_cannot_load_says_why(tmp_path: Path) -> None:
             programs.ProgramError, match=r"not \['Other'\]; its log is .*baseline"
         ) as found:
             program.wait_until_ready()
-        # What the log ends with.
+        # The error includes the end of the log.
         assert "    raise ValueError(" in str(found.value)
     finally:
         program.stop()
@@ -188,7 +188,7 @@ def test_a_floor_is_by_the_rate_of_enough_rows() -> None:
     cost = ceilings.StepCost(linear=16.0, attention=8.0, weight_bytes=1.0, cache_bytes=1.0)
     for rows, linear in ((16, 16.0), (32, 16.0), (33, 8.0), (96, 2.0), (4096, 2.0)):
         floor = ceilings.floor_of(cost, rows, rates)
-        # Attention's products are others than the rows': the best rate of all.
+        # Shapes of attention's products do not depend on the rows, so the best rate of all counts.
         assert (floor.linear, floor.attention) == (linear, 1.0), rows
 
 

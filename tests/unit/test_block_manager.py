@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The sparse block manager on a real vLLM block pool, under any sequence of calls."""
+"""The sparse block manager on a real block pool of vLLM, under any sequence of calls."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def make_manager(num_blocks: int) -> SparseBlockManager:
 
 
 class Pages(RuleBasedStateMachine):
-    """Requests come, hold pages, and go; the model is a dictionary of lists."""
+    """Requests arrive, hold pages, and leave; compared with a dictionary of lists."""
 
     holders = Bundle("holders")
 
@@ -68,7 +68,7 @@ class Pages(RuleBasedStateMachine):
 
     @rule(request_id=holders, num_pages=st.integers(0, 45))
     def grow(self, request_id: str, num_pages: int) -> None:
-        """Further pages come behind those held, all of them or none."""
+        """All requested pages are appended to those held, or none."""
         before = self.free_pages
         pages = self.manager.grow(request_id, num_pages)
         if num_pages > before:
@@ -80,7 +80,7 @@ class Pages(RuleBasedStateMachine):
 
     @rule(request_id=holders, num_pages=st.integers(0, 45))
     def shrink(self, request_id: str, num_pages: int) -> None:
-        """The first pages stay, in their order; who holds fewer keeps them all."""
+        """The first pages stay, in order; a request that holds fewer keeps them all."""
         before = self.free_pages
         self.manager.shrink(request_id, num_pages)
         given_back = self.held[request_id][num_pages:]
@@ -123,7 +123,7 @@ class Pages(RuleBasedStateMachine):
         assert self.free_pages == self.total
         assert not any(self.manager.req_to_blocks.values())
         assert all(block.ref_cnt == 0 for block in self.manager.block_pool.blocks[1:])
-        # Nothing is lost: one request can have the whole pool.
+        # No page is lost: one request can have the whole pool.
         pages = self.manager.grow("all", self.total)
         assert sorted(pages or []) == [
             block.block_id for block in self.manager.block_pool.blocks if not block.is_null
@@ -135,7 +135,7 @@ TestPages.settings = settings(max_examples=60, stateful_step_count=40, deadline=
 
 
 def test_a_request_without_pages_is_no_holder() -> None:
-    """Policy ``none`` keeps nothing, and may be admitted again after a preemption."""
+    """A request of policy ``none`` holds no pages, and can be admitted again once preempted."""
     manager = make_manager(4)
     assert manager.grow("a", 0) == []
     assert manager.held_pages("a") == 0
@@ -164,7 +164,7 @@ def test_a_failed_growth_changes_nothing() -> None:
     manager.shrink("a", 2)
     assert [page.block_id for page in manager.req_to_blocks["a"]] == first
     manager.shrink("a", 0)
-    assert manager.grow("a", 5) is not None  # who holds none may come again
+    assert manager.grow("a", 5) is not None  # after holding none, it can grow again
 
 
 def test_no_prefix_is_ever_shared() -> None:

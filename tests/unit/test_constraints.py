@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Edits of logits and commits that exclude each other, against the reference's."""
+"""Edits of logits, and commits that exclude each other, against the reference."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vllm_sparse_dllm.engine.constraints import RequestConstraints
 
 VOCAB, MASK, EOS = 12, 3, 1
 TOKENS = [token for token in range(VOCAB) if token != MASK]
-#: Few different tokens, so that words and responses meet.
+#: Few different tokens, so that responses often contain the words.
 FEW = st.sampled_from(TOKENS[:4])
 WORDS = st.lists(st.lists(FEW, min_size=1, max_size=4), min_size=1, max_size=6)
 RESPONSES = st.lists(st.just(MASK) | FEW, min_size=1, max_size=12).filter(lambda r: MASK in r)
@@ -25,7 +25,7 @@ PENALTIES = st.sampled_from([0.0, 0.5, 1.5, -0.7])
 
 
 def masked(response: list[int]) -> np.ndarray:
-    """Return a response as the package has it."""
+    """Return a response with masked positions as the package represents them."""
     return np.array([MASKED if token == MASK else token for token in response])
 
 
@@ -86,7 +86,7 @@ def test_the_surest_commit_stands() -> None:
 
 
 def test_a_word_that_is_there_already_is_nobodys_fault() -> None:
-    """A canvas may hold a bad word; elsewhere commits go on."""
+    """A canvas may already contain a bad word, which does not affect commits elsewhere."""
     response = np.array([5, 6, MASKED, MASKED])
     words = BadWords([(5, 6)])
     assert words.compatible(response, np.array([2, 3]), np.array([5, 7])).all()
@@ -116,7 +116,7 @@ def test_edits_are_the_references(
     part: int,
     data: st.DataObject,
 ) -> None:
-    """All of them together, on logits that come a part at a time."""
+    """All edits together, applied to the logits one part at a time."""
     candidates = candidates_of(response, data)
     presence, frequency, repetition = penalties
     sampling = SamplingParams(
@@ -158,7 +158,7 @@ def test_edits_are_the_references(
 
 
 def test_an_end_of_text_that_the_model_has_not() -> None:
-    """A tokenizer may know more ids than the model."""
+    """A tokenizer's end-of-text id may lie outside the model's vocabulary: it is ignored."""
     sampling = SamplingParams(max_tokens=4, min_tokens=2, stop_token_ids=[3])
     sampling.update_from_generation_config({}, eos_token_id=VOCAB + 5)
     constraints = RequestConstraints.of(sampling, np.array([1, 2]), torch.device("cpu"))

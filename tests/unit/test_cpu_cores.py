@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which cores the workers of a machine get."""
+"""Which cores the workers of a machine get, and how their threads wait."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from vllm_sparse_dllm.plugin import RAY_ON_CPU
 
 
 def machine(num_nodes: int, cores_of_a_node: int, threads: int) -> list[Any]:
-    """Logical CPUs as Linux numbers them: the first thread of every core, then the second."""
+    """Return logical CPUs as Linux numbers them: first threads of all cores, then second ones."""
     num_cores = num_nodes * cores_of_a_node
     return [
         SimpleNamespace(
@@ -88,7 +88,7 @@ def test_workers_on_ray_bind_themselves(two_cores: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def bound(two_cores: pytest.MonkeyPatch) -> list[list[int]]:
-    """Take this process for the second of two workers of Ray's; return the cores it gets."""
+    """Make this process the second of two workers of Ray; return a list of its bindings."""
     context = SimpleNamespace(
         get_accelerator_ids=lambda: {"GPU": ["1"]}, get_node_id=lambda: "this"
     )
@@ -132,7 +132,7 @@ def test_how_threads_wait_is_the_users_choice(
     monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
 ) -> None:
     for name in WAITING:
-        # Undone at the end, also where it was unset.
+        # Makes monkeypatch restore the variable, even if it was unset.
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     for name, value in chosen.items():
@@ -150,7 +150,7 @@ def test_how_threads_wait_is_the_users_choice(
         ({}, {"OTHER": "1"}, WAITING | {"OTHER": "1"}),
         ({}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
         ({"OMP_WAIT_POLICY": "ACTIVE"}, {}, {"OMP_WAIT_POLICY": "ACTIVE"}),
-        # An engine of before set ours.
+        # An earlier engine has set the package's values.
         (WAITING, {}, WAITING),
         (WAITING, {"OMP_WAIT_POLICY": "ACTIVE"}, {"OMP_WAIT_POLICY": "ACTIVE"}),
         ({"GOMP_SPINCOUNT": "6"}, {"GOMP_SPINCOUNT": "7"}, {"GOMP_SPINCOUNT": "7"}),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The compiled CPU kernels against plain PyTorch, and what happens where they cannot be had."""
+"""The compiled CPU kernels against plain PyTorch, and what happens where there are none."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def available(tiles: bool = False) -> CPUKernels:
     """Return the kernels; skip the test where the machine has none."""
     need_the_library()
     kernels = cpu_kernels(BF16)
-    assert kernels is not None  # what should compile does
+    assert kernels is not None  # without a reason against it, the library must compile
     if tiles and not kernels.has_tiles:
         pytest.skip("the processor has no tiles")
     return kernels
@@ -46,7 +46,7 @@ def available(tiles: bool = False) -> CPUKernels:
 
 @pytest.fixture
 def anew(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
-    """Have the kernels looked for again, with an empty cache directory."""
+    """Have the library looked for anew, in an empty cache directory; return the directory."""
     monkeypatch.setenv("VLLM_CACHE_ROOT", str(tmp_path))
     monkeypatch.setattr(native, "load", native.load.__wrapped__)
     return tmp_path
@@ -61,7 +61,7 @@ def randn(seed: int, *shape: int) -> torch.Tensor:
 def test_rotate(rows: int, head_size: int) -> None:
     kernels = available()
     heads, half = 3, head_size // 2
-    # Queries and keys lie beside values, which stay.
+    # Values lie beside queries and keys, and must stay unchanged.
     row = randn(1, rows, (heads + 1) * head_size)
     before = row.clone()
     positions = torch.randperm(90, generator=torch.Generator().manual_seed(2))[:rows]
@@ -118,11 +118,11 @@ SEQUENCE = st.tuples(st.integers(0, 90), st.integers(1, 700))
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_attend(sequences: list[tuple[int, int]], shape: tuple[int, int, int], seed: int) -> None:
-    """Any lengths, of several tiles and parts of tiles, in rows that lie apart."""
+    """Any lengths, with several and partial tiles, on rows that are not contiguous."""
     kernels = available(tiles=True)
     heads, kv_heads, size = shape
     num_queries, num_keys = (sum(lengths) for lengths in zip(*sequences, strict=True))
-    # The larger keys are, the more one weight outdoes all others.
+    # The larger the keys, the more one weight dominates all others.
     row = randn(seed, num_keys, 3 * kv_heads * size)
     keys, values = (
         part.view(num_keys, kv_heads, size) for part in row.split(kv_heads * size, dim=-1)[:2]
@@ -139,7 +139,7 @@ def test_attend(sequences: list[tuple[int, int]], shape: tuple[int, int, int], s
         q = slice(*query_starts[number : number + 2].tolist())
         k = slice(*key_starts[number : number + 2].tolist())
         expected = attention(queries[q], keys[k], values[k])
-        # Weights are of bfloat16: an error of 2 ** -9 of the largest value each.
+        # Weights are in bfloat16: an error of up to 2 ** -9 of the largest value each.
         torch.testing.assert_close(output[q].double(), expected, rtol=0.0, atol=0.03)
         alone = torch.empty_like(output[q])
         lengths = [torch.tensor([0, end]) for end in (q.stop - q.start, k.stop - k.start)]
@@ -156,7 +156,7 @@ def test_attend(sequences: list[tuple[int, int]], shape: tuple[int, int, int], s
 def test_pages(
     sequences: list[tuple[int, int]], shape: tuple[int, int, int, int], seed: int
 ) -> None:
-    """Written and read in any order; attended to in pages of any order, partly filled."""
+    """Keys are written and read in any order; pages are in any order and partly filled."""
     kernels = available(tiles=True)
     heads, kv_heads, size, page_size = shape
     counts = [-(-keys // page_size) for _, keys in sequences]
@@ -192,7 +192,7 @@ def test_pages(
         own = slice(*starts[number : number + 2].tolist())
         expected = attention(queries[own], keys, values)
         torch.testing.assert_close(output[own].double(), expected, rtol=0.0, atol=0.03)
-        # The same as over keys that lie in rows, to the last bit.
+        # The same as with keys in rows, bit for bit.
         whole = torch.empty_like(output[own])
         ends = [torch.tensor([0, end]) for end in (own.stop - own.start, len(slots))]
         kernels.attend(queries[own], keys, values, whole, *ends, size**-0.5)
@@ -212,7 +212,7 @@ def test_no_sequences_are_nothing_to_do() -> None:
 
 
 def test_attend_is_the_same_with_any_number_of_threads() -> None:
-    """A sequence's queries are split where there are more threads than heads."""
+    """With more threads than heads, a sequence's queries are split, which changes no bit."""
     kernels = available(tiles=True)
     q, k, v = (randn(seed, 500, 1, 64) for seed in range(3))
     starts = torch.tensor([0, 500])
@@ -258,7 +258,7 @@ def test_wrong_tensors_are_refused() -> None:
 
 
 def test_what_does_not_go_together_is_refused() -> None:
-    """The kernels would read and write past the end."""
+    """With shapes that do not match, the kernels would read and write out of bounds."""
     kernels = available(tiles=True)
     q, k, starts = randn(1, 3, 4, 64), randn(2, 3, 2, 64), torch.tensor([0, 3])
     for queries, keys, output, key_starts, message in (
@@ -328,7 +328,7 @@ def test_without_a_compiler_there_are_none(anew: Path, monkeypatch: pytest.Monke
 def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     compiler = anew / "g++"
     compiler.write_text(
-        # Not in UTF-8, as compilers that speak other languages may.
+        # Not in UTF-8, as messages of compilers in other languages may be.
         "#!/bin/sh\n[ $1 = --version ] && exit 0\nprintf 'no such flag \\374' >&2\nexit 1"
     )
     compiler.chmod(0o755)
@@ -340,7 +340,7 @@ def test_a_compiler_that_fails_is_quoted(anew: Path, monkeypatch: pytest.MonkeyP
 def test_what_cannot_be_linked_leaves_no_library(
     anew: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As where a compiler's code for OpenMP calls functions of another library than PyTorch's."""
+    """As with a compiler whose OpenMP code calls functions that PyTorch's library lacks."""
     need_the_library()
     (anew / "kernel.cpp").write_text(
         'extern "C" { void __kmpc_fork_call(); int has_tiles() { __kmpc_fork_call(); return 0; } }'
@@ -361,7 +361,7 @@ def test_a_directory_that_cannot_be_written_means_none(
 def test_without_a_home_a_directory_is_found(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """As in a container whose user is only a number; vLLM itself takes the path as it is."""
+    """As in a container whose user has no name; like vLLM, the path then keeps its `~`."""
 
     def getpwuid(uid: int) -> None:
         raise KeyError(uid)
@@ -385,11 +385,11 @@ def test_workers_that_compile_at_once_get_one_library(anew: Path) -> None:
 
 
 def test_the_openmp_library_is_pytorchs_whatever_else_is_loaded(tmp_path: Path) -> None:
-    """Other packages bring copies of their own, with threads of their own."""
+    """Other packages load their own copies of the library, with threads of their own."""
     own = native._openmp()
     if own is None:
         pytest.skip("PyTorch uses no OpenMP library")
-    # Later ones lie before it in the list of what is loaded.
+    # In the list of loaded libraries, later ones come before it.
     ctypes.CDLL(shutil.copy(own, tmp_path / "libgomp-another.so.1"))
     assert native._openmp() == own
 
@@ -397,7 +397,7 @@ def test_the_openmp_library_is_pytorchs_whatever_else_is_loaded(tmp_path: Path) 
 @pytest.mark.parametrize("source", [path.name for path in native.SOURCES.glob("*.cpp")])
 @pytest.mark.parametrize("flags", [[], ["-mno-amx-bf16"]])
 def test_the_sources_have_no_warnings(source: str, flags: list[str], tmp_path: Path) -> None:
-    """With and without tiles. GCC 12 warns of its own headers, of nothing else."""
+    """With and without tiles; the disabled warnings are those that GCC 12's headers cause."""
     need_the_library()
     compiler = native.find_compiler()
     assert compiler is not None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Products in float32 of half-precision weights, for CPUs that have no others."""
+"""Float32 products of half-precision weights, for CPUs without half-precision products."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ def test_they_are_rounded_once(dtype: torch.dtype, bias: bool) -> None:
     exact = nn.Linear(96, 80, bias=bias, dtype=torch.float64)
     exact.load_state_dict(layer.state_dict())
     product = float32_product(layer.weight)
-    nn.init.zeros_(layer.weight)  # What was packed is a copy.
+    nn.init.zeros_(layer.weight)  # The packed weight is a copy.
     for rows in (1, 40, 7):
         x = torch.randn(rows, 96).to(dtype)
         found, expected = product(x, layer.bias), exact(x.double())
         assert found.dtype == dtype and found.shape == (rows, 80)
-        # Half a unit in the last place, and what float32 sums are off by.
+        # Half a unit in the last place, plus the error of float32 sums.
         allowed = expected.abs() * torch.finfo(dtype).eps / 2 + 1e-5
         assert ((found.double() - expected).abs() <= allowed).all()
 
@@ -43,7 +43,7 @@ def test_rows_do_not_depend_on_their_company() -> None:
 
 @pytest.mark.parametrize("supported", [True, False])
 def test_who_wants_them(monkeypatch: pytest.MonkeyPatch, supported: bool) -> None:
-    """An x86 processor without AVX-512, unless AVX2 multiplies the dtype: each for itself."""
+    """x86 processors without AVX-512, for each dtype that their AVX2 does not multiply."""
     monkeypatch.delenv(VARIABLE, raising=False)
     monkeypatch.setattr(native, "lacks_avx512", lambda: True)
     for asked, other in (HALVES, HALVES[::-1]):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One denoising step of a mixed batch against the reference, one request at a time."""
+"""One denoising step of a mixed batch, against the reference run on each request alone."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Job:
         )
 
     def naive(self, kind: str) -> tuple[list[int], list[bool]]:
-        """The reference's tokens, and which of them it commits."""
+        """Return the reference's tokens, and which of them it commits."""
         generator = torch.Generator().manual_seed(self.seed)
         tokens, chosen = choose(
             self.logits.float(),
@@ -97,7 +97,7 @@ def decide(
 
 
 def split(commits: Commits, jobs: Sequence[Job]) -> list[tuple[list[int], list[bool]]]:
-    """Tokens and commits of each request."""
+    """Return tokens and commits of each request."""
     ends = np.cumsum([len(job.logits) for job in jobs])[:-1]
     return [
         (tokens.tolist(), committed.tolist())
@@ -113,7 +113,7 @@ def randn(seed: int, num: int, scale: float = 3.0) -> torch.Tensor:
 
 @st.composite
 def jobs_of(draw: st.DrawFn, kind: str) -> Job:
-    """Any request: every rule, how many, sampling, and tied rows."""
+    """Any request: any rule, number of commits and sampling, possibly with tied rows."""
     num = draw(st.integers(1, 12))
     logits = randn(draw(SEEDS), num)
     if num > 2 and draw(st.booleans()):
@@ -143,7 +143,7 @@ def jobs_of(draw: st.DrawFn, kind: str) -> Job:
         size=draw(st.integers(num, 32)),
         num_logprobs=draw(st.none() | st.integers(0, 5)),
     )
-    # A step that commits nothing under fixed steps has no candidates: it is not in the batch.
+    # A request whose step commits nothing, under fixed steps, is not in the batch.
     if job.candidates(kind).count == 0:
         job = replace(job, step=job.steps - 1, size=max(job.size, job.steps))
     return job
@@ -171,7 +171,7 @@ def test_a_mixed_batch_is_the_reference_one_at_a_time(mix: tuple[str, list[Job]]
 @settings(max_examples=100)
 @given(MIXES, st.integers(1, 9))
 def test_rows_at_a_time_do_not_matter(mix: tuple[str, list[Job]], max_rows: int) -> None:
-    """However few logits exist at a time, tokens, commits and log-probabilities are the same."""
+    """However few rows of logits exist at a time, tokens, commits and log-probabilities agree."""
     kind, jobs = mix
     whole, pieces = run(kind, jobs), run(kind, jobs, max_rows)
     assert split(pieces, jobs) == split(whole, jobs)
@@ -208,7 +208,7 @@ def test_the_company_does_not_matter(mix: tuple[str, list[Job]], seed: int) -> N
 def test_the_mask_id_is_never_committed(
     kind: str, rule: str, temperature: float, top_p: float, top_k: int
 ) -> None:
-    """Also where it is by far the most probable, or all that a restriction leaves."""
+    """Even if it is by far the most probable token, or the only one that top-p or top-k leaves."""
     logits = randn(1, 6)
     logits[:, MASK] = 500.0
     options = Options(remasking=rule, temperature=temperature, top_p=top_p, top_k=top_k)
@@ -279,7 +279,7 @@ def test_tokens_that_the_model_rules_out_break_nothing(kind: str) -> None:
 @KINDS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_logits_are_read_only_and_of_any_dtype(kind: str, dtype: torch.dtype) -> None:
-    """A4: confidences are float32's, whatever the model's dtype."""
+    """A4: confidences are computed in float32, whatever the model's dtype."""
     logits = randn(3, 9).to(dtype)
     before = logits.clone()
     for temperature in (0.0, 0.8):
@@ -292,7 +292,7 @@ def test_logits_are_read_only_and_of_any_dtype(kind: str, dtype: torch.dtype) ->
 
 
 def test_confident_positions_are_told_apart() -> None:
-    """Confidences near 1 at large logits: their order is the softmax's, to the last bit."""
+    """Confidences near 1 at large logits are ranked as by softmax, to the last bit."""
     margins = torch.tensor([14.0, 13.5, 15.5, 13.0, 15.0, 14.5])
     logits = torch.full((6, VOCAB), -100.0)
     logits[:, 7], logits[:, 8] = 40.0, 40.0 - margins
@@ -332,7 +332,7 @@ def test_logprobs(kind: str, num_logprobs: int, temperature: float) -> None:
 
 
 def test_logprobs_that_wait_to_be_read_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """By what logits may take, as long as one request alone does not take more."""
+    """They take no more than a chunk of logits, unless those of one request alone take more."""
     read: list[int] = []
 
     def recorded(tensors: Sequence[torch.Tensor]) -> list[np.ndarray]:
@@ -347,13 +347,13 @@ def test_logprobs_that_wait_to_be_read_are_bounded(monkeypatch: pytest.MonkeyPat
     commits = run("llada", jobs, max_rows=3)
     assert all(own is not None and own.values.shape == (1, 1 + VOCAB) for own in commits.logprobs)
     _, *of_logprobs = read
-    # One committed row each: the ids, the values and the rank of it.
+    # Each request commits one row: its ids, its values and its rank.
     assert of_logprobs == [2 * (1 + VOCAB) + 1] * len(jobs)
 
 
 @KINDS
 def test_logprobs_of_no_commit_are_empty(kind: str) -> None:
-    """``origin`` may draw no commit at all."""
+    """Under ``origin`` a step may commit nothing."""
     for seed in range(50):
         options = Options(remasking="origin")
         job = Job(randn(1, 2), options, seed=seed, steps=50, num_logprobs=3)
@@ -411,7 +411,7 @@ def test_factor_counts(rows: list[tuple[torch.Tensor, float]]) -> None:
 
 
 def test_factor_quirk() -> None:
-    """B4: one commits one, two commit both, and a last one that alone fails is committed."""
+    """B4: a lone candidate commits, of two both; if only the last one fails, it commits too."""
 
     def count(*values: float) -> int:
         ordered = torch.tensor([values])
@@ -435,7 +435,7 @@ def test_restrict_keeps_the_smallest_set_that_reaches_top_p() -> None:
     assert kept(0.7, 0) == [0, 1]
     assert kept(0.9, 2) == [0, 1]
     assert kept(1e-9, 0) == [0]
-    assert kept(1.0, 3) == [0, 1, 2, 3]  # no smaller than the k-th
+    assert kept(1.0, 3) == [0, 1, 2, 3]  # ties with the k-th are kept
 
 
 @KINDS

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The fused elementwise operations, and the chains that stand in for them, compiled or not."""
+"""The fused elementwise operations, and the PyTorch code that replaces them, compiled or not."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from vllm_sparse_dllm.models import fused
 
 @pytest.fixture(params=["vllm", "plain", "compiled"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """One way after the other; what is compiled is traced whole, but by no code generator."""
+    """Select how operations run; compiled code is traced whole, but without a code generator."""
     if request.param == "vllm":
         assert fused._COMPILED  # the CPU build has them too
     else:
@@ -51,7 +51,7 @@ def test_they_compute_the_same(way: str) -> None:
 
 @pytest.mark.parametrize("width", [24, 32])
 def test_swiglu_of_any_width(width: int) -> None:
-    """Our own kernel, where there is one, takes 16 channels at a time."""
+    """The width need not be a multiple of 16, which only the package's own kernel requires."""
     gate_up = torch.randn(5, 2 * width, generator=torch.Generator().manual_seed(4)).bfloat16()
     gate, up = gate_up.double().chunk(2, dim=-1)
     expected = (F.silu(gate) * up).bfloat16()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU benchmark's arithmetic, targets and joining of runs, and what its archive holds."""
+"""The GPU benchmark's arithmetic, targets, options and merging of runs, and its archive."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ session, gpu, gpu_options, gpu_record, gpu_report, gpu_targets = load(
 )
 
 SHAPE = ceilings.ModelShape(width=8, kv_width=4, mlp=16, layers=3, vocab=32)
-#: Of a layer: queries 64, keys and values 64, output 64, gate and up 256, down 128.
+#: Weights of a layer: queries 64, keys and values 64, output 64, gate and up 256, down 128.
 LAYER = 576
 HEAD = 256
 BLOCK, RESPONSE, PROMPT = 4, 8, 12
 LENGTH = PROMPT + RESPONSE
 WEIGHT_BYTES = 2 * (3 * LAYER + HEAD)
-#: Of one position in all layers: key and value, 2 bytes a number.
+#: Bytes of a position in all layers: a key and a value of 2 bytes per number.
 SLOT_BYTES = 2 * 2 * 3 * 4
 
 
@@ -53,8 +53,8 @@ def test_sizes_are_those_of_the_published_checkpoints(tmp_path: Path) -> None:
         )
         for family in checkpoints.FAMILIES
     }
-    # The embedding is not among them: a step reads a few of its rows. 8.02 and 7.62 billion with
-    # it, norms and biases left out.
+    # `weights` leaves out the embedding, of which a step reads a few rows. With it there are 8.02
+    # and 7.62 billion, without norms and biases.
     assert shapes["llada"].weights + 4096 * 126464 == pytest.approx(8.015e9, rel=1e-3)
     assert shapes["dream"].weights + 3584 * 152064 == pytest.approx(7.615e9, rel=1e-3)
     (llada,) = tmp_path.glob("llada-*")
@@ -81,13 +81,13 @@ def test_passes_of_a_block(settings: dict[str, Any], passes: tuple[int, int]) ->
     ("settings", "num_passes", "cached"),
     [
         ({"cache_policy": "none"}, 8, 0),
-        # The second block's prefix is longer by a block.
+        # The prefix of the second block is longer by a block.
         ({"cache_policy": "prefix"}, 8, 3 * 12 + 3 * 16),
         ({"cache_policy": "dual"}, 8, 6 * 16),
         ({"cache_policy": "sparse"}, 8, 4 * 8),
         ({"cache_policy": "sparse", "delay_steps": 0, "eviction_delay": 1}, 8, 2 * 16 + 4 * 8),
-        # Of what the refresh kept a whole block may be the second, which is not read from there;
-        # all its steps but the first read the finished block instead.
+        # Of the keys that the refresh kept, a block's worth may be the second block's, which its
+        # steps do not read; all its steps but the first read the finished block's keys instead.
         ({"cache_policy": "sparse", "refresh_interval": 2}, 8, 2 * 8 + 4 + 3 * 8),
         # Three steps a block.
         ({"cache_policy": "sparse", "steps": 6}, 6, 2 * 8),
@@ -98,7 +98,7 @@ def test_passes_of_a_block(settings: dict[str, Any], passes: tuple[int, int]) ->
 def test_roofline_by_bandwidth(
     settings: dict[str, Any], num_passes: int, cached: int, requests: int
 ) -> None:
-    """With arithmetic for nothing: weights in every pass, and the keys that are cached."""
+    """If arithmetic takes no time: weights in every pass, and the cached keys and values."""
     expected = num_passes * WEIGHT_BYTES + requests * cached * SLOT_BYTES
     assert run_of(1.0, math.inf, settings, requests).response == pytest.approx(expected)
 
@@ -109,7 +109,7 @@ def test_roofline_by_bandwidth(
         ({"cache_policy": "none"}, 6),
         ({"cache_policy": "dual"}, 6),
         ({"cache_policy": "sparse", "delay_steps": 0}, 6),
-        # The step that commits nothing fills the cache.
+        # The step that commits nothing is not skipped: it fills the cache.
         ({"cache_policy": "sparse"}, 8),
         ({"cache_policy": "dual", "steps": 4}, 4),
     ],
@@ -123,13 +123,13 @@ def test_dream_passes_over_a_step_that_commits_nothing(
 
 
 def operations(rows: int, last_rows: float, keys: int) -> float:
-    """Return the operations of a pass: the last layer's keys and values are of all rows."""
+    """Return the operations of a pass; of the last layer, only keys and values are of all rows."""
     linear = 2 * rows * (2 * LAYER + 64) + 2 * last_rows * (LAYER - 64 + HEAD)
     return linear + 4 * 8 * keys * (2 * rows + last_rows)
 
 
 def test_roofline_by_arithmetic() -> None:
-    """With memory for nothing."""
+    """If reading memory takes no time."""
     full = operations(LENGTH, BLOCK, LENGTH)
     none = run_of(math.inf, 1.0, {"cache_policy": "none"})
     assert none.full_pass == pytest.approx(full)
@@ -163,7 +163,7 @@ def test_a_pool_holds_what_it_was_made_for() -> None:
     # `dual` needs 72 pages for each request, `sparse` 37.
     assert cases.fitting(contenders, 1024, 9, 128, 16, pages) == [contenders[0], contenders[2]]
     assert cases.fitting(contenders, 1024, 16, 128, 16, pages) == [contenders[2]]
-    # Whatever is measured, the engine's longest request has room.
+    # Whatever is measured, the longest request of the engine fits.
     assert cases.pool_pages([], 128, 4096, 16) >= 4096 // 2 // 16
 
 
@@ -202,7 +202,7 @@ def test_targets() -> None:
             measurement("engine late 4", 1024, 1, 121.0),
             measurement("engine sparse", 4096, 1, 30.0, turn=2),
             measurement("engine none", 4096, 1, 2.0, turn=2),
-            # Another turn's is no match.
+            # Measurements of different turns are not compared.
             measurement("engine sparse", 8192, 1, 30.0, turn=3),
             measurement("engine none", 8192, 1, 1.0, turn=4),
             measurement("engine sparse", 1024, 32, 1000.0, turn=5),
@@ -254,7 +254,7 @@ def test_rates_are_judged_on_one_card_and_all_else_on_its_kind(name: str, judged
     one.runs = [run_about(name, ceilings={"bandwidth": 3e12, "bandwidths": {}, "gemm": {}})]
     rate, fewer, step = (t for t in gpu_targets.check_targets(one) if t.value is not None)
     assert (rate.holds, step.holds) == (True if judged else None, True)
-    # What no target asks for stands beside them.
+    # A figure that no target asks for is shown, but not judged.
     assert fewer.holds is None and "roofline allows 6,000" in fewer.note
     assert "by the nominal bandwidth" in step.note and "the measured 3,000" in step.note
 
@@ -296,7 +296,7 @@ def test_of_several_figures_the_one_that_is_for_it_counts() -> None:
         several.runs = [run_about(started="2026-01-01 10:00:00"), run_about(started="2026")]
         return held(several)["LLaDA-8B, one request, context 1,024, sparse: tokens/s"][0]
 
-    # Beside the baseline, in fewer rounds, earlier.
+    # Measured beside the baseline, in fewer rounds, or in an earlier run.
     for other in (one(9.0, sweep="baseline"), one(9.0, rounds=2), one(9.0, run=1)):
         for several in ((one(5.0), other), (other, one(5.0))):
             assert value(*several) == pytest.approx(5.0)
@@ -321,30 +321,30 @@ def test_merge(tmp_path: Path) -> None:
     records = []
     for number, one in enumerate((first, second)):
         records.append(gpu_record.read(gpu_report.write(tmp_path / str(number), one)[0]))
-    # The same one again is not counted twice.
+    # The same record again is not added twice.
     records.append(gpu_record.read(tmp_path / "1" / "gpu.json"))
     merged = gpu_record.merge(records)
     assert [run["command"] for run in merged.runs] == ["gpu.py", "gpu.py --again"]
     assert [one.notes["run"] for one in merged.measurements] == [0, 0, 1, 1]
     assert merged.skipped == first.skipped
-    # What ran in one turn still does, and nothing else with it.
+    # Only measurements of the same turn and run share a turn.
     ratios = [
         one.speed_up(gpu_record.find(merged.measurements, one, "engine none"))
         for one in merged.measurements[::2]
     ]
     assert ratios == [pytest.approx(10), pytest.approx(5)]
-    # The latest counts.
+    # The latest measurement counts.
     assert held(merged)["LLaDA-8B, one request, context 1,024, sparse: tokens/s"] == (
         pytest.approx(130),
         True,
     )
-    # As it is written, so it is read.
+    # Reading gives back what was written.
     again = gpu_record.read(gpu_report.write(tmp_path / "merged", merged)[0])
     assert again.as_json() == merged.as_json()
 
 
 def test_steps_are_told_apart_by_their_number() -> None:
-    """From two runs of the same refreshes: the time of a block step, and of a full pass."""
+    """Two runs with equally many refreshes give the times of a block step and a full pass."""
     benchmark = object.__new__(gpu.GpuBenchmark)
     benchmark.scale, benchmark.element_bytes = gpu.SCALES["public"], 2
     benchmark.ceilings = {"bandwidth": 1e12, "gemm": {"32": {"rate": 1e14}}}
@@ -407,7 +407,7 @@ def test_bad_options_are_refused_before_anything_starts(
 
 
 def test_the_last_output_counts(tmp_path: Path) -> None:
-    """The archive's script names one before the user does."""
+    """The archive's script passes one ahead of the user's options."""
     (tmp_path / "gpu.json").write_text("{", encoding="utf-8")
     line = ["--device", "cpu", "--output", str(tmp_path), "--output", str(tmp_path / "new")]
     assert gpu_options.parse_arguments("", line).output == tmp_path / "new"
@@ -440,7 +440,7 @@ def test_names_of_a_machine(tmp_path: Path) -> None:
 def test_what_travels_is_installed_and_needed() -> None:
     travelling = bundle.missing(set(bundle.PRESENT))
     assert {bundle.canonical(name) for name in bundle.NEEDED} <= set(travelling)
-    # What they require comes with them.
+    # Their requirements travel too.
     assert "pydantic-core" in travelling and not set(travelling) & set(bundle.PRESENT)
     assert not set(bundle.missing({*bundle.PRESENT, "pydantic-core"})) & {"pydantic-core"}
     for name in travelling:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The GPU benchmark's options, its rounds, and what it does without time or room."""
+"""The GPU benchmark's rounds, and what it does about failures and a lack of time or memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_a_card_must_be_there_and_its_torch_new_enough(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "get_memory_info", print, raising=False)
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", print, raising=False)
-    # On a card other kernels than its own are not to take their place unseen.
+    # On a GPU, other kernels must not silently replace the package's own.
     assert gpu_options.parse_arguments("", options).attention_backend == "triton"
     monkeypatch.delattr(torch.accelerator, "get_memory_info")
     with pytest.raises(SystemExit):
@@ -63,13 +63,13 @@ def benchmark_of(tmp_path: Path, options: str, budget: float = 1000.0) -> Any:
 
 def test_rows_of_all_passes_are_measured(tmp_path: Path) -> None:
     rows = benchmark_of(tmp_path, "--groups contexts,batches").planner.rows()
-    # Blocks of 8; a response of 2 blocks under `prefix`, and 2 where a block is run once more.
+    # Blocks of 8; 2 blocks are a response under `prefix`, or a block and the previous one again.
     assert {8, 16, 3 * 8, 3 * 16, 32 + 16, 48 + 16, 3 * (48 + 16)} <= set(rows)
     assert rows == sorted(rows)
 
 
 class PretendedSession(session.Session):  # type: ignore[misc, name-defined]
-    """Its programs answer at once."""
+    """A session whose programs answer at once."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -100,7 +100,7 @@ def test_all_have_a_round_before_any_has_another_and_what_is_done_is_written(
         tmp_path, "--groups contexts,batches --contenders sparse,dual --repeats 3"
     )
     pretended = PretendedSession(benchmark.model, benchmark.options, tmp_path, 64, 3)
-    # Two contenders, four cases: the second round is cut off in its second case.
+    # Two contenders, four cases: the second round is interrupted in its second case.
     pretended.most_jobs = 2 * 4 + 3
     monkeypatch.setattr(benchmark, "_session", lambda *arguments: pretended)
     (plan,) = benchmark.planner.plans(None)
@@ -134,9 +134,9 @@ def test_no_round_is_repeated_in_the_time_of_what_is_to_come(
 
 
 def test_what_cannot_start_is_named(tmp_path: Path) -> None:
-    # A pool without room for the longest request.
+    # The pool has no room for the longest request.
     benchmark = benchmark_of(tmp_path / "pool", "--groups contexts --kv-cache-gib 0.000001")
-    # A start that takes longer than is left.
+    # The engine takes longer to start than the time left.
     late = benchmark_of(tmp_path / "time", "--groups contexts", budget=50.0)
     late._starts["engine"] = 90.0
     for one, why in (
@@ -180,10 +180,10 @@ def test_many_requests_run_the_blocks_that_tell(tmp_path: Path) -> None:
         assert found == scale and len(canvas) == 16 and job["response"] == 16
         assert [canvas[4 * index] == mask for index in range(4)] == [n in written for n in range(4)]
         assert job["settings"].get("steps") == steps, (name, changes)
-    # A response of the engine is as long as the canvas, one that warms up is not.
+    # A measured response is as long as the canvas, that of a warm-up is not.
     warm = jobs.warm_up(job)
     assert "canvas" not in warm["settings"]
-    # Few steps are measured, so all requests warm up; of others a part does.
+    # Without a cache all requests warm up, otherwise a quarter of them.
     assert (len(warm["prompts"]), warm["settings"]["steps"]) == (8, 1)
     assert len(jobs.warm_up(job_of("sparse", 8)[0])["prompts"]) == 2
 
@@ -211,7 +211,7 @@ def test_a_canvas_that_is_not_written_is_no_measurement() -> None:
 
 
 class PretendedProgram:
-    """It is ready at once, unless it is to fail."""
+    """A program that is ready at once, or fails with the error ``why``."""
 
     def __init__(self, name: str, why: str | None = None) -> None:
         self.name = name
@@ -228,7 +228,7 @@ class PretendedProgram:
 
 
 def session_of(tmp_path: Path, whys: list[str | None]) -> tuple[Any, list[PretendedProgram]]:
-    """Return a session whose starts end so, one after the other, and what it started."""
+    """Return a session, and the programs it starts: the n-th fails with ``whys[n]``, if any."""
     model = checkpoints.configuration(tmp_path, "llada", checkpoints.SIZES["tiny"], "float32", 64)
     options = session.Options("float32", 16, 8, 0.5, 2, 8, None, None)
     here = session.Session(model, options, tmp_path, 64, 3)
@@ -260,7 +260,7 @@ def test_what_fails_to_start_is_stopped_and_tried_once_more(tmp_path: Path) -> N
 
 
 class FailingSession(PretendedSession):
-    """Contenders with these policies fail."""
+    """A session in which contenders with the ``failing`` policies fail."""
 
     failing: frozenset[str] = frozenset({"dual"})
     error: Exception = ProgramError("engine ended\nRuntimeError: no such kernel")
@@ -277,7 +277,7 @@ class FailingSession(PretendedSession):
 def failing_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: str, error: Exception | None = None
 ) -> Any:
-    """Return a benchmark that has run on programs which fail under ``dual``."""
+    """Return a benchmark that has run with programs that fail under ``dual``."""
     benchmark = benchmark_of(tmp_path, f"--contenders sparse,dual --repeats 3 {options}")
     pretended = FailingSession(benchmark.model, benchmark.options, tmp_path, 64, 3)
     pretended.error = error or pretended.error
@@ -293,7 +293,7 @@ def test_a_contender_fails_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     cases_in_order = [(32, 1), (48, 1), (32, 3), (48, 3)]
     assert [(one.prompt, one.concurrency) for one in found.measurements] == cases_in_order
     assert {one.contender for one in found.measurements} == {"engine sparse"}
-    # The turn in which it failed has no more rounds; the others, without it, have theirs.
+    # The turn in which it failed gets no more rounds; the others get theirs, without it.
     assert [len(one.seconds) for one in found.measurements] == [1, 3, 3, 3]
     assert len(found.memory) == 1
     first, *later = benchmark.record.skipped
@@ -352,7 +352,7 @@ def test_without_the_baseline_the_engine_is_measured(
 
 
 def test_a_contender_is_warm_in_the_program_that_runs(tmp_path: Path) -> None:
-    """A failure of another ends the program; the next start is warmed up again."""
+    """After another one's failure has ended the program, a contender warms up again."""
     here, started = session_of(tmp_path, [])
     ran: list[tuple[int, str, int]] = []
 
@@ -420,7 +420,7 @@ def test_a_failure_of_the_ceilings_is_not_the_end(
     monkeypatch.setattr(benchmark, "_session", lambda *arguments: pretended)
     benchmark.ceilings = None
     assert benchmark._measure_machine()
-    # Plans need to know how much memory there is, whatever else fails.
+    # Whatever else fails, plans need the size of the memory.
     assert benchmark._run["machine"] == machine and benchmark.ceilings is None
     (skipped,) = benchmark.record.skipped
     assert "machine's rates" in skipped["what"] and "no such kernel" in skipped["why"]

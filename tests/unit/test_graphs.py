@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which batch sizes are captured, how the user's wishes get there, and how CUDA is asked."""
+"""Captured steps: the batch sizes, the user's options for them, and captures by CUDA."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def test_the_ladder() -> None:
     assert ladder(256, 32) == [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
     assert ladder(20, 32) == [1, 2, 3, 4, 6, 8, 12, 16, 20]
     assert ladder(1, 32) == [1]
-    # A block that is longer than the largest step: nothing to gain.
+    # A block longer than the largest step that is worth a capture.
     assert ladder(256, 2048) == []
     assert ladder(256, 32, most_tokens=100) == [1, 2, 3]
     assert ladder(256, 32, most_tokens=0) == []
-    # vLLM's sizes are in tokens; one that is no multiple holds the sequence that it cuts.
+    # vLLM's sizes are in tokens; they are rounded up to whole sequences.
     assert ladder(256, 32, tokens=[32, 64, 100, 512]) == [1, 2, 4, 16]
     assert ladder(256, 32, tokens=[1, 2, 4]) == [1]
     assert ladder(8, 32, tokens=[32, 4096]) == [1, 8]
@@ -70,7 +70,7 @@ def test_what_is_asked_of_vllms_graphs_is_noted(given: dict[str, Any], expected:
 
 
 def test_how_cuda_captures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for real, then in vLLM's context; all from one pool and on one stream."""
+    """A run without capturing, then the capture in vLLM's context, on one pool and one stream."""
     events: list[Any] = []
     streams = iter(range(9))
 
@@ -121,7 +121,7 @@ def test_the_worker_captures_what_is_wanted(
     monkeypatch.setattr(worker.logger, "info", lambda text, *args: logged.append(text % args))
     monkeypatch.setattr(worker, "CudaCapture", lambda device: ("capture", device))
     monkeypatch.setattr(worker, "set_random_seed", lambda seed: captured.append(seed))
-    # As vLLM's own worker ends its warming up.
+    # The calls that end the warm-up of vLLM's own worker.
     ends = ("freeze_gc_heap", "maybe_attach_gc_debug_callback")
     for name in ends:
         monkeypatch.setattr(worker, name, lambda name=name: captured.append(name))

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels without a GPU: in the interpreter, and through the compiler.
 
-Each in a process of its own, since Triton decides for one or the other when it is imported.
+Each runs in a process of its own, since Triton chooses between the two when it is imported.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def run(*arguments: str, **environment: str) -> str:
-    """Run a Python module of this checkout to its good end; return what it printed."""
+    """Run a Python module of this checkout, which must succeed; return what it printed."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
         [sys.executable, "-m", *arguments],
@@ -45,7 +45,7 @@ def test_kernels_equal_their_twins() -> None:
 
 
 def test_kernels_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
-    """They fit its registers and shared memory, and attention uses its matrix units."""
+    """They fit into its registers and shared memory, and attention uses its matrix units."""
     some = "of 128, 4096|of 128, groups of 7, split True|scores|statistics"
     printed = run("tests.kernels.compiled", some, TRITON_CACHE_DIR=str(tmp_path))
     assert ", 0 do not fit" in printed
@@ -55,7 +55,7 @@ def test_kernels_compile_for_a_hopper_gpu(tmp_path: Path) -> None:
 
 
 def test_the_interpreter_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A CPU has kernels only in the interpreter, a device that is no CUDA device never."""
+    """A CPU has kernels only in the interpreter; a device that is neither CPU nor CUDA has none."""
     assert not interpreted()
     assert why_unavailable(CPU) == "there are no Triton kernels for the device 'cpu'"
     assert greedy_distribution(CPU) is None

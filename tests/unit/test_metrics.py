@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Metrics without a model: what waits for what, and figures of several engines."""
+"""Metrics without a model: causes of waiting and failing, figures of engines, documentation."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def queued(world: World, num_steps: int) -> Counter[str]:
-    """Return what a world's requests waited for in some steps."""
+    """Run steps; count the causes of waiting (of each request and step) and of failures."""
     make_stats, found = world.scheduler.make_stats, Counter[str]()
 
     def noted(*args: Any, **kwargs: Any) -> SchedulerStats | None:
@@ -59,7 +59,7 @@ def test_waiting_for_pages() -> None:
 
 
 def test_waiting_for_the_token_budget() -> None:
-    """Two of three fit while they run full passes, for two steps."""
+    """Only two of three requests fit while they run full passes, for two steps."""
     world = World(budget=100)
     for _ in range(3):
         world.add(Spec(prompt=34, response=16))
@@ -81,7 +81,7 @@ def test_failures() -> None:
 
 @pytest.fixture
 def registry() -> Iterator[None]:
-    """vLLM's metrics are global: leave none behind."""
+    """vLLM's metrics are global: remove them before and after a test."""
     unregister_vllm_metrics()
     yield
     unregister_vllm_metrics()
@@ -100,7 +100,7 @@ def value(name: str, engine: str) -> float | None:
 
 @pytest.mark.usefixtures("registry")
 def test_engines_are_told_apart() -> None:
-    """As under data parallelism; and vLLM's own loggers never see the figures."""
+    """With data parallelism each has its own figures, which vLLM's own loggers never see."""
     install()
     manager = StatLoggerManager(base_config(), engine_idxs=[0, 1])
     for engine, committed in ((0, 5), (1, 7), (1, 9)):
@@ -115,7 +115,7 @@ def test_engines_are_told_apart() -> None:
 
 @pytest.mark.usefixtures("registry")
 def test_a_new_front_end_starts_anew() -> None:
-    """As when a process makes a second engine, or engines are added to a running server."""
+    """As when a process creates a second engine, or engines are added to a running server."""
     install()
     for _ in range(2):
         manager = StatLoggerManager(base_config(), engine_idxs=[0])
@@ -134,7 +134,7 @@ def test_other_models_are_left_alone() -> None:
 
 
 def table() -> list[tuple[str, str, str]]:
-    """Return name, causes and meaning of the documentation's table."""
+    """Return the rows of the documentation's table: name, causes and meaning."""
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(vllm:\w+)` \|(.*)\|(.*)\|$", text, flags=re.MULTILINE)
     return [(name, causes.strip().replace("`", ""), what.strip()) for name, causes, what in rows]
@@ -147,8 +147,10 @@ def test_the_documentation_has_every_metric() -> None:
 
 
 def test_the_dashboard_is_a_dashboard() -> None:
-    """What Grafana asks for: panels with queries, each in its own place; `test_metrics_server`
-    looks the metrics up."""
+    """It has what Grafana needs: panels with queries, each in a place of its own.
+
+    `test_metrics_server` checks that the metrics exist.
+    """
     path = ROOT / "examples" / "grafana" / "diffusion.json"
     dashboard = json.loads(path.read_text(encoding="utf-8"))
     assert dashboard["title"] and dashboard["uid"] and dashboard["schemaVersion"]
@@ -184,16 +186,16 @@ def test_the_dashboard_is_a_dashboard() -> None:
         (0, 1, 1, False, None),
         (21, 1, 1, False, 20),
         (84, 4, 4, False, 20),
-        # A front end of two of four engines sums those two.
+        # A front end of two of the four engines knows the sum of these two.
         (42, 4, 2, True, 20),
-        # One whose engines all run elsewhere sums them all.
+        # A front end whose engines all run elsewhere knows the sum of all.
         (84, 4, 0, False, 20),
     ],
 )
 def test_the_pages_of_one_engine(
     blocks: int | None, replicas: int, local: int, local_only: bool, pages: int | None
 ) -> None:
-    """Hybrid load balancing (`local_only`) has a front end for the engines of each machine."""
+    """With hybrid load balancing (`local_only`), each machine has a front end for its engines."""
     config: Any = SimpleNamespace(
         cache_config=SimpleNamespace(num_gpu_blocks=blocks),
         parallel_config=SimpleNamespace(

@@ -68,7 +68,7 @@ def test_goes_in_and_out(name: str, copies: dict[Path, bytes], tmp_path: Path) -
 def test_in_a_repository_by_a_relative_path(
     name: str, copies: dict[Path, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As with an environment in a checkout, which git must not take for the target."""
+    """As with an environment inside a checkout: git must not take the checkout for the target."""
     monkeypatch.chdir(tmp_path)
     subprocess.run(["git", "init", "--quiet"], check=True)
     (tmp_path / "packages").mkdir()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The entry points: which vLLM they serve, and the platform for Ray."""
+"""The entry points: the releases of vLLM that they serve, and the platform for Ray."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_platform_for_ray_is_vllms_with_a_resource(monkeypatch: pytest.Monke
 
     assert issubclass(RayCPUPlatform, type(current_platform))
     assert RayCPUPlatform.ray_device_key and not current_platform.ray_device_key
-    # It does not warn of the variable, whatever an engine of another test has left there.
+    # RAY_ON_CPU is a known variable; the deleted one may be left over from another test's engine.
     monkeypatch.delenv("VLLM_DIST_IDENT", raising=False)
     RayCPUPlatform.validate_environ(hard_fail=True)
 
@@ -64,7 +64,7 @@ def test_other_releases_of_vllm_are_left_alone(
     monkeypatch.setattr(handler, "emit", records.append)
     monkeypatch.setattr(vllm, "__version__", version)
     monkeypatch.delitem(MODELS_CONFIG_MAP, LLADA_ARCHITECTURE, raising=False)
-    # vLLM's own logger: what users see.
+    # At vLLM's own logger, whose messages users see.
     logging.getLogger("vllm").addHandler(handler)
     try:
         plugin.register()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cache policies: what a step runs, and the slots and pages a request needs for its life."""
+"""Cache policies: what a step runs, and how many slots and pages a request needs."""
 
 from __future__ import annotations
 
@@ -46,19 +46,19 @@ def settings_of(draw: st.DrawFn, **fixed: Any) -> DecodingSettings:
     return DecodingSettings(**{**values, **fixed})
 
 
-#: The settings of the papers.
+#: The values of these settings in the papers.
 PUBLISHED = {"suffix_window": None, "refresh_interval": 1, "eviction_delay": 0}
 
 
 def needed(canvas: Canvas, settings: DecodingSettings, page: int, block: int) -> int:
-    """Slots that a block's cached steps use: what is kept and the queries' own keys."""
+    """Return the slots that a block's cached steps use: kept entries and the queries' own keys."""
     policy = POLICIES[settings.cache_policy]
     span = canvas.block(block)
     num = sum(end - start for start, end in policy.candidates(canvas, span, settings))
     kept = num
     if policy.selects:
         kept = int(num * settings.keep_ratio)
-        if settings.granularity == "page":  # whole runs, of which one may be the short last one
+        if settings.granularity == "page":  # whole runs, the last of which may be short
             kept = min(math.ceil(kept / page) * page, num)
     start, end = policy.queries(canvas, span, settings)
     return kept + end - start
@@ -108,7 +108,7 @@ def test_only_late_eviction_has_a_peak(
 def test_slots_are_enough_for_what_blocks_append(
     canvas: Canvas, settings: DecodingSettings, page: int
 ) -> None:
-    """A block that goes on with a cache has what a refresh kept and every block since."""
+    """A block that continues with a cache holds the kept entries and every block appended since."""
     policy = POLICIES[settings.cache_policy]
     slots = policy.num_slots(canvas, settings, page)
     for block in range(canvas.num_blocks if settings.cache_policy != "none" else 0):
@@ -161,7 +161,7 @@ def test_whole_caches_need_the_whole_length(
 def test_candidates_and_queries_are_every_position_once(
     name: str, canvas: Canvas, window: int | None
 ) -> None:
-    """With the whole cache kept a cached step sees all that takes part, each position once."""
+    """If all candidates are kept, a cached step sees every visible position, each once."""
     settings = DecodingSettings(suffix_window=window)
     policy = POLICIES[name]
     for index in range(canvas.num_blocks):
@@ -177,7 +177,7 @@ def test_candidates_and_queries_are_every_position_once(
 
 
 def kinds(policy: str, block: int = 0, refreshed: int = -1, **settings: Any) -> str:
-    """First letters of what the first eight steps of a block run."""
+    """Return the first letters of the kinds of a block's first eight steps."""
     decoding = DecodingSettings(cache_policy=policy, **settings)
     steps = [Progress(block, step, refreshed) for step in range(8)]
     return "".join(POLICIES[policy].kind(progress, decoding).value[0] for progress in steps)
@@ -200,7 +200,7 @@ def test_kinds_of_steps() -> None:
 
 
 def test_kinds_of_steps_between_refreshes() -> None:
-    """Blocks r < b < r + k go on with the cache of block r; nobody else."""
+    """With a refresh interval of k, only blocks r < b < r + k continue with block r's cache."""
     for policy in CACHED:
         own = kinds(policy, eviction_delay=2)
         for refreshed, block, goes_on in (
@@ -209,7 +209,7 @@ def test_kinds_of_steps_between_refreshes() -> None:
             (0, 1, True),
             (0, 2, True),
             (0, 3, False),
-            (-1, 1, False),  # a block before it ended early, without a refresh
+            (-1, 1, False),  # the previous block ended before its refresh
             (4, 6, True),
         ):
             options = {"refresh_interval": 3, "eviction_delay": 2}
@@ -221,7 +221,7 @@ def test_kinds_of_steps_between_refreshes() -> None:
 
 @given(canvases(), settings_of(), st.integers(0, 12), st.integers(-1, 3))
 def test_next_change(canvas: Canvas, settings: DecodingSettings, step: int, refreshed: int) -> None:
-    """It is the first step from here on that changes the cache; `none` has no such step."""
+    """It is the first step, from ``step`` on, that changes the cache; `none` has no such step."""
     policy = POLICIES[settings.cache_policy]
     if settings.cache_policy == "none":
         refreshed = -1

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The tables of the README and those of the code are the same lists."""
+"""Tables of the README and of docs/parameters.md match the code, and links have targets."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def table(name: str, page: str = README) -> list[dict[str, str]]:
 
 
 def code(cell: str) -> str | None:
-    """Return what a cell has in backticks, None if it is empty."""
+    """Return the name that a cell has in backticks, None if the cell is empty."""
     if not cell:
         return None
     match = re.fullmatch(r"`([^`]+)`", cell)
@@ -108,7 +108,7 @@ def test_unmasking_rules() -> None:
 
 
 def test_parameters_are_all_that_vllm_has() -> None:
-    """The table has every field of vLLM's three request types and no other."""
+    """The table has every field of vLLM's three request types and no others."""
     of: dict[str, set[str]] = {"S": set(), "C": set(), "H": set()}
     rows = table("parameters", PARAMETERS)
     for row in rows:
@@ -122,7 +122,7 @@ def test_parameters_are_all_that_vllm_has() -> None:
 
 
 def test_refused_parameters() -> None:
-    """What the table refuses of `SamplingParams`, the code does, and with the same exceptions."""
+    """The table and the code refuse the same `SamplingParams`, except for the same values."""
     rows = {
         code(row["parameter"]): re.findall(r"`([^`]+)`", row["how"].partition(")")[0])
         for row in table("parameters", PARAMETERS)

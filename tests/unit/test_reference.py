@@ -106,7 +106,9 @@ def test_counts_empty_the_block_by_the_last_step(masks: int, steps: int) -> None
     assert left == 0
 
 
-DREAM_TABLE = {  # steps of a block of 32, its first step writing only x[s] (B6); 1: A2 goes on
+# By steps of a block of 32: the commits of each. The first step writes only x[s] (B6); if that is
+# the only one, A2 adds further steps.
+DREAM_TABLE = {
     32: [1, 0] + [1] * 29 + [2],
     16: [1] + [2] * 14 + [3],
     8: [1, 4, 4, 4, 4, 4, 5, 6],
@@ -291,7 +293,7 @@ def test_late_eviction_keeps_a_part_of_what_was_kept(models: dict[str, Model]) -
 
 @BOTH
 def test_late_eviction_at_its_limits(models: dict[str, Model], kind: str) -> None:
-    """Too late for every block, or with nothing to evict: the tokens of `dual`."""
+    """If it comes too late for every block, or evicts nothing, the tokens are those of `dual`."""
     dual = generate(models[kind], prompt(20), 40, block_length=16, cache_policy="dual")
     for own in ({"eviction_delay": 99}, {"eviction_delay": 2, "keep_ratio": 1.0}):
         late = generate(models[kind], prompt(20), 40, block_length=16, delay_steps=0, **own)
@@ -300,7 +302,7 @@ def test_late_eviction_at_its_limits(models: dict[str, Model], kind: str) -> Non
 
 @pytest.mark.parametrize("policy", ["prefix", "dual", "sparse"])
 def test_forwards_between_refreshes(models: dict[str, Model], policy: str) -> None:
-    """Blocks 1, 2 and 4 run no full forward; their first steps run the block before as well."""
+    """For k = 3, blocks 1, 2 and 4 run no full forward; their first steps add the block before."""
     options = {"block_length": 8, "cache_policy": policy, "delay_steps": 0}
     run = {
         k: generate_with_stats(models["llada"], prompt(20), 40, refresh_interval=k, **options)[1]
@@ -318,13 +320,13 @@ def test_forwards_between_refreshes(models: dict[str, Model], policy: str) -> No
 @BOTH
 @pytest.mark.parametrize("policy", ["none", "prefix", "dual", "sparse"])
 def test_windows(models: dict[str, Model], kind: str, policy: str) -> None:
-    """A wide one changes nothing; under 0 a block knows nothing of those behind it."""
+    """A wide window changes nothing; with a window of 0, a block does not see those after it."""
     options = {"block_length": 16, "cache_policy": policy}
     whole = generate(models[kind], prompt(20), 48, **options)
     assert generate(models[kind], prompt(20), 48, suffix_window=48, **options) == whole
     alone = generate(models[kind], prompt(20), 32, suffix_window=0, **options)
     assert generate(models[kind], prompt(20), 48, suffix_window=0, **options)[:32] == alone
-    # One block of window: as if the response ended there.
+    # With a window of one block, the first block is as if the response ended after the second.
     near = generate(models[kind], prompt(20), 48, suffix_window=16, **options)
     assert near[:16] == generate(models[kind], prompt(20), 32, **options)[:16]
 
@@ -336,7 +338,7 @@ def test_windows(models: dict[str, Model], kind: str, policy: str) -> None:
 def test_network_equals_transformers(
     models: dict[str, Model], kind: str, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    """LLaDA is Llama and Dream is Qwen2, when every query may see every key."""
+    """If every query can see every key, LLaDA equals Llama, and Dream equals Qwen2."""
     transformers = pytest.importorskip("transformers")
     model = models[kind]
     common = {
@@ -381,7 +383,7 @@ def test_network_equals_transformers(
 
 @BOTH
 def test_extra_keys_stand_for_their_rows(models: dict[str, Model], kind: str) -> None:
-    """A block forward on all the other keys of a full forward gives the full forward's rows."""
+    """A block forward with all other keys of a full forward gives the full forward's rows."""
     model, ids = models[kind], torch.tensor(prompt(40))
     full = model(ids, range(40))
     others = torch.tensor([*range(25, 40), *range(10)])  # any order
@@ -433,7 +435,7 @@ def test_greedy_decoding_is_not_degenerate(
 
 
 def test_none_is_vanilla_llada(models: dict[str, Model]) -> None:
-    """B3 written out once more: S = 4 per block of 16."""
+    """B3 written out again, with 4 steps per block of 16."""
     model = models["llada"]
     x = torch.tensor([*prompt()] + [model.mask_id] * 32)
     for s in (24, 40):
@@ -571,7 +573,7 @@ def test_same_forwards_whatever_the_granularity(models: dict[str, Model], kind: 
 @BOTH
 @ALL
 def test_the_mask_id_is_never_committed(models: dict[str, Model], kind: str, policy: str) -> None:
-    """A head that always prefers the mask id (its logit is twice another token's, or is zero)."""
+    """Even if a head often prefers the mask id, whose logit is twice that of another token."""
     model = models[kind]
     head = model.head.clone()
     head[model.mask_id] = 2 * head[7]
@@ -583,7 +585,7 @@ def test_the_mask_id_is_never_committed(models: dict[str, Model], kind: str, pol
 
 @BOTH
 def test_a_filter_that_leaves_only_the_mask_id(models: dict[str, Model], kind: str) -> None:
-    """Then the best other token is taken, as at temperature 0."""
+    """The best other token is then taken, as at temperature 0."""
     model = models[kind]
     logits = torch.zeros(1, model.vocab)
     logits[0, model.mask_id], logits[0, 9] = 20.0, 10.0
@@ -636,7 +638,7 @@ def test_top_p_then_top_k() -> None:
 
 @BOTH
 def test_draws_follow_the_distribution(models: dict[str, Model], kind: str) -> None:
-    """20,000 rows of one distribution: LLaDA's Gumbel noise and Dream's race agree with it."""
+    """Draws for 20,000 equal rows, by LLaDA's Gumbel noise and by Dream's race, agree with it."""
     model = replace(models[kind], head=torch.zeros(5, 64), mask_id=4)
     logits = torch.tensor([1.0, 0.0, 2.0, -1.0, 3.0]).repeat(20000, 1)
     tokens, probs = draw(logits, model, Options(temperature=0.7, generator=rng(0)))
@@ -714,7 +716,7 @@ def test_cfg_formula(models: dict[str, Model]) -> None:
 @ALL
 def test_cfg(models: dict[str, Model], policy: str) -> None:
     model = models["llada"]
-    masks = [model.mask_id] * 24  # both sequences are one and the same
+    masks = [model.mask_id] * 24  # so both sequences are the same
     plain = generate(model, masks, 32, cache_policy=policy)
     assert plain == generate(model, masks, 32, cache_policy=policy, cfg_scale=2.0)
     guided = generate(model, prompt(), 32, cache_policy=policy, cfg_scale=2.0)
@@ -734,7 +736,7 @@ def test_eos_cuts_the_response(models: dict[str, Model]) -> None:
 
 @pytest.mark.skipif(not TINY_LLADA.exists(), reason="the trained checkpoint is not here")
 def test_trained_llada_answers() -> None:
-    """README of tiny-llada: about 0.95 of the kv prompts of 128 tokens."""
+    """It answers at least 3 of 4 prompts, which ask for the values of two keys."""
     from tokenizers import Tokenizer
 
     model = load(TINY_LLADA)

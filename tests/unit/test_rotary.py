@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Rotary positions against the formula, for every way in which vLLM may compute them."""
+"""Rotary positions against the formula, for every implementation that can be in use."""
 
 from __future__ import annotations
 
@@ -46,12 +46,14 @@ def rotated(positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def test_queries_and_keys_are_rotated(
     way: str, full_precision: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By our own kernel where there is one; by vLLM's, in place (`custom_ops` all) or not (its
-    PyTorch code, `custom_ops` none): the same."""
+    """The package's kernel (where there is one) and both of vLLM's implementations agree.
+
+    vLLM's kernel (`custom_ops` all) rotates in place; its PyTorch code (none) does not.
+    """
     custom_ops = "all" if way == "own" else way
     if way != "own":
         monkeypatch.setattr("vllm_sparse_dllm.models.layers.kernels_for", lambda *arguments: None)
-    # vLLM keeps what it has made, whatever the configuration.
+    # vLLM caches what it has built, regardless of the configuration.
     monkeypatch.setattr("vllm.model_executor.layers.rotary_embedding._ROPE_DICT", {})
     config = VllmConfig(compilation_config=CompilationConfig(custom_ops=[custom_ops]))
     generator = torch.Generator().manual_seed(1)

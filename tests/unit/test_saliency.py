@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Saliency and selection against the reference: the same scores, the very same entries."""
+"""Saliency and selection against the reference: the same scores and exactly the same entries."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 @pytest.fixture(autouse=True, scope="module")
 def one_rank():
-    """No distributed group is set up here: one rank."""
+    """Set the number of ranks to 1, since no distributed group is set up here."""
     patch = pytest.MonkeyPatch()
     patch.setattr(saliency, "get_tensor_model_parallel_world_size", lambda: 1)
     yield
@@ -55,7 +55,7 @@ def layers(draw: st.DrawFn, integers: bool = False, kv_heads: tuple[int, ...] = 
 
 
 def both(q: torch.Tensor, k: torch.Tensor, block: tuple[int, int]) -> list[torch.Tensor]:
-    """The package's and the reference's importance of everything but the block."""
+    """Return the importance of all keys outside the block, by the package and by the reference."""
     start, end = block
     length = len(q)
     fast = importance(q[start:end], k, ((0, start), (end, length)), q.shape[1])
@@ -71,7 +71,7 @@ def test_importance_is_the_references(layer) -> None:
 
 @given(layers(integers=True), st.sampled_from([1, 2, 4, 8]))
 def test_importance_is_exact_where_sums_are(layer, block_length: int) -> None:
-    """Small integers, a block of a power of two: no rounding, so not a bit may differ."""
+    """With small integers and a block of a power of two nothing is rounded: no bit may differ."""
     q, k, (start, _) = layer
     if start + block_length > len(q) or q.shape[1] % 3 == 0:
         return
@@ -107,7 +107,7 @@ def inputs_of(
     late: bool = False,
     total_heads: int | None = None,
 ) -> SaliencyInputs:
-    """What an attention layer shows of a refresh, or of a late eviction of a whole cache."""
+    """Return what an attention layer passes on in a refresh, or in a late eviction."""
     start, end = block
     total = total_heads or q.shape[1]
     spans = ((0, start), (end, len(q)))
@@ -139,14 +139,14 @@ def test_window_is_the_references(layer, share: float, late: bool) -> None:
 
 
 def test_window_by_hand() -> None:
-    """What one head's observer looks at alone counts as much as what all look at."""
+    """Heads are combined by maximum: a key that one query of one head looks at scores high."""
     length, prompt = WINDOW + 6, WINDOW + 3
     q, k = torch.zeros(length, 2, 2), torch.zeros(length, 2, 2)
-    q[3, 1, 0] = 100.0  # one observer, in one head
+    q[3, 1, 0] = 100.0  # one query of the window, in one head
     k[1, 1, 0] = 1.0
     block = (prompt, prompt + 2)
     scores = SALIENCIES["window"].score(inputs_of(q, k, block, prompt))
-    evenly = 1 / length  # what the block's queries look at, and the other observers
+    evenly = 1 / length  # the share that every key gets from each of the other queries
     assert scores[:3].tolist() == pytest.approx(
         [2 * evenly, evenly + (15 * evenly + 1) / 16, 2 * evenly], rel=1e-4
     )
@@ -165,17 +165,17 @@ def test_attention_is_the_references(layer, late: bool) -> None:
 
 
 def test_attention_by_hand() -> None:
-    """What one row of one head looks at; the product with the mean query says otherwise."""
+    """A key that one row of one head looks at counts, though the mean query ranks it low."""
     q, k = torch.zeros(6, 2, 2), torch.zeros(6, 1, 2)
     block = (3, 5)
     q[3, 0] = torch.tensor([100.0, 0.0])
     q[4, 0] = torch.tensor([-300.0, 0.0])
-    q[3:5, 1, 1] = -1.0  # in the other head all look away from keys 0 and 2
+    q[3:5, 1, 1] = -1.0  # in the other head all rows avoid keys 0 and 2
     k[:, 0] = torch.tensor([[0, 99], [1, 0], [0.5, 99], [0, 0], [0, 0], [-2, 0]])
     refresh, late = (inputs_of(q, k, block, 3, late) for late in (False, True))
     published = SALIENCIES["paper"].score(refresh)
     assert published[1] < published[0]
-    # Shares of head 0: row 3 on key 1, row 4 on key 5; of head 1 each of four keys has a fourth.
+    # In head 0, row 3 looks at key 1 and row 4 at key 5; in head 1, four keys get a fourth each.
     expected = [0, (1 + 2 / 4) / 4, 0, (1 + 2 / 4) / 4]
     for inputs in (refresh, late):
         assert SALIENCIES["attention"].score(inputs).tolist() == pytest.approx(expected, abs=1e-6)
@@ -184,9 +184,9 @@ def test_attention_by_hand() -> None:
 @pytest.mark.parametrize("name", SALIENCIES)
 @given(layer=layers(kv_heads=(2, 4)), late=st.booleans())
 def test_two_ranks_are_one(name: str, layer, late: bool) -> None:
-    """Each has half of the heads and sends its part; both get the same, bit for bit."""
+    """Each rank has half of the heads and sends its part; both get the same, bit for bit."""
     q, k, block = layer
-    assume(len(q) > block[1] - block[0])  # no layer asks about nothing
+    assume(len(q) > block[1] - block[0])  # layers always have candidates
     total, heads, kv_heads = q.shape[1], q.shape[1] // 2, k.shape[1] // 2
     score = SALIENCIES[name].score
     whole = score(inputs_of(q, k, block, block[0], late))
@@ -216,7 +216,7 @@ def test_two_ranks_are_one(name: str, layer, late: bool) -> None:
     torch.testing.assert_close(first, whole, rtol=1e-4, atol=1e-5)
 
 
-# Ties are everywhere: few different values, and the pool repeats its maxima.
+# Ties are frequent: there are few different values, and pooling repeats maxima.
 @st.composite
 def vectors(draw: st.DrawFn) -> torch.Tensor:
     n = draw(st.integers(1, 300))
@@ -230,7 +230,7 @@ def vectors(draw: st.DrawFn) -> torch.Tensor:
 @given(vectors(), st.floats(0, 1), st.sampled_from([1, 3, 5, 9, 31]))
 def test_the_very_entries_of_the_reference(scores: torch.Tensor, ratio: float, kernel: int) -> None:
     keep = int(len(scores) * ratio)
-    if keep == 0:  # the attention layer does not ask for nothing
+    if keep == 0:  # attention layers do not select 0 entries
         return
     expected = naive_select(scores, Options(keep_ratio=ratio, kernel_size=kernel))
     got = select_entries(scores, Selection(keep, kernel, 1))
@@ -273,7 +273,7 @@ def test_every_keep_of_one_vector(kernel: int) -> None:
 
 
 def test_the_window_crosses_the_seam_between_prefix_and_suffix() -> None:
-    """B5.5: the pool runs over the concatenated vector, so a peak lifts its neighbour there."""
+    """B5.5: pooling runs over the concatenated vector, so a peak lifts its neighbour across it."""
     q = torch.zeros(8, 1, 1)
     q[3:5] = 1.0  # the block
     k = torch.tensor([0.0, 1.0, 9.0, 0.0, 0.0, 2.0, 3.0, 4.0]).view(8, 1, 1)

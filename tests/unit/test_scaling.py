@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The estimate of throughput on several devices, where the answer is known."""
+"""The estimate of throughput on several devices, in cases where the answer is known."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def test_ranks_that_were_measured_are_taken_as_they_are() -> None:
     )
     assert taken.throughput == pytest.approx(32 / (30 * 0.07 + 2 * 1.5))
     assert 0 < taken.exchange < 1
-    # Those that were not: a part of what one device took, and the exchange.
+    # Ranks that were not measured: the time of one device over the ranks, plus the exchange.
     exchange = model.estimate(LLADA, NO_HOST, WORKLOAD, 4, 1, 1).exchange
     assert exchange > 0
     assert four.block_step > 0.1 / 4
@@ -164,7 +164,7 @@ def test_ranks_that_the_engine_refuses() -> None:
 
 
 def test_where_growth_stops() -> None:
-    # 8 requests: up to one replica each.
+    # 8 requests: throughput grows up to one replica for each.
     estimates = [model.estimate(LLADA, H100, WORKLOAD, 1, 1 << power, 8) for power in range(7)]
     assert model.stops_growing(estimates, gain=0.0).devices == 64
     assert model.stops_growing(estimates, gain=0.01).devices == 8
@@ -191,7 +191,7 @@ def test_a_model_that_does_not_fit() -> None:
 
 
 def write_measured(path: Path, **content: Any) -> None:
-    """Write a file as `measure.py` does, of one rank unless told otherwise."""
+    """Write a file as `measure.py` does, for one rank unless ``content`` replaces it."""
     times = {"block": [[32, 0.01]], "full": [[1280, 0.1]], "all_reduce": []}
     rest = {"model": asdict(LLADA), "ranks": 1, "prompt": 1248, "keep": 0.5}
     path.write_text(json.dumps({**times, **rest, **content}))
@@ -217,7 +217,7 @@ def test_program(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_program_with_measured_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     one, two = tmp_path / "one.json", tmp_path / "two.json"
     write_measured(one)
-    # 1 us, and 1 GB/s: two ranks send each byte once.
+    # A link of 1 us and 1 GB/s; in an all-reduce of two ranks each sends every byte once.
     row = 8192
     reduced = [[rows, 1e-6 + rows * row / 1e9] for rows in (32, 1280)]
     write_measured(two, ranks=2, all_reduce=reduced, full=[[1280, 0.5]])
@@ -225,7 +225,7 @@ def test_program_with_measured_ranks(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().out
     assert "measured for 1 and 2 ranks" in printed
     assert "1 us and 1.00 GB/s" in printed
-    # 65 all-reduces, and the logits of a block to each rank.
+    # 65 all-reduces, and an all-gather of the logits of a block.
     exchange = 65 * reduced[1][1] + 1e-6 + 32 * 126464 * 2 / 2 / 1e9
     assert f"1280 rows: 500.0, estimated {1000 * (0.05 + exchange):.1f}" in printed
 

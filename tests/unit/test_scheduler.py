@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The scheduler without a model: a simulated runner, and what must hold in every step."""
+"""The scheduler with a simulated runner instead of a model, and what must hold in every step."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ FIRST_TOKEN = 1000  # the response's token at offset i is FIRST_TOKEN + i
 
 @cache
 def base_config() -> VllmConfig:
-    """The configuration as an engine gets it, built once; `make_scheduler` sets its numbers."""
+    """Return an engine's configuration, built once; `make_scheduler` sets its numbers."""
     register()
     return EngineArgs(
         model=TINY_LLADA, dtype="float32", max_model_len=512, max_num_batched_tokens=512
@@ -116,7 +116,7 @@ class Spec:
 
     @property
     def peak_runs(self) -> int:
-        """Steps it takes at the most from a refresh until its cache is evicted, both included."""
+        """Most steps that it runs from a refresh until its cache is evicted, both included."""
         decoding, canvas = self.decoding, self.canvas
         # Every step commits something or changes the cache.
         if decoding.refresh_interval > 1:
@@ -125,7 +125,7 @@ class Spec:
 
     @property
     def most_runs(self) -> int:
-        """Steps of its own at the most: one a token, and those of a block that commit none."""
+        """Most steps that it runs: one per token, and those of each block that commit none."""
         decoding = self.decoding
         return self.response + self.canvas.num_blocks * (decoding.delay_steps + 2)
 
@@ -142,7 +142,7 @@ class Spec:
 
 
 class FakeRunner:
-    """Commits positions as the real one does, from thin air; keeps the real request state."""
+    """Commits invented tokens to positions as the real runner does; request states are real."""
 
     def __init__(self, scheduler: DiffusionScheduler) -> None:
         self.scheduler = scheduler
@@ -173,11 +173,11 @@ class FakeRunner:
         for index, request_id in enumerate(request_ids):
             state = self.states[request_id]
             step = state.next_step()
-            # The pages that the scheduler gives are those that the runner holds.
+            # The pages that the scheduler has allocated are those that the runner holds.
             blocks = self.scheduler.block_manager.req_to_blocks.get(request_id, [])
             own = [page for sequence in state.sequences for page in sequence.page_ids.tolist()]
             assert sorted(page.block_id for page in blocks) == sorted(own)
-            # The scheduler's idea of what runs is the runner's.
+            # Scheduler and runner agree on what runs.
             tokens = (step.queries[1] - step.queries[0]) * len(state.sequences)
             assert output.num_scheduled_tokens[request_id] == tokens
             self.kinds[step.kind] += 1
@@ -187,7 +187,7 @@ class FakeRunner:
                 state.commit(step.candidates[:0], step.candidates[:0], None)
             else:
                 count = step.count
-                if state.settings.threshold is not None:  # any number above 0, the same each time
+                if state.settings.threshold is not None:  # a reproducible number above 0
                     name = f"{request_id}/{state.block_index}/{state.step}"
                     count = zlib.crc32(name.encode()) % len(step.candidates) + 1
                 chosen = step.candidates[::-1][:count]  # from the right: commits out of order
@@ -215,7 +215,7 @@ class FakeRunner:
 
 
 class World:
-    """A scheduler, its runner and the clients; `step` checks what must always hold."""
+    """A scheduler with its runner and clients; `step` checks what must always hold."""
 
     def __init__(self, **options: Any) -> None:
         self.scheduler = make_scheduler(**options)
@@ -284,10 +284,10 @@ class World:
         scheduler = self.scheduler
         before, head = self.running, next(iter(self.waiting), None)
         queue = self._admission_order()
-        # Whoever has a peak now, and whoever comes to one before the head is admitted.
+        # The requests that can be at their peak before the head is admitted.
         company = [self.specs[request_id] for request_id in [*before, *([head] if head else [])]]
         peaks = sum(spec.peak_pages for spec in company)
-        # The least that there must be room for: one peak at a time.
+        # The least that the pool must have room for: one request at its peak at a time.
         extra = max((spec.peak_pages - spec.num_pages for spec in company), default=0)
         least = sum(spec.num_pages for spec in company) + extra
         num_pages = scheduler.block_manager.num_pages
@@ -328,9 +328,9 @@ class World:
         return output
 
     def _admission_order(self) -> list[str]:
-        """Waiting requests as vLLM admits them; the queue's own order is not trusted."""
+        """Return waiting requests in vLLM's order of admission, without relying on the queue."""
         if self.scheduler.policy.value == "fcfs":
-            # In the order of arrival, those preempted before all that were never admitted.
+            # In order of arrival; preempted requests come before those that were never admitted.
             return sorted(self.waiting, key=lambda r: (r not in self.admitted, int(r[1:])))
         return sorted(self.waiting, key=lambda r: (self.specs[r].priority, int(r[1:])))
 
@@ -345,15 +345,15 @@ class World:
                 self.longest_wait_for_pages = max(self.longest_wait_for_pages, wait)
                 assert wait <= self._turns_at_the_peak
                 continue
-            if wait == 1:  # the other running requests, and the waiting head
+            if wait == 1:  # bound: the other running requests, and the waiting head
                 self.bounds[request_id] = len(before) - 1 + 1
             self.longest_wait = max(self.longest_wait, wait)
             assert wait <= self.bounds[request_id]
 
     def _count_ages(self) -> None:
-        """A slot comes free within the steps that its request takes of its own, once a seat."""
+        """Check that a request takes at most its own steps times the number of seats."""
         if any(spec.peak_pages > spec.num_pages for spec in self.specs.values()):
-            return  # who waits for such pages may take longer
+            return  # requests that wait for temporary pages may take longer
         for request_id in self.running:
             self.ages[request_id] += 1
             bound = self.specs[request_id].most_runs * self.scheduler.max_num_running_reqs
@@ -361,10 +361,10 @@ class World:
 
     @property
     def _turns_at_the_peak(self) -> int:
-        """The longest wait for pages that others need for a time only, in steps.
+        """The longest wait, in steps, for pages that others hold temporarily.
 
-        In one turn of everybody each peak comes a step nearer to its end; who is ahead may have
-        a peak first.
+        In one turn of all requests each peak comes one step closer to its end; every request
+        ahead may have its peak first.
         """
         seats = self.scheduler.max_num_running_reqs + 1
         longest = max(spec.peak_runs for spec in self.specs.values())
@@ -373,7 +373,11 @@ class World:
     def _count_head_waits(
         self, head: str | None, admitted: bool, admissible: bool, longest: int
     ) -> None:
-        """Where there is room for all peaks, one step to be seen and one for each running."""
+        """Check that the first waiting request, while admissible, is admitted within its bound.
+
+        If there is room for all peaks, ``longest`` is one step for it to be passed over, and one
+        for each running request.
+        """
         last, waits, bound = self.head_waits
         if head is None or admitted or not admissible:
             self.head_waits = (None, 0, 0)
@@ -415,7 +419,7 @@ class World:
         assert scheduler.tracked.keys() == scheduler.requests.keys()
 
     def drain(self, limit: int = 5000) -> int:
-        """Run until everybody is done; return the number of steps."""
+        """Run until all requests are done; return the number of steps."""
         for number in range(limit):
             if not self.scheduler.has_unfinished_requests():
                 self.check_empty()
@@ -513,7 +517,7 @@ def stories(draw: st.DrawFn, calm: bool = False) -> Story:
 
 
 def play(story: Story) -> World:
-    """Admission makes sure that each request alone fits the budget and the pool."""
+    """Run a story; budget and pool are enough for each request alone, as admission ensures."""
     world = World(
         num_pages=max([1, *(spec.peak_pages for _, spec in story.requests)]) + story.spare_pages,
         budget=max(spec.largest_step for _, spec in story.requests) + story.spare_budget,
@@ -541,14 +545,14 @@ def play(story: Story) -> World:
 @settings(max_examples=150)
 @given(stories())
 def test_any_story_ends_well(story: Story) -> None:
-    """Every invariant of `World.step` and `World.check_empty`, whatever happens."""
+    """Whatever happens, every invariant of `World.step` and `World.check_empty` holds."""
     play(story)
 
 
 @settings(max_examples=60)
 @given(stories(calm=True))
 def test_a_story_is_repeatable(story: Story) -> None:
-    """No decision depends on time: the same story is the same schedule."""
+    """No decision depends on time: the same story gives the same schedule."""
     first, second = play(story), play(story)
     assert first.admitted == second.admitted
     assert first.runner.runs == second.runner.runs
@@ -589,7 +593,7 @@ def test_block_steps_are_not_starved_by_newcomers() -> None:
 
 
 def test_a_large_request_is_not_starved_by_small_ones() -> None:
-    """The head that needs the whole budget gets it after one turn of the running requests."""
+    """A waiting request that needs the whole budget gets it after one turn of those running."""
     world = World(budget=256, max_num_seqs=8)
     small = Spec(prompt=10, response=30, settings={"block_length": 30})
     for _ in range(6):
@@ -623,19 +627,19 @@ WHOLE_BUDGET = {"prompt": 240, "response": 16, "settings": {"cache_policy": "non
 
 
 def test_arrivals_of_rising_priority_do_not_keep_everybody_out() -> None:
-    """Every step takes the whole budget, and every step a better request arrives."""
+    """Each request takes the whole budget, and in every step one of better priority arrives."""
     world = World(budget=256, policy="priority")
     first = world.add(Spec(**WHOLE_BUDGET, priority=20))
     world.step()
     for number in range(8):
         world.add(Spec(**WHOLE_BUDGET, priority=19 - number))
         world.step()
-    # One running request: who waits is to be admitted at the second step at the latest.
+    # With one running request, a waiting one is admitted after two steps at most.
     assert world.running != [first]
 
 
 def test_old_tickets_do_not_add_up_to_a_long_wait() -> None:
-    """Each of the waiting was once the head, and all of them go before the one that runs."""
+    """Each waiting request was the head once; they must not all go before the running one."""
     world = World(budget=256, policy="priority")
     world.add(Spec(**WHOLE_BUDGET, priority=20))
     world.step()
@@ -690,7 +694,7 @@ def late(**more: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("own", [{}, {"delay_steps": 0}, {"refresh_interval": 2}])
 def test_peaks_do_not_coincide_where_there_is_no_room_for_it(own: dict[str, Any]) -> None:
-    """A pool for three requests and one peak: all run together, and take turns at the peak."""
+    """The pool has room for three requests, one at its peak: they run together and take turns."""
     spec = Spec(prompt=176, response=16, settings=late(**own))
     assert (spec.num_pages, spec.peak_pages) == (2, 6)
     world = World(num_pages=3 * 2 + 4, budget=600)
@@ -721,7 +725,7 @@ def test_nobody_takes_pages_before_one_that_waits_for_its_peak() -> None:
     world.step()
     small = world.add(Spec(prompt=10, response=8, settings={"cache_policy": "dual"}))
     world.step()
-    assert world.running == [first, second]  # 6 + 2 pages: one would do
+    assert world.running == [first, second]  # 8 of 10 pages; `small` needs only one
     while small not in world.running:
         world.step()
         assert small in world.running or not world.runner.states[second].cache_is_whole
@@ -746,13 +750,13 @@ def test_who_needs_no_pages_does_not_wait_for_them() -> None:
 
 
 def test_the_head_has_pages_before_those_who_came_to_their_peak_later() -> None:
-    """Each block is at the peak from its first to its last step; all take turns."""
+    """Each block is at its peak from its first to its last step, and requests take turns."""
     own = late(delay_steps=0, eviction_delay=7)
     spec = Spec(prompt=176, response=64, settings=own)
     assert (spec.num_pages, spec.peak_pages) == (2, 8)
     world = World(num_pages=2 + 2 + 2 + 6, budget=600)
     names = [world.add(spec) for _ in range(3)]
-    # The first one waited longer for its second block than the last one for its first.
+    # The first one had waited longer for its second block than the last one for its first block.
     for _ in range(4 * 8):
         world.step()
     assert world.running == names
@@ -833,7 +837,7 @@ def test_paused_all_runs_nobody_and_loses_nothing() -> None:
     for _ in range(3):
         assert world.step().total_num_scheduled_tokens == 0
     assert world.scheduler.get_num_unfinished_requests() == 0
-    world.abort("r0")  # still possible, and its page comes back
+    world.abort("r0")  # still possible, and frees its page
     assert world.num_held == 0
     world.scheduler.set_pause_state(PauseState.UNPAUSED)
     world.drain()
@@ -850,7 +854,7 @@ def test_a_reset_preempts_and_each_token_is_delivered_once(after: int) -> None:
     running, held = world.running, world.num_held
     world.reset()
     assert world.running == [] and world.num_held == 0
-    assert world.waiting[: len(running)] == running  # in front of those never admitted
+    assert world.waiting[: len(running)] == running  # before those never admitted
     if held:
         output = world.step()
         assert [new.req_id for new in output.scheduled_new_reqs] == (running + world.waiting)[:2]
@@ -882,7 +886,7 @@ def test_failure_stops_one_request_with_an_error() -> None:
 
 
 def test_what_no_pool_of_this_size_holds_ends_at_once() -> None:
-    """A front end of several engines knows only the mean of their pools."""
+    """A front end of several engines can admit it, as it knows only the mean of their pools."""
     world = World(num_pages=3)
     whole = {"cache_policy": "dual"}
     before, large, behind = (
@@ -952,7 +956,7 @@ def test_the_prefix_cache_cannot_be_reset_under_running_requests() -> None:
 
 
 def test_a_request_with_bad_parameters_leaves_nothing_behind() -> None:
-    """Admission refuses it first; if one slips through, the scheduler is not harmed."""
+    """Admission should have refused it; if not, the scheduler's state is not affected."""
     world = World()
     with pytest.raises(ValueError, match="diffusion_keep_ratio must be"):
         world.add(Spec(settings={"keep_ratio": 2.0}))

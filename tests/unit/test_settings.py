@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings: every field's good and bad values, both scopes, and what excludes what."""
+"""Settings: good and bad values of every field, both scopes, and conflicting settings."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ BAD: dict[str, list[Any]] = {
     "trace": [*NOT_AN_INTEGER, -1, 3],
 }
 
-#: The sentence of each message that says what is allowed, as the README's table has it.
+#: The part of each error message that says what is allowed, as in the README's table.
 ALLOWED = {
     "cache_policy": "one of none, prefix, dual, sparse",
     "keep_ratio": "a number with 0 < r <= 1",
@@ -369,7 +369,7 @@ def test_numbers_are_finite_and_in_range(value: float) -> None:
 
 
 def test_opencompass_pins_what_a_server_may_have_set() -> None:
-    """Else the published method's benchmark would measure a server's own settings."""
+    """Otherwise the benchmark of the published method would measure a server's own settings."""
     path = Path(__file__).parents[2] / "examples" / "opencompass" / "served.py"
     (call,) = (
         node.value

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The soak's verdict: each thing that may be wrong is found, and nothing else.
+"""The verdict of the soak test: everything that is wrong is found, and nothing else.
 
 `tests/e2e/test_soak.py` runs a small soak.
 """
@@ -21,7 +21,7 @@ MIB = 1 << 20
 
 
 def soak(**server: Any) -> Any:
-    """Return a soak of a server that is idle, unless told otherwise."""
+    """Return a soak of a server that is idle, except for what ``server`` replaces."""
     idle = {"gauges": lambda: (0.0, 0.0, 0.0), "metric": lambda name: 0.0}
     process = SimpleNamespace(pid=os.getpid())
     return run.Soak(run.parse([]), SimpleNamespace(process=process, **{**idle, **server}))
@@ -32,7 +32,7 @@ def plan(**fields: Any) -> Any:
 
 
 def choice(**fields: Any) -> dict[str, Any]:
-    """Return a choice as the clients note it down; without logprobs and trace."""
+    """Return a choice as clients record it, by default without logprobs and trace."""
     own = {"tokens": [7, 8], "text": "ab", "finish_reason": "stop", "stop_reason": None}
     return {**own, "logprobs": None, "trace": None, **fields}
 
@@ -133,7 +133,7 @@ def test_what_is_left(server: dict[str, Any], right: bool, monkeypatch: pytest.M
     ("growth", "requests", "right"), [(0, 3000, True), (100, 3000, False), (100, 300, True)]
 )
 def test_memory(growth: int, requests: int, right: bool) -> None:
-    """MiB in each third, of a server that has 500 after its warm-up; few requests warm it up."""
+    """Growth in the last third, in MiB, is a failure, unless the requests are too few to judge."""
     own = soak()
     own.results = [(plan(), outcome())] * requests
     sizes = (200, 500, 500 + growth)

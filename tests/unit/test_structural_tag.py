@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a structural tag allows, as llguidance reads it, and which tags are refused."""
+"""What a structural tag allows once written out for llguidance, and which tags are refused."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def grammar(params: SamplingParams, tokenizer: Any, **options: Any) -> str:
 
 
 def accepts(tokenizer: Any, tokens: Any, text: str, params: SamplingParams, **options: Any) -> bool:
-    """Return whether a text, its special tokens as such, may be written and may end."""
+    """Return whether a complete text, with special tokens encoded as such, is allowed."""
     written = llguidance.grammar_from("grammar", grammar(params, tokenizer, **options))
     matcher = llguidance.LLMatcher(tokens, written, log_level=0)
     assert not matcher.get_error()
@@ -92,7 +92,7 @@ def test_a_trigger_commits_to_its_tag(
 
 
 def test_a_special_token_may_be_a_trigger(tokenizer: Any, tokens: Any) -> None:
-    """Where it is shown: then the token itself, and nothing else, is."""
+    """If special tokens are shown, the token itself is the trigger, but not its text."""
     params = given([USER], tag(f"{USER}n="), skip_special_tokens=False)
     assert accepts(tokenizer, tokens, f"a{USER}n=12", params)
     assert not accepts(tokenizer, tokens, f"a{USER}n=x", params)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The three axes never meet: read off the import statements, not trusted to memory."""
+"""Imports within the package: its layers, and its three axes, which must not meet."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ FILES = sorted(path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*.py"))
 def imports(file: str) -> set[str]:
     """Return every module that a file imports, at the top or inside a function.
 
-    ``from a import b`` counts as ``a`` and ``a.b``: ``b`` may be a module. What only type
-    checkers see counts too.
+    ``from a import b`` counts as ``a`` and ``a.b``, since ``b`` may be a module. Imports for type
+    checkers only count too.
     """
     names: set[str] = set()
     for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8"))):
@@ -52,7 +52,7 @@ def own(*parts: str) -> tuple[str, ...]:
     return tuple(f"{PACKAGE}.{part}" for part in parts)
 
 
-#: For each part of the package the parts it may import; what is not listed is forbidden.
+#: For each part of the package, the other parts that it is allowed to import.
 LAYERS: dict[str, set[str]] = {
     "__init__.py": set(),
     "assets": set(),
@@ -79,7 +79,7 @@ def test_layers(file: str) -> None:
     assert parts <= LAYERS[part] | {part.removesuffix(".py")}
 
 
-#: Within the layers: what single files must not import.
+#: Further restrictions: what single files must not import.
 WALLS: dict[str, tuple[str, ...]] = {
     # Which keys a step sees.
     "cache/policies.py": (
@@ -104,7 +104,7 @@ WALLS: dict[str, tuple[str, ...]] = {
     "models/llada.py": own("cache", "engine", "denoise"),
     "models/dream.py": own("cache", "engine", "denoise"),
     "models/layers.py": own("cache", "engine", "denoise"),
-    # Decisions: no tensors, no attention, no rule.
+    # Scheduling decisions, which need no tensors, attention or rules.
     "engine/scheduler.py": (
         "torch",
         "numpy",
@@ -112,14 +112,14 @@ WALLS: dict[str, tuple[str, ...]] = {
         *own("engine.runner", "engine.batch", "engine.requests", "engine.worker"),
         *own("engine.cpu_worker"),
     ),
-    # Of a GPU: vLLM's CPU worker replaces what `torch.cuda` has.
+    # On a GPU, vLLM's CPU worker must not replace parts of `torch.cuda`.
     "engine/worker.py": ("vllm.v1.worker.cpu_worker", *own("engine.cpu_worker")),
     # Plain data, which every process reads.
     "engine/figures.py": ("torch", "numpy", "vllm", *own("models", "attention", "cache")),
     "engine/trace.py": ("torch", "vllm", *own("models", "attention", "cache", "denoise")),
     # Devices.
     "attention/interface.py": ("vllm", *own("cache", "engine", "models", "denoise")),
-    # How a layer chooses (`Selection`, `CanvasView`) is part of the plan, which entries is not.
+    # A plan has the parameters of a choice (`Selection`, `CanvasView`), but does not choose.
     "attention/plan.py": (
         "vllm",
         *own("cache.policies", "cache.block_manager", "cache.pages"),
@@ -131,7 +131,7 @@ WALLS: dict[str, tuple[str, ...]] = {
     "attention/portable.py": ("vllm", *own("cache", "engine", "models", "denoise")),
     "attention/slots.py": ("vllm", *own("cache", "engine", "models", "denoise")),
     "attention/packing.py": ("vllm", *own("cache", "engine", "models", "denoise")),
-    # These run, and are tested, where there is no vLLM. `flash_attn` imports its part late.
+    # These run, and are tested, without vLLM. `flash_attn` imports vLLM's library late.
     **{
         f"attention/{name}.py": ("vllm", *own("cache", "engine", "models", "denoise"))
         for name in ("triton", "flash_attn", "xformers")
@@ -141,9 +141,9 @@ WALLS: dict[str, tuple[str, ...]] = {
         for file in FILES
         if file.startswith("kernels/")
     },
-    # What all of these send and read back.
+    # Transfers between host and device, for all of these.
     "transfer.py": ("vllm", *own("attention", "cache", "engine", "models", "denoise", "kernels")),
-    # Everybody reads the settings; at run time they read nobody.
+    # All parts read the settings, which at run time import no other part.
     "settings.py": ("torch", "vllm", *own("cache", "engine", "models", "attention")),
 }
 
@@ -159,7 +159,7 @@ def test_the_runner_takes_no_decisions() -> None:
 
 @pytest.mark.parametrize("file", [f for f in FILES if not f.startswith("models/")])
 def test_nobody_but_models_names_a_model_class(file: str) -> None:
-    """A new model is a file and a line in the plugin."""
+    """Adding a model takes a file and a line in the plugin."""
     allowed = own("models.llada", "models.dream") if file != "plugin.py" else ()
     assert offending(file, *allowed) == set()
 
@@ -170,7 +170,7 @@ def test_the_tests_and_the_reference_are_no_part_of_the_package(file: str) -> No
 
 
 def test_loggers_are_vllms() -> None:
-    """Under another name than its own, vLLM prints no information, and errors without a prefix."""
+    """Loggers outside vLLM's own print no information, and errors without vLLM's prefix."""
     names = {
         file: re.findall(r"init_logger\((.*?)\)", (ROOT / file).read_text(encoding="utf-8"))
         for file in FILES
@@ -180,7 +180,7 @@ def test_loggers_are_vllms() -> None:
 
 
 def test_tables_name_what_the_code_has() -> None:
-    """A table in the README, in the settings and in the code is the same list."""
+    """The settings and the tables of implementations list the same names."""
     assert tuple(POLICIES) == CACHE_POLICIES
     assert tuple(RULES) == REMASKING_RULES
     assert tuple(SALIENCIES) == settings.SALIENCIES

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is taken out of a grammar's mask, and how a mask acts on logits."""
+"""Checks of schemas, what is removed from a grammar's mask, and how a mask acts on logits."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_bounds_of_all_parts_count() -> None:
 
 
 def pack(token_ids: set[int]) -> np.ndarray:
-    """Return a mask as the backends lay it out."""
+    """Return a mask in the layout of the grammar backends."""
     row = np.zeros(WORDS, dtype=np.int64)
     for token_id in token_ids:
         row[token_id // 32] += 1 << token_id % 32
@@ -45,7 +45,7 @@ def unpack(row: np.ndarray) -> set[int]:
 
 
 class Manager:
-    """vLLM's manager, where every grammar allows the same tokens."""
+    """Stands in for vLLM's manager; every grammar allows the same tokens."""
 
     def __init__(self, token_ids: set[int] | None) -> None:
         row = np.full(WORDS, -1, np.int32) if token_ids is None else pack(token_ids)
@@ -79,11 +79,11 @@ def request(name: str = "a", delivered: tuple[int, ...] = (), **grammar: Any) ->
 
 
 def allowed(token_ids: set[int] | None, given_request: Any, num_committed: int = 0) -> set[int]:
-    """Return what a request may commit where its grammar allows some tokens, None for all."""
+    """Return what a request can commit if its grammar allows ``token_ids``, None for all."""
     manager: Any = Manager(token_ids)
     before = manager.rows.copy()
     masks = AllowedTokens(manager, MASK).next_masks([given_request], {"a": num_committed})
-    # The manager's buffer is its own.
+    # The manager's buffer must not be modified.
     assert (manager.rows == before).all()
     return unpack(masks["a"])
 
@@ -95,7 +95,7 @@ def allowed(token_ids: set[int] | None, given_request: Any, num_committed: int =
         (IN_TEXT | {MASK}, IN_TEXT),
         (IN_TEXT | {SPECIAL}, IN_TEXT),
         (IN_TEXT | {EOS}, IN_TEXT | {EOS}),
-        # A stop token may be a word of the text, but not before the text may end.
+        # A grammar can allow a stop token as text; it stays only if the text can also end here.
         (IN_TEXT | {STOP}, IN_TEXT),
         (IN_TEXT | {STOP, EOS}, IN_TEXT | {STOP, EOS}),
         ({MASK}, set()),
@@ -121,7 +121,7 @@ def test_behind_the_end_only_stop_tokens_are_allowed() -> None:
 
 
 def test_a_grammar_that_its_backend_gave_up_allows_nothing() -> None:
-    """llguidance's mask then has the end of the text, which is not complete."""
+    """llguidance's mask then has the end of the text, although the text is not complete."""
     assert allowed({EOS}, request(printed_error=True)) == set()
 
 
@@ -152,7 +152,7 @@ def test_parameters_without_a_constraint_are_none() -> None:
 
 @given(st.sets(st.integers(0, 32 * WORDS - 1)), st.integers(1, 32 * WORDS + 9))
 def test_a_mask_leaves_what_it_allows(token_ids: set[int], vocab: int) -> None:
-    """However long it is: what it does not have is not allowed."""
+    """Tokens beyond the end of the mask are not allowed."""
     logits = torch.randn(2, vocab)
     expected = logits.clone()
     expected[:, [i for i in range(vocab) if i not in token_ids]] = -torch.inf

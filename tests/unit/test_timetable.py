@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Blocks, shared-out steps and commits per step, against the reference and B6's tables."""
+"""Blocks, their steps, and commits per step, against the reference and B6's tables."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_what_division_leaves_goes_to_the_first_blocks() -> None:
 
 
 def spent(schedule: CommitSchedule, num_steps: int, size: int, first_one: bool) -> list[int]:
-    """Commits of each step of a block until it is full."""
+    """Return the commits of each step of a block until it is full."""
     left, counts = size, []
     while left:
         step = len(counts)
@@ -82,7 +82,7 @@ def test_linear_time_schedule_is_dream_count(size: int, num_steps: int, first_on
 
 @given(st.integers(1, 300), st.integers(0, 500), st.integers(0, 300))
 def test_counts_of_any_state(num_steps: int, step: int, num_masked: int) -> None:
-    """Also in states that fixed steps never reach, the two agree."""
+    """They agree with the reference, also in states that fixed steps never reach."""
     got = LinearTimeSchedule().count(step, num_steps, num_masked, max(num_masked, 1))
     assert got == min(dream_count(step, num_steps, num_masked), num_masked)
     if step >= num_steps:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Host arrays by one copy to the device, tensors by one copy back.
+"""Host arrays go to the device in one copy, tensors come back in one.
 
-A device that is not the host is stood in for by host memory that is copied to all the same.
+Host memory to which arrays are copied all the same (``staged``) stands in for a device.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DTYPES = (np.bool_, np.int32, np.int64, np.float32, np.float64)
 
 @pytest.fixture
 def copies(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by the bytes of each copy."""
+    """Return a list to which each copy appends its number of bytes."""
     sizes: list[int] = []
     send = transfer._Buffer.send
 
@@ -59,7 +59,7 @@ def test_what_is_put_arrives(rounds: list[list], capacity: int, staged: bool) ->
         views = [arrays.put(array, array.dtype) for array in given_arrays]
         half = len(views) // 2
         arrays.send()
-        # What follows a copy goes with the next one, and what was there stays.
+        # Arrays put after a copy go with the next one; those sent before keep their values.
         given_arrays += given_arrays[:half]
         views += [arrays.put(array, array.dtype) for array in given_arrays[:half]]
         arrays.send()
@@ -78,7 +78,7 @@ def test_a_round_is_one_copy(copies: list[int]) -> None:
         arrays.send()
         arrays.send()  # nothing is left
         assert [view[0].item() for view in views] == [n + number for n in range(20)]
-        # The first is too large for what was thought of; from then on there is room.
+        # The first round exceeds the initial capacity; from then on there is room.
         assert len(copies) == 1 or number == 0
         copies.clear()
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The viewer is one page: it loads nothing, and reads what a trace has.
+"""The viewer is a single page: it loads nothing else, and reads the fields of a trace.
 
 `tests/e2e/test_viewer.py` drives it in a browser, where there is one.
 """
@@ -18,7 +18,7 @@ PAGE = (Path(__file__).parents[2] / "examples" / "viewer" / "index.html").read_t
 
 
 class _Elements(HTMLParser):
-    """Collects the tags' attributes."""
+    """Collects the attributes of all tags."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ def test_it_loads_nothing(attributes: list[tuple[str, str | None]]) -> None:
     assert "@import" not in PAGE and "url(" not in PAGE
     assert set(re.findall(r"https?://[^\s\"'`]+", PAGE)) == {
         "http://localhost:8000",
-        "http://www.w3.org/2000/svg",  # a name
+        "http://www.w3.org/2000/svg",  # a namespace
     }
 
 
@@ -57,7 +57,7 @@ def test_it_reads_the_fields_of_a_trace() -> None:
     trace: dict[str, object] = {}
     merge(trace, record.take(1))
     finish(trace, 1)
-    read = set(re.findall(r"\btrace\.(\w+)", PAGE)) - {"md"}  # a file's name
+    read = set(re.findall(r"\btrace\.(\w+)", PAGE)) - {"md"}  # docs/trace.md
     assert f"choice.{TRACE}" in PAGE
     assert read == trace.keys()
     refresh = set(re.findall(r"\b(?:last|refresh)\.(\w+)", PAGE))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What vLLM's workers ask of ours, and what comes with importing them."""
+"""The names of shared memory, what importing workers changes, and what vLLM asks of a runner."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ print("changed" if functions() != before else "the same")
 
 @pytest.mark.parametrize(("device", "found"), [("cuda", "the same"), ("cpu", "changed")])
 def test_the_gpu_worker_leaves_pytorch_alone(device: str, found: str) -> None:
-    """vLLM's CPU worker puts stand-ins in the places of streams, events and memory figures."""
+    """Importing vLLM's CPU worker replaces streams, events and memory figures by stand-ins."""
     program = IMPORTED.replace("{device}", device)
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
@@ -69,16 +69,17 @@ def test_the_gpu_worker_leaves_pytorch_alone(device: str, found: str) -> None:
     assert done.stdout.split("\n")[-2] == found
 
 
-#: What vLLM's worker would ask of a runner, and never does of ours.
+#: Attributes of a runner that vLLM's worker names, but never reads from the package's runner.
 NEVER_ASKED = {
-    # Adapters, and vLLM's second runner, are refused.
+    # LoRA adapters are refused.
     *("add_lora", "remove_lora", "list_loras", "pin_lora"),
-    # Nor are weights that come piece by piece.
+    # Weight transfers are refused.
     "reset_lora_state",
+    # For vLLM's second runner, or if `execute_model` returns None.
     *("needs_cudagraph_capture", "sample_tokens"),
-    # vLLM's own CUDA graphs, drafts and encoders: switched off, or there are none.
+    # There are no CUDA graphs of vLLM's own, no drafts and no encoders.
     *("profile_cudagraph_memory", "take_draft_token_ids", "get_encoder_timing_stats"),
-    # Only if it is there.
+    # Called only if the runner has it.
     "_init_kv_zero_meta",
 }
 
@@ -90,7 +91,7 @@ def is_of_the_runner(node: ast.expr) -> bool:
 
 
 def test_the_runner_has_what_vllm_asks_for() -> None:
-    """All that those methods of vLLM's worker which are not ours read of `model_runner`."""
+    """It has all that methods inherited from vLLM's worker read from `model_runner`."""
     tree = ast.parse(inspect.getsource(Worker))
     (worker,) = (node for node in tree.body if isinstance(node, ast.ClassDef))
     nodes = [
@@ -107,7 +108,7 @@ def test_the_runner_has_what_vllm_asks_for() -> None:
         for node in ast.walk(ast.parse(inspect.getsource(DiffusionModelRunner.__init__).lstrip()))
         if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)
     }
-    # A new one of vLLM's has to be looked at.
+    # An attribute that is new in vLLM has to be looked at.
     assert asked - own == NEVER_ASKED
 
     bound = set()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How functions of vLLM are wrapped."""
+"""Functions of vLLM are wrapped once, by wrappers that name the parameters they need."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_the_original_is_called() -> None:
 
 
 def test_the_same_wrap_counts_once() -> None:
-    """Also below another one."""
+    """Even if it lies below another one."""
     owner = make_owner()
     install(owner)
     install(owner)

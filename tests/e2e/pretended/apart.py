@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A device whose memory is its own, on a machine that has none.
+"""A simulated device with its own memory, for machines without a GPU.
 
-Its tensors say ``cuda:0`` and hold a tensor of the host, which only operators on the device reach:
-one that mixes both is an error, as it is with CUDA, and so is a kernel of Triton's that is given a
-tensor of the host. Copies between them are noted, and the operators that wait for the device
-(`WAITING`).
+Its tensors report ``cuda:0`` and hold a host tensor that only operators on the device can reach.
+An operator that mixes host and device tensors is an error, as with CUDA, and so is a Triton kernel
+that is given a host tensor. Copies between host and device are noted, and so are operators that
+wait for the device (`waits`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ namespace {
 C10_REGISTER_GUARD_IMPL(CUDA, c10::impl::NoOpDeviceGuardImpl<c10::DeviceType::CUDA>)
 }
 """
-#: Read a number of the device, or make a tensor whose shape only the device knows.
+#: Operators that read a number from the device, or whose result has a shape that depends on
+#: numbers there.
 WAITING = {
     aten.item.default,
     aten._local_scalar_dense.default,
@@ -50,16 +51,16 @@ WAITING = {
     aten.repeat_interleave.Tensor,
     aten.bincount.default,
 }
-#: Run as they are. Other operators that consist of operators are taken apart, so that a copy or a
-#: number that is read is seen.
+#: Composite operators that run as they are. Others are decomposed, so that copies and reads within
+#: them are seen.
 WHOLE = {
     aten.linear.default,
     aten.matmul.default,
     aten.scaled_dot_product_attention.default,
 }
-#: Take tensors of both.
+#: Operators that accept tensors of host and device together.
 COPIES = {aten.copy_.default, aten._to_copy.default}
-#: Take a single number of the host, as elementwise operators do.
+#: Operators on the device that accept a single number on the host, as elementwise ones do.
 TAKING_NUMBERS = {
     aten.index.Tensor,
     aten.index_put_.default,
@@ -70,10 +71,10 @@ TAKING_NUMBERS = {
 
 
 class DeviceTensor(torch.Tensor):
-    """A tensor of the device.
+    """A tensor on the device.
 
     Attributes:
-        held: Its numbers.
+        held: The host tensor with its numbers.
     """
 
     held: torch.Tensor
@@ -82,8 +83,8 @@ class DeviceTensor(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor) -> DeviceTensor:
         assert not isinstance(held, DeviceTensor)
-        # A view of a tensor from before inference mode shares its version counter, which tensors
-        # made in it have none of.
+        # A view of a tensor made before inference mode shares that tensor's version counter;
+        # tensors made in inference mode have none.
         with torch.inference_mode(False):
             tensor = torch.Tensor._make_wrapper_subclass(
                 cls,
@@ -123,7 +124,7 @@ def waits(func: Any, args: Any) -> bool:
 
 
 def run(func: Any, args: Any, kwargs: dict[str, Any], noted: list[str]) -> Any:
-    """Call an operator as a machine with such a device would.
+    """Call an operator as on a machine with the device, and add what is noted to ``noted``.
 
     Raises:
         RuntimeError: If it mixes tensors of host and device.
@@ -167,7 +168,7 @@ def run(func: Any, args: Any, kwargs: dict[str, Any], noted: list[str]) -> Any:
         known = own.get(id(leaf))
         if known is None:
             return DeviceTensor(leaf)
-        # Nothing may change the shape of what is already there.
+        # An operator may write to an existing tensor, but not change its shape.
         assert known.shape == leaf.shape, _name(func, tensors)
         return known
 
@@ -183,7 +184,7 @@ def _is_pinned(tensor: torch.Tensor) -> bool:
 
 
 def _note_copy(func: Any, args: Any, kwargs: dict[str, Any], target: Any, noted: list[str]) -> None:
-    """Note a copy between host and device, and whether anybody waits for it."""
+    """Note a copy between host and device, and whether the host waits for it."""
     source = args[1] if func is aten.copy_.default else args[0]
     goal = args[0].device if func is aten.copy_.default else torch.device(target or source.device)
     if source.device.type != goal.type:
@@ -194,7 +195,7 @@ def _note_copy(func: Any, args: Any, kwargs: dict[str, Any], target: Any, noted:
 
 
 class Apart(TorchDispatchMode):
-    """Under it, ``cuda`` is such a device.
+    """A mode in which ``cuda`` is the simulated device.
 
     Attributes:
         noted: Copies between host and device, and what waited for the device.
@@ -216,7 +217,7 @@ class Apart(TorchDispatchMode):
 
 
 class _Generator(torch.Generator):
-    """A generator of the host for either."""
+    """A generator on the host that can also report the device as its own."""
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         return super().__new__(cls, "cpu")
@@ -230,7 +231,7 @@ class _Generator(torch.Generator):
 
 
 def why_not_apart() -> str | None:
-    """Return what keeps this machine from having such a device, None if nothing does."""
+    """Return why the device cannot be simulated on this machine, None if it can."""
     if torch.version.cuda is not None:
         return "PyTorch has a device of that name"
     return None if find_compiler() else "there is no C++ compiler"
@@ -238,7 +239,7 @@ def why_not_apart() -> str | None:
 
 @contextmanager
 def apart() -> Iterator[Apart]:
-    """Have a device of this kind; `why_not_apart` has to be None."""
+    """Simulate the device; requires that `why_not_apart` returns None."""
     _load_guard()
     properties = SimpleNamespace(multi_processor_count=8, is_integrated=False)
     with ExitStack() as stack:
@@ -254,7 +255,7 @@ def apart() -> Iterator[Apart]:
 
             launch = _launched_on_device(GridExecutor.__call__)
             stack.enter_context(patch.object(GridExecutor, "__call__", launch))
-        # `torch.tensor` makes its numbers on the host, and moves them by an operator that we see.
+        # Makes `torch.tensor` copy its numbers from the host by an operator that the mode sees.
         torch._C._set_only_lift_cpu_tensors(True)
         stack.callback(torch._C._set_only_lift_cpu_tensors, False)
         yield stack.enter_context(Apart())
@@ -262,7 +263,7 @@ def apart() -> Iterator[Apart]:
 
 @cache
 def _load_guard() -> None:
-    """Tell a PyTorch without CUDA that nothing is to be done to make a card the current one."""
+    """Register a device guard that does nothing; PyTorch without CUDA has none for ``cuda``."""
     with TemporaryDirectory() as folder:
         source, library = Path(folder) / "guard.cpp", Path(folder) / "guard.so"
         source.write_text(GUARD, encoding="utf-8")
@@ -276,7 +277,7 @@ def _load_guard() -> None:
 
 
 def _launched_on_device(launch: Callable[..., None]) -> Callable[..., None]:
-    """Have kernels in Triton's interpreter take tensors of the device, and no others."""
+    """Make kernels in Triton's interpreter accept tensors on the device, and no others."""
 
     def launched(self: Any, *args: Any, **kwargs: Any) -> None:
         for leaf in (*args, *kwargs.values()):
@@ -298,10 +299,10 @@ def move(module: nn.Module) -> None:
 
 
 class Captured:
-    """Stands in for captures: their plans and tensors, and no graphs (`recorded` has some).
+    """A capture without a graph: a replay runs the function again (`recorded` records operators).
 
     Attributes:
-        num_replayed: Steps that went their way.
+        num_replayed: Number of replays.
     """
 
     def __init__(self) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""In place of NVIDIA's management library: one card of Hopper's kind."""
+"""Stands in for NVIDIA's management library, and reports one Hopper GPU."""
 
 from types import SimpleNamespace
 

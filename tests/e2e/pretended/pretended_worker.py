@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The CUDA worker, on a device that `apart` pretends."""
+"""The CUDA worker, on the device that `apart` simulates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_sparse_dllm.engine import runner, worker
 from vllm_sparse_dllm.engine.worker import DiffusionGPUWorker
 
 MEMORY = 8 << 30
-#: What asks the card.
+#: Results of the functions that would ask the GPU.
 ANSWERS: dict[str, Any] = {
     "device_count": 1,
     "set_device_index": None,
@@ -36,16 +36,16 @@ def answering(answer: Any) -> Callable[..., Any]:
 
 
 class PretendedWorker(DiffusionGPUWorker):
-    """Does all that vLLM's `Worker` does, but where it asks the card."""
+    """Does everything that vLLM's `Worker` does, except asking the GPU."""
 
     def init_device(self) -> None:
-        # It would put stand-ins in the places of streams and memory figures, for a real card too.
+        # Importing it replaces functions for streams and memory by placeholders, even on a GPU.
         assert "vllm.v1.worker.cpu_worker" not in sys.modules
         for owner in (torch.accelerator, torch.cuda):
             for name, answer in ANSWERS.items():
                 if hasattr(owner, name):
                     setattr(owner, name, answering(answer))
-        # Profiling samples from as many logits as there may be, in Triton's interpreter.
+        # Few: profiling samples from the maximum number of logits, here in Triton's interpreter.
         runner._MAX_LOGITS = 1 << 13
         connect = gpu_worker.init_worker_distributed_environment
         gpu_worker.init_worker_distributed_environment = lambda *args: connect(*args[:-1], "gloo")
@@ -56,14 +56,14 @@ class PretendedWorker(DiffusionGPUWorker):
         super().init_device()
 
     def load_model(self, *args: Any, **kwargs: Any) -> None:
-        # Made on the host, as vLLM's parameters are none of our tensors, and moved.
+        # Load on the host, then move: parameters that vLLM creates are not `DeviceTensor`.
         there, self.device_config.device = self.device_config.device, torch.device("cpu")
         super().load_model(*args, **kwargs)
         self.device_config.device = there
         move(self.model_runner.model)
 
     def determine_available_memory(self) -> int:
-        # First as where nobody says how much: what is left of the card.
+        # First as if no size were given: what remains of the GPU's memory.
         cache = self.cache_config
         said, cache.kv_cache_memory_bytes = cache.kv_cache_memory_bytes, None
         assert 0 < super().determine_available_memory() < MEMORY
@@ -74,7 +74,7 @@ class PretendedWorker(DiffusionGPUWorker):
         before = self.captured.num_replayed
         output = super().execute_model(scheduler_output)
         if self.captured.num_replayed > before:
-            # At once: vLLM may kill this process when it has no more to do.
+            # Flushed at once: vLLM may kill this process as soon as there is nothing left to do.
             print(f"replayed {self.captured.num_replayed} steps", flush=True)
         return output
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On the path of every process: vLLM finds a GPU where there is none."""
+"""Imported at the start of every process: makes vLLM find a GPU where there is none."""
 
 import sys
 from importlib.machinery import ModuleSpec
