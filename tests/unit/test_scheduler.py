@@ -27,6 +27,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_sparse_dllm
+from tests.unit.helpers import traits_of
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind
 from vllm_sparse_dllm.denoise.timetable import Canvas
@@ -40,6 +41,7 @@ from vllm_sparse_dllm.settings import DecodingSettings, request_settings
 TINY_LLADA = str(Path(vllm_sparse_dllm.__file__).parent / "assets" / "tiny-llada")
 PAGE = 32
 FIRST_TOKEN = 1000  # the response's token at offset i is FIRST_TOKEN + i
+MASK = 5
 
 
 @cache
@@ -52,9 +54,13 @@ def base_config() -> VllmConfig:
 
 
 def make_scheduler(
-    num_pages: int = 64, budget: int = 512, max_num_seqs: int = 8, policy: str = "fcfs"
+    num_pages: int = 64,
+    budget: int = 512,
+    max_num_seqs: int = 8,
+    policy: str = "fcfs",
+    family: str = "llada",
 ) -> DiffusionScheduler:
-    """Build the scheduler as `EngineCore` does."""
+    """Build the scheduler as `EngineCore` does, for a model of the family."""
     config = base_config()
     config.scheduler_config.max_num_batched_tokens = budget
     config.scheduler_config.max_num_seqs = max_num_seqs
@@ -82,6 +88,7 @@ def make_scheduler(
         log_stats=True,
     )
     assert isinstance(scheduler, DiffusionScheduler)
+    scheduler.traits = traits_of(family, MASK)
     return scheduler
 
 
@@ -172,6 +179,10 @@ class FakeRunner:
         self.kinds = Counter()
         for index, request_id in enumerate(request_ids):
             state = self.states[request_id]
+            if state.finished:  # a canvas without masks
+                result.sampled_token_ids[index], _ = state.take_final()
+                result.progress[request_id] = state.progress
+                continue
             step = state.next_step()
             # The pages that the scheduler gives are those that the runner holds.
             blocks = self.scheduler.block_manager.req_to_blocks.get(request_id, [])
@@ -394,7 +405,8 @@ class World:
         assert manager.block_pool.null_block.block_id not in owners
         for request_id in self.running:
             spec = self.specs[request_id]
-            progress = Progress()
+            # Who is new stands where the scheduler says; the runner checks it.
+            progress = scheduler.tracked[request_id].progress
             if request_id not in new:
                 progress = self.runner.states[request_id].progress
             kind = POLICIES[spec.decoding.cache_policy].kind(progress, spec.decoding)
@@ -450,7 +462,7 @@ class World:
 
 
 @st.composite
-def specs(draw: st.DrawFn) -> Spec:
+def specs(draw: st.DrawFn, guided: bool) -> Spec:
     policy = draw(st.sampled_from([*POLICIES]))
     own: dict[str, Any] = {
         "cache_policy": policy,
@@ -465,11 +477,14 @@ def specs(draw: st.DrawFn) -> Spec:
     own["suffix_window"] = draw(st.sampled_from([None, None, 0, 10]))
     how = draw(st.sampled_from(["one", "steps", "threshold"]))
     response = draw(st.integers(1, 24))
+    if draw(st.integers(0, 3)) == 0:
+        fixed = draw(st.lists(st.booleans(), min_size=1, max_size=response))
+        own["canvas"] = [FIRST_TOKEN + i if is_fixed else MASK for i, is_fixed in enumerate(fixed)]
     if how == "steps":
         own["steps"] = draw(st.integers(1, 40))
     elif how == "threshold":
         own["threshold"] = 0.9
-    if draw(st.integers(0, 4)) == 0:
+    if guided and draw(st.integers(0, 4)) == 0:
         own["cfg_scale"] = 1.0
     return Spec(
         prompt=draw(st.integers(1, 150)),
@@ -493,11 +508,14 @@ class Story:
     spare_budget: int
     spare_pages: int
     policy: str
+    family: str
 
 
 @st.composite
 def stories(draw: st.DrawFn, calm: bool = False) -> Story:
-    requests = draw(st.lists(st.tuples(st.integers(0, 25), specs()), min_size=1, max_size=9))
+    family = draw(st.sampled_from(["llada", "dream"]))
+    entry = st.tuples(st.integers(0, 25), specs(guided=family == "llada"))
+    requests = draw(st.lists(entry, min_size=1, max_size=9))
     some = st.dictionaries(st.integers(0, 40), st.lists(st.integers(0, 8), max_size=2), max_size=4)
     pauses = st.dictionaries(st.integers(0, 40), st.sampled_from(PauseState), max_size=2)
     return Story(
@@ -509,6 +527,7 @@ def stories(draw: st.DrawFn, calm: bool = False) -> Story:
         spare_budget=draw(st.sampled_from([0, 0, 10, 100, 2000])),
         spare_pages=draw(st.sampled_from([0, 0, 2, 10, 100])),
         policy=draw(st.sampled_from(["fcfs", "priority"])),
+        family=family,
     )
 
 
@@ -519,6 +538,7 @@ def play(story: Story) -> World:
         budget=max(spec.largest_step for _, spec in story.requests) + story.spare_budget,
         max_num_seqs=story.max_num_seqs,
         policy=story.policy,
+        family=story.family,
     )
     arrivals = sorted(story.requests, key=lambda entry: entry[0])
     last = max([arrivals[-1][0], *story.aborts, *story.resets, *story.pauses])

@@ -15,7 +15,7 @@ lacks pages has the next ones that come free, and until then only those run that
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -35,9 +35,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_sparse_dllm.cache.block_manager import SparseBlockManager
 from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind, step_tokens
 from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine.course import Course
 from vllm_sparse_dllm.engine.figures import FIGURES, TOLD_CAUSES, EngineFigures
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput, Failure
-from vllm_sparse_dllm.engine.structured_output import AllowedTokens
+from vllm_sparse_dllm.engine.structured_output import AllowedTokens, has_grammar
 from vllm_sparse_dllm.engine.trace import TRACE
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import DecodingSettings, EngineSettings, request_settings
@@ -134,7 +135,7 @@ class DiffusionScheduler(Scheduler):
             canvas,
             policy.num_pages(canvas, settings, page_size),
             policy.peak_pages(canvas, settings, page_size),
-            Progress(self._first_block(canvas, settings)),
+            self._start(request, canvas, settings),
         )
         if tracked.peak_pages > self.block_manager.num_pages:
             self._too_large[request.request_id] = Failure(
@@ -145,14 +146,12 @@ class DiffusionScheduler(Scheduler):
             )
         super().add_request(request)
 
-    def _first_block(self, canvas: Canvas, settings: DecodingSettings) -> int:
-        """Return the first block that has masks; the last one if none has."""
-        given = settings.canvas or ()
-        num_fixed = next(
-            (i for i, token_id in enumerate(given) if token_id == self.traits.mask_token_id),
-            len(given),
-        )
-        return min(num_fixed // canvas.block_length, canvas.num_blocks - 1)
+    def _start(self, request: Request, canvas: Canvas, settings: DecodingSettings) -> Progress:
+        """Return where a request starts; in its last block if no block has masks."""
+        assert request.sampling_params is not None
+        course = Course(canvas, settings, self.traits, has_grammar(request.sampling_params))
+        start = course.start
+        return replace(start, block=min(start.block, canvas.num_blocks - 1))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.current_step += 1
@@ -426,8 +425,8 @@ class DiffusionScheduler(Scheduler):
     ) -> None:
         # vLLM preempts only to reset its caches; the request starts anew.
         tracked = self.tracked[request.request_id]
-        first = self._first_block(tracked.canvas, tracked.settings)
-        tracked.progress, tracked.last_served = Progress(first), -1
+        tracked.progress = self._start(request, tracked.canvas, tracked.settings)
+        tracked.last_served = -1
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_blocks(self, request: Request) -> None:
