@@ -76,27 +76,32 @@ def test_equals_reference(runs: dict[str, Run], model: str) -> None:
     assert not different
 
 
+def check_promises(case: Case, output: list[int], mask: int) -> None:
+    """Check that an answer keeps the constraints of its request."""
+    options = case.options
+    given = options.get("canvas", [])
+    fixed = {i: t for i, t in enumerate(given) if t != mask}
+    own = [token for i, token in enumerate(output) if i not in fixed]
+    assert mask not in output
+    assert all(output[i] == token for i, token in fixed.items())
+    if "allowed_token_ids" in options:
+        assert set(own) <= set(options["allowed_token_ids"])
+    for word in options.get("bad_words", []):
+        for start in range(len(output) - len(word) + 1):
+            if not {*range(start, start + len(word))} <= fixed.keys():
+                assert output[start : start + len(word)] != word
+    if "stop_ids" in options:
+        assert len(output) >= options["min_tokens"]
+
+
 @MODELS
 def test_what_is_promised_holds(runs: dict[str, Run], model: str) -> None:
     """Read off the answers: no bad word, nothing but what is allowed, fixed tokens in place."""
-    run, checked = runs[model], 0
+    run = runs[model]
     for case, output in zip(run.cases, run.outputs, strict=True):
-        options = case.options
-        given = options.get("canvas", [])
-        fixed = {i: t for i, t in enumerate(given) if t != run.reference.mask_id}
-        own = [token for i, token in enumerate(output) if i not in fixed]
-        assert run.reference.mask_id not in output
-        assert all(output[i] == token for i, token in fixed.items())
-        if "allowed_token_ids" in options:
-            assert set(own) <= set(options["allowed_token_ids"])
-        for word in options.get("bad_words", []):
-            for start in range(len(output) - len(word) + 1):
-                if not {*range(start, start + len(word))} <= fixed.keys():
-                    assert output[start : start + len(word)] != word
-        if "stop_ids" in options:
-            assert len(output) >= options["min_tokens"]
-        checked += bool(options.keys() & {"allowed_token_ids", "bad_words", "canvas", "stop_ids"})
-    assert checked > 30
+        check_promises(case, output, run.reference.mask_id)
+    promised = {"allowed_token_ids", "bad_words", "canvas", "stop_ids"}
+    assert sum(bool(case.options.keys() & promised) for case in run.cases) > 30
 
 
 # From here on one engine of a model is shared, and the cases are fewer.
@@ -119,18 +124,29 @@ def _mixed(mask: int) -> list[Case]:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
-@pytest.mark.parametrize("preempt", [False, True])
-def test_company_bursts_and_preemption_change_no_token(
-    llada: LLM,
-    reference: Model,
-    monkeypatch: pytest.MonkeyPatch,
-    seconds: float,
-    preempt: bool,
+def test_company_and_bursts_change_no_token(
+    llada: LLM, reference: Model, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
     cases = _mixed(reference.mask_id)
     alone = [generate(llada, [case.prompt], [case.sampling()])[0] for case in cases]
-    assert run_staggered(llada, cases, random.Random(6), preempt) == alone
+    assert run_staggered(llada, cases, random.Random(6)) == alone
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_preemption_breaks_no_promise(
+    llada: LLM, reference: Model, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
+    cases = _mixed(reference.mask_id)
+    for case, output in zip(
+        cases, run_staggered(llada, cases, random.Random(6), preempt=True), strict=True
+    ):
+        check_promises(case, output, reference.mask_id)
+        stops = set(case.options.get("stop_ids", ()))
+        assert len(output) == case.max_tokens or output[-1] in {*stops, reference.eos_id}
+        assert stops.isdisjoint(output[:-1])
+    assert pool_is_whole(llada)
 
 
 def test_few_logits_at_a_time_change_no_token(

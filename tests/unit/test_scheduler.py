@@ -29,7 +29,7 @@ from vllm.v1.structured_output import StructuredOutputManager
 import vllm_sparse_dllm
 from tests.unit.helpers import traits_of
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
-from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind
+from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.figures import FIGURES
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, Failure
@@ -221,7 +221,7 @@ class FakeRunner:
             PAGE,
             1,
             torch.Generator(),
-            num_delivered=new.num_computed_tokens,
+            delivered=(new.prefill_token_ids or [])[len(new.prompt_token_ids) :],
         )
 
 

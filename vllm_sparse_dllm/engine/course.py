@@ -2,10 +2,12 @@
 """How a request goes through its blocks: where it starts, and which of its steps are run.
 
 The scheduler and the runner build a `Course` from the same request, so they agree on its first
-step before it is run.
+step before it is run, also when the request restarts after a preemption.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -24,11 +26,14 @@ class Course:
         settings: The request's settings.
         traits: The model.
         left_to_right: Whether each step commits the first masked position only, for a grammar.
+        delivered: Tokens of the response that were delivered before a preemption. The client has
+            them, so they are given to the restarted request, and the model writes what follows.
 
     Attributes:
         response: ``[G]`` ids before the first step, the mask id where the model is to write.
         masked_of_block: Masked positions of each block before its first step.
-        steps_of_block: Denoising steps of each block.
+        steps_of_block: Denoising steps of each block; of a block that was delivered in part, the
+            same share of its steps as of its masked positions, rounded up.
     """
 
     def __init__(
@@ -37,6 +42,7 @@ class Course:
         settings: DecodingSettings,
         traits: ModelTraits,
         left_to_right: bool,
+        delivered: Sequence[int] = (),
     ) -> None:
         self.canvas = canvas
         self.settings = settings
@@ -47,8 +53,20 @@ class Course:
         self.response = np.full(canvas.response_length, traits.mask_token_id, dtype=np.int64)
         if settings.canvas is not None:
             self.response[: len(settings.canvas)] = settings.canvas
+        self._planned = self._count_masked()
+        num_given = len(delivered)
+        if left_to_right:
+            # A grammar forces what was delivered anyway; so its block runs as it did before.
+            num_given -= num_given % canvas.block_length
+        self.response[:num_given] = delivered[:num_given]
         self.masked_of_block = self._count_masked()
-        self.steps_of_block = share_steps(canvas, settings.steps, self.masked_of_block)
+        shares = share_steps(canvas, settings.steps, self._planned)
+        self.steps_of_block = tuple(
+            -(-steps * left // max(1, planned))
+            for steps, left, planned in zip(
+                shares, self.masked_of_block, self._planned, strict=True
+            )
+        )
 
     def _count_masked(self) -> list[int]:
         starts = np.arange(0, self.canvas.response_length, self.canvas.block_length)
@@ -57,11 +75,17 @@ class Course:
 
     @property
     def start(self) -> Progress:
-        """Where the request stands before its first step; after the last block if none has masks."""
+        """Where the request starts; after the last block if no block has masks."""
         block = self.first_with_masks(0)
         if block == self.canvas.num_blocks:
             return Progress(block)
         return Progress(block, self.next_step(Progress(block), self.masked_of_block[block]))
+
+    @property
+    def starts_whole_block(self) -> bool:
+        """Whether nothing that the model has to write in the first block to run is given."""
+        block = self.start.block
+        return self.masked_of_block[block] == self._planned[block]
 
     def first_with_masks(self, block: int) -> int:
         """Return the first block from ``block`` on that has masks, `num_blocks` if none has."""

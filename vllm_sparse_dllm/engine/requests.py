@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -137,8 +138,8 @@ class RequestState:
         page_size: Slots of a page.
         num_layers: Decoder layers.
         generator: The request's own noise.
-        num_delivered: Tokens that were delivered before a preemption; they are computed
-            again, identically, and not delivered twice.
+        delivered: Tokens of the response that were delivered before a preemption; they are given
+            now, and not delivered twice.
         request_id: vLLM's.
 
     Attributes:
@@ -156,7 +157,7 @@ class RequestState:
         page_size: int,
         num_layers: int,
         generator: torch.Generator,
-        num_delivered: int = 0,
+        delivered: SequenceOf[int] = (),
         request_id: str = "",
     ) -> None:
         assert sampling.max_tokens is not None
@@ -168,7 +169,7 @@ class RequestState:
         self.policy: CachePolicy = POLICIES[settings.cache_policy]
         self.canvas = Canvas(len(prompt), sampling.max_tokens, settings.block_length)
         self.left_to_right = has_grammar(sampling)
-        self.course = Course(self.canvas, settings, traits, self.left_to_right)
+        self.course = Course(self.canvas, settings, traits, self.left_to_right, delivered)
         self.rule = self.course.rule
         self.page_size = page_size
 
@@ -199,11 +200,12 @@ class RequestState:
         self.step = start.step
         self.refreshed = -1
         self.cache_is_whole = False
-        self.num_delivered = num_delivered
+        self.num_delivered = len(delivered)
+        self._noise_of_block = generator.get_state()
         self.trace: CommitTrace | None = None
         if settings.trace:
             length, with_kept = self.canvas.response_length, settings.trace > 1
-            self.trace = CommitTrace(length, with_kept, num_delivered)
+            self.trace = CommitTrace(length, with_kept)
         self._stop_ids = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
         self._num_final = 0
         self._logprobs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
@@ -212,6 +214,18 @@ class RequestState:
             for position in np.flatnonzero(~self.masked) + len(prompt):
                 given = conditional[position : position + 1].copy()
                 self._logprobs[int(position)] = (given, np.zeros(1, np.float32), 1)
+
+    def follow(self, before: RequestState) -> None:
+        """Go on with the noise and the trace of the request as it was before a preemption.
+
+        Noise that decided what was delivered must not decide the rest too. A block of which the
+        model has delivered nothing draws what it drew before.
+        """
+        self.generator = before.generator
+        if before.block_index == self.block_index and self.course.starts_whole_block:
+            self.generator.set_state(before._noise_of_block)
+        self._noise_of_block = self.generator.get_state()
+        self.trace = before.trace
 
     @property
     def finished(self) -> bool:
@@ -357,6 +371,7 @@ class RequestState:
             self.block_index += 1
             self._skip_blocks_without_masks()
             self.step = 0
+            self._noise_of_block = self.generator.get_state()
             if self.cache_is_whole and not self.policy.keeps_cache(self.progress, self.settings):
                 self._give_pages_back()
             if self.finished:

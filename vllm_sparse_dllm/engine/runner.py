@@ -67,6 +67,8 @@ class DiffusionModelRunner:
         self.traits = model_traits(self.model_config.hf_config)
         self.greedy = greedy_distribution(device)
         self.requests: dict[str, RequestState] = {}
+        # As they were when they were preempted, until they are admitted again.
+        self.preempted: dict[str, RequestState] = {}
         self.kv_caches: list[torch.Tensor] = []
         self.model_memory_usage = 0
         self.model: DiffusionDecoder
@@ -188,6 +190,7 @@ class DiffusionModelRunner:
     def shutdown(self) -> None:
         """Forget all requests, and let go of what holds the device's memory."""
         self.requests.clear()
+        self.preempted.clear()
         self.graphs = None
         self.kv_caches = []
         for name in ("backend", "model"):
@@ -284,8 +287,10 @@ class DiffusionModelRunner:
     def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
         for request_id in scheduler_output.finished_req_ids:
             self.requests.pop(request_id, None)
+            self.preempted.pop(request_id, None)
         for request_id in scheduler_output.preempted_req_ids or ():
-            self.requests.pop(request_id, None)
+            if (state := self.requests.pop(request_id, None)) is not None:
+                self.preempted[request_id] = state
         for new in scheduler_output.scheduled_new_reqs:
             self.requests[new.req_id] = self._new_request(new)
         running = scheduler_output.scheduled_cached_reqs
@@ -307,7 +312,7 @@ class DiffusionModelRunner:
         page_ids = new.block_ids[0]
         if page_ids:
             self.backend.clear(np.array(page_ids))
-        return RequestState(
+        state = RequestState(
             new.prompt_token_ids,
             settings,
             sampling,
@@ -316,9 +321,12 @@ class DiffusionModelRunner:
             self.cache_config.block_size,
             self.num_layers,
             torch.Generator(self.device).manual_seed(seed % 2**63),
-            num_delivered=new.num_computed_tokens,
+            delivered=(new.prefill_token_ids or [])[len(new.prompt_token_ids) :],
             request_id=new.req_id,
         )
+        if (before := self.preempted.pop(new.req_id, None)) is not None:
+            state.follow(before)
+        return state
 
     def run_step(self, states: list[RequestState], steps: list[NextStep]) -> Commits | None:
         """Run a step of each of some requests; None if none has anything to commit."""

@@ -147,10 +147,10 @@ class DiffusionScheduler(Scheduler):
         super().add_request(request)
 
     def _start(self, request: Request, canvas: Canvas, settings: DecodingSettings) -> Progress:
-        """Return where a request starts; in its last block if no block has masks."""
+        """Return where a request starts or restarts; in its last block if no block has masks."""
         assert request.sampling_params is not None
-        course = Course(canvas, settings, self.traits, has_grammar(request.sampling_params))
-        start = course.start
+        left_to_right = has_grammar(request.sampling_params)
+        start = Course(canvas, settings, self.traits, left_to_right, request.output_token_ids).start
         return replace(start, block=min(start.block, canvas.num_blocks - 1))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
@@ -318,10 +318,9 @@ class DiffusionScheduler(Scheduler):
             request.record_event(EngineCoreEventType.SCHEDULED, now)
         request.status = RequestStatus.RUNNING
         self.running.append(request)
-        new = NewRequestData.from_request(request, (pages,))
-        # What a request delivered before a preemption is computed again, not delivered again.
-        new.num_computed_tokens = request.num_output_tokens
-        return new
+        # A restarted request goes on from what it delivered before the preemption.
+        given = list(request.all_token_ids) if request.num_output_tokens else None
+        return NewRequestData.from_request(request, (pages,), prefill_token_ids=given)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # A denoising step makes no prefix of the canvas final, so vLLM's counter of computed
@@ -423,7 +422,7 @@ class DiffusionScheduler(Scheduler):
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
-        # vLLM preempts only to reset its caches; the request starts anew.
+        # vLLM preempts only to reset its caches.
         tracked = self.tracked[request.request_id]
         tracked.progress = self._start(request, tracked.canvas, tracked.settings)
         tracked.last_served = -1
