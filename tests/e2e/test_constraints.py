@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import BeamSearchParams
 
 from tests.e2e.cases import Case, constrained_cases, drawn_cases, greedy_cases, run_staggered
@@ -220,21 +221,32 @@ def test_fixed_tokens_stream_in_order(llada: LLM, reference: Model) -> None:
 
 
 @pytest.mark.parametrize("logprobs", [0, 1, 3])
-def test_a_fixed_token_is_certain(llada: LLM, reference: Model, logprobs: int) -> None:
+@pytest.mark.parametrize("company", [None, 0, 5])
+def test_a_fixed_token_is_certain(
+    llada: LLM, reference: Model, logprobs: int, company: int | None
+) -> None:
+    """Of rank 1 and without alternatives, whatever the others in the batch ask for."""
     mask = reference.mask_id
-    params = sampling(6, logprobs=logprobs, diffusion_canvas=[mask, 31, mask, 33])
-    company = sampling(6, logprobs=5)
-    prompts = [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [3]}]
-    output, _ = llada.generate(prompts, [params, company], use_tqdm=False)
-    tokens, given = output.outputs[0].token_ids, output.outputs[0].logprobs
+    given = {"logprobs": logprobs, "diffusion_canvas": [mask, 31, mask, 33]}
+    params = [sampling(6, **given), sampling(6, flat_logprobs=True, **given)]
+    if company is not None:
+        params.append(sampling(6, logprobs=company))
+    prompts = [{"prompt_token_ids": [1, 2]}] * len(params)
+    output, flat, *_ = llada.generate(prompts, params, use_tqdm=False)
+    tokens, entries = output.outputs[0].token_ids, output.outputs[0].logprobs
     assert tokens[1] == 31 and tokens[3] == 33
-    assert given is not None
-    for index, (token, at) in enumerate(zip(tokens, given, strict=True)):
+    assert entries is not None
+    for index, (token, at) in enumerate(zip(tokens, entries, strict=True)):
         assert token in at
         if index in (1, 3):
-            assert {t: p.logprob for t, p in at.items()} == {token: 0.0}
+            assert {t: (p.logprob, p.rank) for t, p in at.items()} == {token: (0.0, 1)}
         else:
             assert len(at) in (logprobs, logprobs + 1) and at[token].logprob < 0
+    own = flat.outputs[0].logprobs
+    assert isinstance(own, FlatLogprobs)
+    assert list(own) == entries
+    sizes = [end - start for start, end in zip(own.start_indices, own.end_indices, strict=True)]
+    assert sizes == [1 if index in (1, 3) else logprobs + 1 for index in range(6)]
 
 
 def test_samples_of_one_canvas(llada: LLM, reference: Model) -> None:
@@ -357,7 +369,17 @@ def test_what_cannot_be_kept_is_refused(llada: LLM, reference: Model, name: str)
     assert generate(llada, [[1, 2, 3]], [sampling(4)])  # and nothing is left behind
 
 
-# Last: it starts an engine of its own, which ends the one that the tests above share.
+# Last: they start engines of their own, which end the one that the tests above share.
+def test_all_logprobs_of_a_fixed_token(checkpoints: dict[str, Path]) -> None:
+    with running_engine(str(checkpoints["llada"]), max_logprobs=-1) as llm:
+        params = sampling(3, logprobs=-1, diffusion_canvas=[31])
+        (output,) = llm.generate([{"prompt_token_ids": [1, 2]}], params, use_tqdm=False)
+        entries = output.outputs[0].logprobs
+    assert entries is not None
+    assert [len(at) for at in entries] == [1, VOCAB, VOCAB]
+    assert entries[0][31].rank == 1
+
+
 def test_every_row_of_the_table_offline() -> None:
     """docs/parameters.md: each field of `SamplingParams`, on the embedded model."""
     rows = table("parameters", PARAMETERS)

@@ -26,7 +26,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 from vllm_sparse_dllm import metrics
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
-from vllm_sparse_dllm.engine import answers, failures, server, structural_tag
+from vllm_sparse_dllm.engine import answers, failures, logprobs, server, structural_tag
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig, pages_of_an_engine
 from vllm_sparse_dllm.engine.constraints import check_constraints
 from vllm_sparse_dllm.engine.structured_output import check_structured_output
@@ -256,6 +256,7 @@ def _wrap_init() -> None:
         if isinstance(self.model_config, DiffusionModelConfig):
             metrics.install()
             answers.install()
+            logprobs.install()
             failures.install()
             server.install()
             _keep_unknown_fields()

@@ -26,6 +26,7 @@ from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions
 from vllm_sparse_dllm.denoise.traits import ModelTraits
 from vllm_sparse_dllm.engine.constraints import RequestConstraints
 from vllm_sparse_dllm.engine.course import Course
+from vllm_sparse_dllm.engine.logprobs import Entry
 from vllm_sparse_dllm.engine.output import Failure
 from vllm_sparse_dllm.engine.structured_output import has_grammar
 from vllm_sparse_dllm.engine.trace import CommitTrace
@@ -208,7 +209,7 @@ class RequestState:
             self.trace = CommitTrace(length, with_kept)
         self._stop_ids = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
         self._num_final = 0
-        self._logprobs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
+        self._logprobs: dict[int, Entry] = {}
         if sampling.logprobs is not None:
             # What is given is certain.
             for position in np.flatnonzero(~self.masked) + len(prompt):
@@ -396,7 +397,7 @@ class RequestState:
         masked = self.masked[self._num_final :]
         return int(np.argmax(masked)) if masked.any() else len(masked)
 
-    def take_final(self) -> tuple[list[int], list[tuple[np.ndarray, np.ndarray, int]]]:
+    def take_final(self) -> tuple[list[int], list[Entry]]:
         """Return the tokens that became final, with everything before them, since last time.
 
         Returns:

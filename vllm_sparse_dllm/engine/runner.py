@@ -22,7 +22,6 @@ from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import LogprobsLists
 from vllm.v1.worker.workspace import reset_workspace_manager
 
 from vllm_sparse_dllm.attention.backends import make_backend
@@ -38,6 +37,7 @@ from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import LogitsRows, build_batch
 from vllm_sparse_dllm.engine.figures import StepCounts
 from vllm_sparse_dllm.engine.graphs import MOST_SLOTS, BlockGraphs, Capture, ladder
+from vllm_sparse_dllm.engine.logprobs import Entry, logprobs_lists
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
 from vllm_sparse_dllm.engine.profiling import profile_steps, run_full_pass
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState
@@ -459,7 +459,7 @@ class DiffusionModelRunner:
     @staticmethod
     def _report(states: list[RequestState], output: DiffusionRunnerOutput) -> None:
         """Tell the scheduler what became final and where each request stands."""
-        logprobs: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
+        logprobs: list[list[Entry]] = []
         for index, (request_id, state) in enumerate(zip(output.req_ids, states, strict=True)):
             output.sampled_token_ids[index], own = state.take_final()
             logprobs.append(own)
@@ -468,7 +468,7 @@ class DiffusionModelRunner:
                 num_new = len(output.sampled_token_ids[index])
                 output.traces[request_id] = state.trace.take(num_new)
         if any(logprobs):
-            output.logprobs = _logprobs_lists(output.sampled_token_ids, logprobs)
+            output.logprobs = logprobs_lists(logprobs)
 
 
 def _count_step(state: RequestState, step: NextStep, counts: StepCounts) -> None:
@@ -484,25 +484,3 @@ def _count_step(state: RequestState, step: NextStep, counts: StepCounts) -> None
             num_kept = int(sequence.num_kept.max())
             counts.kept += num_kept
             counts.evicted += num_candidates - num_kept
-
-
-def _logprobs_lists(
-    tokens: list[list[int]], entries: list[list[tuple[np.ndarray, np.ndarray, int]]]
-) -> LogprobsLists:
-    """Lay log-probabilities out as vLLM has them: a row a token, all of one width.
-
-    A short row is filled up with its own token, which vLLM's dictionaries hold once.
-    """
-    width = max(len(entry[0]) for own in entries for entry in own)
-    ends = np.cumsum([len(own) for own in tokens])
-    token_ids = np.zeros((ends[-1], width), dtype=np.int32)
-    values = np.full((ends[-1], width), -np.inf, dtype=np.float32)
-    ranks = np.zeros(ends[-1], dtype=np.int32)
-    starts = [0, *ends.tolist()]
-    for start, own in zip(starts, entries, strict=False):
-        for row, (ids, logprobs, rank) in enumerate(own, start):
-            token_ids[row], values[row] = ids[0], logprobs[0]
-            token_ids[row, : len(ids)] = ids
-            values[row, : len(ids)] = logprobs
-            ranks[row] = rank
-    return LogprobsLists(token_ids, values, ranks, starts)
