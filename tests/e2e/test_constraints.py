@@ -261,6 +261,12 @@ def test_samples_of_one_canvas(llada: LLM, reference: Model) -> None:
     assert generate(llada, [[1, 2]] * 3, one_each) == answers
 
 
+def test_the_largest_seeds(llada: LLM) -> None:
+    params = sampling(4, n=2, seed=2**64 - 2, temperature=1.0)
+    (output,) = llada.generate([{"prompt_token_ids": [1, 2]}], params, use_tqdm=False)
+    assert [len(sample.token_ids) for sample in output.outputs] == [4, 4]
+
+
 def test_requests_without_a_seed_have_noise_of_their_own(llada: LLM) -> None:
     params = [sampling(24, temperature=2.0)] * 3
     assert len(set(map(tuple, generate(llada, [[1, 2]] * 3, params)))) == 3
@@ -348,6 +354,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "canvas: early stop": (
         {"diffusion_canvas": [5, 6, 7], "stop_token_ids": [6], "min_tokens": 2},
         "diffusion_canvas must hold no stop token before min_tokens=2, got 6 at 1",
+    ),
+    "seed: beyond 64 bits": (
+        {"n": 2, "seed": 2**64 - 1, "temperature": 1.0},
+        f"seed must be at most .*{2**64 - 2} with n=2.* got {2**64 - 1}",
     ),
     "prompt_logprobs": ({"prompt_logprobs": 1}, "prompt_logprobs .* must be None, got 1"),
 }

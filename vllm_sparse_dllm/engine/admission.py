@@ -101,6 +101,22 @@ def _check_transport(given: msgspec.Struct) -> None:
             )
 
 
+def _check_seeds(sampling: SamplingParams) -> None:
+    """Refuse a seed from which the last of ``n`` samples would get one beyond 64 bits.
+
+    Raises:
+        RequestError: Naming the seed, its value and what is allowed.
+    """
+    largest = 2**64 - sampling.n
+    if sampling.seed is not None and sampling.seed > largest:
+        raise RequestError(
+            f"seed must be at most 2**64 - n = {largest} with n={sampling.n}, whose samples have "
+            f"the seeds seed, seed + 1, ..., got {sampling.seed}",
+            parameter="seed",
+            value=sampling.seed,
+        )
+
+
 def _fits_message(value: Any) -> bool:
     try:
         # Types are vLLM's concern; what is unknown here becomes null.
@@ -290,6 +306,7 @@ def _wrap_process_inputs() -> None:
         if isinstance(params, SamplingParams):
             with _refusals(self.vllm_config):
                 _check_transport(params)
+                _check_seeds(params)
                 given = structural_tag.write_out(
                     params, self.structured_outputs_config, self.tokenizer
                 )
