@@ -10,6 +10,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -192,6 +193,8 @@ class FakeRunner:
             tokens = (step.queries[1] - step.queries[0]) * len(state.sequences)
             assert output.num_scheduled_tokens[request_id] == tokens
             self.kinds[step.kind] += 1
+            result.counts.full_passes += step.kind.runs_all
+            result.counts.block_steps += not step.kind.runs_all
             self.runs[request_id] += 1
             if self.runs[request_id] == self.fails_at.get(request_id):
                 result.failed[request_id] = Failure("logits", "the model's logits are not finite")
@@ -422,7 +425,7 @@ class World:
         assert stats.kv_cache_usage == pytest.approx(usage)
         assert (stats.num_running_reqs, stats.num_waiting_reqs) == (
             len(self.running),
-            len(self.waiting),
+            len(self.waiting) - len(scheduler.deferred_waiting),
         )
         assert scheduler.tracked.keys() == scheduler.requests.keys()
 
@@ -856,6 +859,33 @@ def test_paused_all_runs_nobody_and_loses_nothing() -> None:
     world.abort("r0")  # still possible, and its page comes back
     assert world.num_held == 0
     world.scheduler.set_pause_state(PauseState.UNPAUSED)
+    world.drain()
+
+
+def test_a_step_that_runs_nobody_does_not_lengthen_a_burst(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An abort while paused is such a step, and takes next to no time."""
+    clock = SimpleNamespace(now=0.0)
+    module = "vllm_sparse_dllm.engine.scheduler"
+    monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(f"{module}._BURST_SECONDS", 4.0)
+    world = World()
+    run = world.runner.run
+
+    def timed(output: SchedulerOutput) -> DiffusionRunnerOutput:
+        clock.now += 1.0 if output.num_scheduled_tokens else 1e-6
+        return run(output)
+
+    world.runner.run = timed  # type: ignore[method-assign]
+    first, _ = world.add(Spec()), world.add(Spec())
+    bursts = [getattr(world.step(), "max_steps", None) for _ in range(4)]
+    assert bursts == [1, 1, 4, 4]  # the first two are full passes
+    world.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    world.abort(first)
+    world.step()
+    world.scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert getattr(world.step(), "max_steps", None) == 4
     world.drain()
 
 

@@ -191,6 +191,9 @@ class DiffusionScheduler(Scheduler):
                     scheduled.append(request)
                 num_tokens[request.request_id] = cost
                 budget -= cost
+            if self._pause_state == PauseState.UNPAUSED:
+                for request in tuple(self.deferred_waiting):
+                    self._is_ready(request)
             waits_for = "max_num_seqs"
             while (head := self._waiting_head()) is not None:
                 cost = self.tracked[head.request_id].cost
@@ -203,8 +206,10 @@ class DiffusionScheduler(Scheduler):
                 admitted.append(new)
                 num_tokens[head.request_id] = cost
                 budget -= cost
-            if num_tokens and self.waiting and self._pause_state == PauseState.UNPAUSED:
-                self.figures.queue(waits_for, len(self.waiting))
+            if num_tokens and self._pause_state == PauseState.UNPAUSED:
+                num_compiling = len(self.deferred_waiting)
+                self.figures.queue("grammar", num_compiling)
+                self.figures.queue(waits_for, len(self.waiting) - num_compiling)
 
         for request_id in num_tokens:
             self.tracked[request_id].last_served = self.current_step
@@ -350,8 +355,11 @@ class DiffusionScheduler(Scheduler):
             failed |= model_runner_output.failed
             traces = model_runner_output.traces
             self.figures.steps.add(model_runner_output.counts)
-            elapsed = time.monotonic() - self._scheduled_at
-            self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
+            counts = model_runner_output.counts
+            if counts.full_passes or counts.block_steps:
+                # A step that ran nothing, as after an abort while paused, says nothing of others.
+                elapsed = time.monotonic() - self._scheduled_at
+                self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
             for request_id, progress in model_runner_output.progress.items():
                 tracked = self.tracked.get(request_id)
                 if tracked is not None:
