@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from vllm import LLM, SamplingParams
 from vllm.exceptions import VLLMValidationError
+from vllm.logprobs import FlatLogprobs
 from vllm.sampling_params import BeamSearchParams
 
 from tests.e2e.cases import Case, constrained_cases, drawn_cases, greedy_cases, run_staggered
@@ -76,27 +77,32 @@ def test_equals_reference(runs: dict[str, Run], model: str) -> None:
     assert not different
 
 
+def check_promises(case: Case, output: list[int], mask: int) -> None:
+    """Check that an answer keeps the constraints of its request."""
+    options = case.options
+    given = options.get("canvas", [])
+    fixed = {i: t for i, t in enumerate(given) if t != mask}
+    own = [token for i, token in enumerate(output) if i not in fixed]
+    assert mask not in output
+    assert all(output[i] == token for i, token in fixed.items())
+    if "allowed_token_ids" in options:
+        assert set(own) <= set(options["allowed_token_ids"])
+    for word in options.get("bad_words", []):
+        for start in range(len(output) - len(word) + 1):
+            if not {*range(start, start + len(word))} <= fixed.keys():
+                assert output[start : start + len(word)] != word
+    if "stop_ids" in options:
+        assert len(output) >= options["min_tokens"]
+
+
 @MODELS
 def test_what_is_promised_holds(runs: dict[str, Run], model: str) -> None:
     """Answers contain no bad word and only allowed tokens, with fixed tokens in their places."""
-    run, checked = runs[model], 0
+    run = runs[model]
     for case, output in zip(run.cases, run.outputs, strict=True):
-        options = case.options
-        given = options.get("canvas", [])
-        fixed = {i: t for i, t in enumerate(given) if t != run.reference.mask_id}
-        own = [token for i, token in enumerate(output) if i not in fixed]
-        assert run.reference.mask_id not in output
-        assert all(output[i] == token for i, token in fixed.items())
-        if "allowed_token_ids" in options:
-            assert set(own) <= set(options["allowed_token_ids"])
-        for word in options.get("bad_words", []):
-            for start in range(len(output) - len(word) + 1):
-                if not {*range(start, start + len(word))} <= fixed.keys():
-                    assert output[start : start + len(word)] != word
-        if "stop_ids" in options:
-            assert len(output) >= options["min_tokens"]
-        checked += bool(options.keys() & {"allowed_token_ids", "bad_words", "canvas", "stop_ids"})
-    assert checked > 30
+        check_promises(case, output, run.reference.mask_id)
+    promised = {"allowed_token_ids", "bad_words", "canvas", "stop_ids"}
+    assert sum(bool(case.options.keys() & promised) for case in run.cases) > 30
 
 
 # The tests from here on share one engine, and have fewer cases.
@@ -119,18 +125,29 @@ def _mixed(mask: int) -> list[Case]:
 
 
 @pytest.mark.parametrize("seconds", [0.0, 1e9])
-@pytest.mark.parametrize("preempt", [False, True])
-def test_company_bursts_and_preemption_change_no_token(
-    llada: LLM,
-    reference: Model,
-    monkeypatch: pytest.MonkeyPatch,
-    seconds: float,
-    preempt: bool,
+def test_company_and_bursts_change_no_token(
+    llada: LLM, reference: Model, monkeypatch: pytest.MonkeyPatch, seconds: float
 ) -> None:
     monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
     cases = _mixed(reference.mask_id)
     alone = [generate(llada, [case.prompt], [case.sampling()])[0] for case in cases]
-    assert run_staggered(llada, cases, random.Random(6), preempt) == alone
+    assert run_staggered(llada, cases, random.Random(6)) == alone
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+def test_preemption_breaks_no_promise(
+    llada: LLM, reference: Model, monkeypatch: pytest.MonkeyPatch, seconds: float
+) -> None:
+    monkeypatch.setattr("vllm_sparse_dllm.engine.scheduler._BURST_SECONDS", seconds)
+    cases = _mixed(reference.mask_id)
+    for case, output in zip(
+        cases, run_staggered(llada, cases, random.Random(6), preempt=True), strict=True
+    ):
+        check_promises(case, output, reference.mask_id)
+        stops = set(case.options.get("stop_ids", ()))
+        assert len(output) == case.max_tokens or output[-1] in {*stops, reference.eos_id}
+        assert stops.isdisjoint(output[:-1])
+    assert pool_is_whole(llada)
 
 
 def test_few_logits_at_a_time_change_no_token(
@@ -205,21 +222,32 @@ def test_fixed_tokens_stream_in_order(llada: LLM, reference: Model) -> None:
 
 
 @pytest.mark.parametrize("logprobs", [0, 1, 3])
-def test_a_fixed_token_is_certain(llada: LLM, reference: Model, logprobs: int) -> None:
+@pytest.mark.parametrize("company", [None, 0, 5])
+def test_a_fixed_token_is_certain(
+    llada: LLM, reference: Model, logprobs: int, company: int | None
+) -> None:
+    """Of rank 1 and without alternatives, whatever the others in the batch ask for."""
     mask = reference.mask_id
-    params = sampling(6, logprobs=logprobs, diffusion_canvas=[mask, 31, mask, 33])
-    company = sampling(6, logprobs=5)
-    prompts = [{"prompt_token_ids": [1, 2]}, {"prompt_token_ids": [3]}]
-    output, _ = llada.generate(prompts, [params, company], use_tqdm=False)
-    tokens, given = output.outputs[0].token_ids, output.outputs[0].logprobs
+    given = {"logprobs": logprobs, "diffusion_canvas": [mask, 31, mask, 33]}
+    params = [sampling(6, **given), sampling(6, flat_logprobs=True, **given)]
+    if company is not None:
+        params.append(sampling(6, logprobs=company))
+    prompts = [{"prompt_token_ids": [1, 2]}] * len(params)
+    output, flat, *_ = llada.generate(prompts, params, use_tqdm=False)
+    tokens, entries = output.outputs[0].token_ids, output.outputs[0].logprobs
     assert tokens[1] == 31 and tokens[3] == 33
-    assert given is not None
-    for index, (token, at) in enumerate(zip(tokens, given, strict=True)):
+    assert entries is not None
+    for index, (token, at) in enumerate(zip(tokens, entries, strict=True)):
         assert token in at
         if index in (1, 3):
-            assert {t: p.logprob for t, p in at.items()} == {token: 0.0}
+            assert {t: (p.logprob, p.rank) for t, p in at.items()} == {token: (0.0, 1)}
         else:
             assert len(at) in (logprobs, logprobs + 1) and at[token].logprob < 0
+    own = flat.outputs[0].logprobs
+    assert isinstance(own, FlatLogprobs)
+    assert list(own) == entries
+    sizes = [end - start for start, end in zip(own.start_indices, own.end_indices, strict=True)]
+    assert sizes == [1 if index in (1, 3) else logprobs + 1 for index in range(6)]
 
 
 def test_samples_of_one_canvas(llada: LLM, reference: Model) -> None:
@@ -232,6 +260,12 @@ def test_samples_of_one_canvas(llada: LLM, reference: Model) -> None:
     assert all(answer[1] == 31 and len(answer) == 5 for answer in answers)
     one_each = [sampling(5, seed=seed, **drawn) for seed in (8, 9, 10)]
     assert generate(llada, [[1, 2]] * 3, one_each) == answers
+
+
+def test_the_largest_seeds(llada: LLM) -> None:
+    params = sampling(4, n=2, seed=2**64 - 2, temperature=1.0)
+    (output,) = llada.generate([{"prompt_token_ids": [1, 2]}], params, use_tqdm=False)
+    assert [len(sample.token_ids) for sample in output.outputs] == [4, 4]
 
 
 def test_requests_without_a_seed_have_noise_of_their_own(llada: LLM) -> None:
@@ -322,6 +356,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         {"diffusion_canvas": [5, 6, 7], "stop_token_ids": [6], "min_tokens": 2},
         "diffusion_canvas must hold no stop token before min_tokens=2, got 6 at 1",
     ),
+    "seed: beyond 64 bits": (
+        {"n": 2, "seed": 2**64 - 1, "temperature": 1.0},
+        f"seed must be at most .*{2**64 - 2} with n=2.* got {2**64 - 1}",
+    ),
     "prompt_logprobs": ({"prompt_logprobs": 1}, "prompt_logprobs .* must be None, got 1"),
 }
 
@@ -342,7 +380,17 @@ def test_what_cannot_be_kept_is_refused(llada: LLM, reference: Model, name: str)
     assert generate(llada, [[1, 2, 3]], [sampling(4)])  # nothing is left behind
 
 
-# Last: it starts an engine of its own, which ends the one that the tests above share.
+# Last: they start engines of their own, which end the one that the tests above share.
+def test_all_logprobs_of_a_fixed_token(checkpoints: dict[str, Path]) -> None:
+    with running_engine(str(checkpoints["llada"]), max_logprobs=-1) as llm:
+        params = sampling(3, logprobs=-1, diffusion_canvas=[31])
+        (output,) = llm.generate([{"prompt_token_ids": [1, 2]}], params, use_tqdm=False)
+        entries = output.outputs[0].logprobs
+    assert entries is not None
+    assert [len(at) for at in entries] == [1, VOCAB, VOCAB]
+    assert entries[0][31].rank == 1
+
+
 def test_every_row_of_the_table_offline() -> None:
     """Each field of `SamplingParams` is accepted or refused as docs/parameters.md says."""
     rows = table("parameters", PARAMETERS)

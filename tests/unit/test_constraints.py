@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -155,6 +157,24 @@ def test_edits_are_the_references(
             for edit in edits:
                 edit.apply(logits[first : first + part], first)
     torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_a_long_block_takes_no_more_memory() -> None:
+    """Not so many numbers as it has candidates for each bad word and each stop token."""
+    num, width = 20_000, 500
+    sampling = SamplingParams(max_tokens=num, min_tokens=num, stop_token_ids=[*range(4, 404)])
+    sampling._bad_words_token_ids = [[n] for n in range(4, 404)]
+    constraints = RequestConstraints.of(sampling, np.array([1, 2]), torch.device("cpu"))
+    assert constraints is not None
+    candidates, logits = np.arange(num), torch.zeros(16, width)
+    tracemalloc.start()
+    edits = constraints.edits(masked([MASK] * num), candidates)
+    for edit in edits:
+        edit.apply(logits, 400)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2 << 20
+    assert logits.isinf().sum() == 16 * 400
 
 
 def test_an_end_of_text_that_the_model_has_not() -> None:

@@ -8,15 +8,19 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from prometheus_client import REGISTRY
+from vllm.sampling_params import StructuredOutputsParams
 from vllm.v1.metrics.loggers import StatLoggerManager
 from vllm.v1.metrics.prometheus import unregister_vllm_metrics
 from vllm.v1.metrics.stats import SchedulerStats
+from vllm.v1.request import RequestStatus
+from vllm.v1.structured_output.request import StructuredOutputRequest
 
 from tests.unit.test_scheduler import Spec, World, base_config
 from vllm_sparse_dllm.engine.config import pages_of_an_engine
@@ -64,6 +68,34 @@ def test_waiting_for_the_token_budget() -> None:
     for _ in range(3):
         world.add(Spec(prompt=34, response=16))
     assert queued(world, 5) == {"token_budget": 2}
+
+
+@pytest.mark.parametrize(("seats", "others"), [(3, {}), (1, {"max_num_seqs": 2})])
+def test_waiting_for_a_grammar(seats: int, others: dict[str, int]) -> None:
+    """Those whose grammar is being compiled wait for nothing else, also when no seat is free."""
+    world = World(max_num_seqs=seats)
+    world.add(Spec())
+    world.step()
+    names = [world.add(Spec()) for _ in range(2)]
+    grammars: list[Future[Any]] = []
+    for name in names:
+        request = world.scheduler.requests[name]
+        request.status = RequestStatus.WAITING_FOR_STRUCTURED_OUTPUT_GRAMMAR
+        grammars.append(Future())
+        request.structured_output_request = StructuredOutputRequest(
+            StructuredOutputsParams(regex="a"), grammars[-1]
+        )
+        world.scheduler.deferred_waiting.add(request)
+    if others:
+        world.add(Spec())
+    assert queued(world, 2) == {"grammar": 2 * 2, **others}
+    if others:
+        # Compiled: from now on it waits as the others do.
+        grammars[0].set_result(SimpleNamespace())
+        assert queued(world, 2) == {"grammar": 2, "max_num_seqs": 2 * 2}
+    for name in [*names, *world.waiting]:
+        world.abort(name)
+    world.drain()
 
 
 def test_nobody_waits_where_nobody_runs() -> None:

@@ -164,6 +164,38 @@ def test_attention_is_the_references(layer, late: bool) -> None:
     torch.testing.assert_close(got, naive, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["attention", "window"])
+@given(layer=layers(), most=st.integers(1, 2000), late=st.booleans())
+def test_a_long_block_takes_no_more_memory(name: str, layer, most: int, late: bool) -> None:
+    """So many shares of attention at a time, or one query's; the scores are the same."""
+    q, k, (start, end) = layer
+    inputs = inputs_of(q, k, (start, end), start, late)
+    whole = SALIENCIES[name].score(inputs)
+    sizes = []
+
+    def softmax(scores: torch.Tensor, dim: int) -> torch.Tensor:
+        sizes.append(scores.numel())
+        return original(scores, dim=dim)
+
+    original = torch.softmax
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(saliency, "_MOST_SHARES", most)
+        patch.setattr(torch, "softmax", softmax)
+        parts = SALIENCIES[name].score(inputs)
+    assert max(sizes) <= max(most, q.shape[1] * len(k))
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-6)
+
+
+def test_the_bound_is_for_long_blocks_only() -> None:
+    """A block of 32 of a model with 32 heads is one part up to 16,384 positions, bit for bit."""
+    q, k = torch.randn(32, 32, 16), torch.randn(2048, 8, 16)
+    grouped = q.view(32, 8, 4, 16).permute(1, 2, 0, 3).reshape(8, 4 * 32, 16)
+    scores = torch.bmm(grouped, k.permute(1, 2, 0))
+    expected = torch.softmax(scores * 16**-0.5, dim=-1).view(32, 32, 2048).mean(dim=1)
+    assert torch.equal(saliency.mean_shares(q, k), expected)
+    assert saliency._MOST_SHARES == 32 * 32 * 16384
+
+
 def test_attention_by_hand() -> None:
     """A key that one row of one head looks at counts, though the mean query ranks it low."""
     q, k = torch.zeros(6, 2, 2), torch.zeros(6, 1, 2)

@@ -10,6 +10,7 @@ from collections.abc import Container
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,8 +28,9 @@ from vllm.v1.request import Request, RequestStatus
 from vllm.v1.structured_output import StructuredOutputManager
 
 import vllm_sparse_dllm
+from tests.unit.helpers import traits_of
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
-from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind
+from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
 from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.figures import FIGURES
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, Failure
@@ -40,6 +42,7 @@ from vllm_sparse_dllm.settings import DecodingSettings, request_settings
 TINY_LLADA = str(Path(vllm_sparse_dllm.__file__).parent / "assets" / "tiny-llada")
 PAGE = 32
 FIRST_TOKEN = 1000  # the response's token at offset i is FIRST_TOKEN + i
+MASK = 5
 
 
 @cache
@@ -52,9 +55,13 @@ def base_config() -> VllmConfig:
 
 
 def make_scheduler(
-    num_pages: int = 64, budget: int = 512, max_num_seqs: int = 8, policy: str = "fcfs"
+    num_pages: int = 64,
+    budget: int = 512,
+    max_num_seqs: int = 8,
+    policy: str = "fcfs",
+    family: str = "llada",
 ) -> DiffusionScheduler:
-    """Build the scheduler as `EngineCore` does."""
+    """Build the scheduler as `EngineCore` does, for a model of the family."""
     config = base_config()
     config.scheduler_config.max_num_batched_tokens = budget
     config.scheduler_config.max_num_seqs = max_num_seqs
@@ -82,6 +89,7 @@ def make_scheduler(
         log_stats=True,
     )
     assert isinstance(scheduler, DiffusionScheduler)
+    scheduler.traits = traits_of(family, MASK)
     return scheduler
 
 
@@ -172,6 +180,10 @@ class FakeRunner:
         self.kinds = Counter()
         for index, request_id in enumerate(request_ids):
             state = self.states[request_id]
+            if state.finished:  # a canvas without masks
+                result.sampled_token_ids[index], _ = state.take_final()
+                result.progress[request_id] = state.progress
+                continue
             step = state.next_step()
             # The pages that the scheduler has allocated are those that the runner holds.
             blocks = self.scheduler.block_manager.req_to_blocks.get(request_id, [])
@@ -181,6 +193,8 @@ class FakeRunner:
             tokens = (step.queries[1] - step.queries[0]) * len(state.sequences)
             assert output.num_scheduled_tokens[request_id] == tokens
             self.kinds[step.kind] += 1
+            result.counts.full_passes += step.kind.runs_all
+            result.counts.block_steps += not step.kind.runs_all
             self.runs[request_id] += 1
             if self.runs[request_id] == self.fails_at.get(request_id):
                 result.failed[request_id] = Failure("logits", "the model's logits are not finite")
@@ -210,7 +224,7 @@ class FakeRunner:
             PAGE,
             1,
             torch.Generator(),
-            num_delivered=new.num_computed_tokens,
+            delivered=(new.prefill_token_ids or [])[len(new.prompt_token_ids) :],
         )
 
 
@@ -398,7 +412,8 @@ class World:
         assert manager.block_pool.null_block.block_id not in owners
         for request_id in self.running:
             spec = self.specs[request_id]
-            progress = Progress()
+            # Who is new stands where the scheduler says; the runner checks it.
+            progress = scheduler.tracked[request_id].progress
             if request_id not in new:
                 progress = self.runner.states[request_id].progress
             kind = POLICIES[spec.decoding.cache_policy].kind(progress, spec.decoding)
@@ -414,7 +429,7 @@ class World:
         assert stats.kv_cache_usage == pytest.approx(usage)
         assert (stats.num_running_reqs, stats.num_waiting_reqs) == (
             len(self.running),
-            len(self.waiting),
+            len(self.waiting) - len(scheduler.deferred_waiting),
         )
         assert scheduler.tracked.keys() == scheduler.requests.keys()
 
@@ -454,7 +469,7 @@ class World:
 
 
 @st.composite
-def specs(draw: st.DrawFn) -> Spec:
+def specs(draw: st.DrawFn, guided: bool) -> Spec:
     policy = draw(st.sampled_from([*POLICIES]))
     own: dict[str, Any] = {
         "cache_policy": policy,
@@ -469,11 +484,14 @@ def specs(draw: st.DrawFn) -> Spec:
     own["suffix_window"] = draw(st.sampled_from([None, None, 0, 10]))
     how = draw(st.sampled_from(["one", "steps", "threshold"]))
     response = draw(st.integers(1, 24))
+    if draw(st.integers(0, 3)) == 0:
+        fixed = draw(st.lists(st.booleans(), min_size=1, max_size=response))
+        own["canvas"] = [FIRST_TOKEN + i if is_fixed else MASK for i, is_fixed in enumerate(fixed)]
     if how == "steps":
         own["steps"] = draw(st.integers(1, 40))
     elif how == "threshold":
         own["threshold"] = 0.9
-    if draw(st.integers(0, 4)) == 0:
+    if guided and draw(st.integers(0, 4)) == 0:
         own["cfg_scale"] = 1.0
     return Spec(
         prompt=draw(st.integers(1, 150)),
@@ -497,11 +515,14 @@ class Story:
     spare_budget: int
     spare_pages: int
     policy: str
+    family: str
 
 
 @st.composite
 def stories(draw: st.DrawFn, calm: bool = False) -> Story:
-    requests = draw(st.lists(st.tuples(st.integers(0, 25), specs()), min_size=1, max_size=9))
+    family = draw(st.sampled_from(["llada", "dream"]))
+    entry = st.tuples(st.integers(0, 25), specs(guided=family == "llada"))
+    requests = draw(st.lists(entry, min_size=1, max_size=9))
     some = st.dictionaries(st.integers(0, 40), st.lists(st.integers(0, 8), max_size=2), max_size=4)
     pauses = st.dictionaries(st.integers(0, 40), st.sampled_from(PauseState), max_size=2)
     return Story(
@@ -513,6 +534,7 @@ def stories(draw: st.DrawFn, calm: bool = False) -> Story:
         spare_budget=draw(st.sampled_from([0, 0, 10, 100, 2000])),
         spare_pages=draw(st.sampled_from([0, 0, 2, 10, 100])),
         policy=draw(st.sampled_from(["fcfs", "priority"])),
+        family=family,
     )
 
 
@@ -523,6 +545,7 @@ def play(story: Story) -> World:
         budget=max(spec.largest_step for _, spec in story.requests) + story.spare_budget,
         max_num_seqs=story.max_num_seqs,
         policy=story.policy,
+        family=story.family,
     )
     arrivals = sorted(story.requests, key=lambda entry: entry[0])
     last = max([arrivals[-1][0], *story.aborts, *story.resets, *story.pauses])
@@ -840,6 +863,33 @@ def test_paused_all_runs_nobody_and_loses_nothing() -> None:
     world.abort("r0")  # still possible, and frees its page
     assert world.num_held == 0
     world.scheduler.set_pause_state(PauseState.UNPAUSED)
+    world.drain()
+
+
+def test_a_step_that_runs_nobody_does_not_lengthen_a_burst(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An abort while paused is such a step, and takes next to no time."""
+    clock = SimpleNamespace(now=0.0)
+    module = "vllm_sparse_dllm.engine.scheduler"
+    monkeypatch.setattr(f"{module}.time", SimpleNamespace(monotonic=lambda: clock.now))
+    monkeypatch.setattr(f"{module}._BURST_SECONDS", 4.0)
+    world = World()
+    run = world.runner.run
+
+    def timed(output: SchedulerOutput) -> DiffusionRunnerOutput:
+        clock.now += 1.0 if output.num_scheduled_tokens else 1e-6
+        return run(output)
+
+    world.runner.run = timed  # type: ignore[method-assign]
+    first, _ = world.add(Spec()), world.add(Spec())
+    bursts = [getattr(world.step(), "max_steps", None) for _ in range(4)]
+    assert bursts == [1, 1, 4, 4]  # the first two are full passes
+    world.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+    world.abort(first)
+    world.step()
+    world.scheduler.set_pause_state(PauseState.UNPAUSED)
+    assert getattr(world.step(), "max_steps", None) == 4
     world.drain()
 
 

@@ -23,6 +23,9 @@ Span = tuple[int, int]
 #: Positions at the end of a prompt that count as its question.
 WINDOW = 16
 
+#: Shares of attention that exist at a time: a request's block may be as long as its response.
+_MOST_SHARES = 1 << 24
+
 
 @dataclass(frozen=True)
 class CanvasView:
@@ -155,7 +158,7 @@ class BlockAttention(Saliency):
     name = "attention"
 
     def score(self, inputs: SaliencyInputs) -> torch.Tensor:
-        shares = attention_shares(inputs.block_queries, inputs.seen_keys).mean(dim=1).sum(dim=0)
+        shares = mean_shares(inputs.block_queries, inputs.seen_keys).sum(dim=0)
         return sum_of_ranks(inputs.of_candidates(shares)) / inputs.total_heads
 
 
@@ -172,9 +175,9 @@ class Window(Saliency):
     def score(self, inputs: SaliencyInputs) -> torch.Tensor:
         start, end = inputs.window
         keys = inputs.seen_keys
-        shares = attention_shares(inputs.block_queries, keys).mean(dim=1)
+        shares = mean_shares(inputs.block_queries, keys)
         if inputs.first_query == 0 and end > start:
-            shares += attention_shares(inputs.queries[start:end], keys).mean(dim=1)
+            shares += mean_shares(inputs.queries[start:end], keys)
         scores = max_of_ranks(inputs.of_candidates(shares.amax(dim=0)))
         # The candidates begin with the prompt, so these rows are the window. No other score is
         # above 2; if not all of the window can be kept, its end is.
@@ -182,17 +185,22 @@ class Window(Saliency):
         return scores
 
 
-def attention_shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Return shares of attention ``[heads, n, m]``, float32.
+def mean_shares(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Return the mean share of attention that queries pay each key, ``[heads, m]``, float32.
 
     Args:
-        queries: ``[n, heads, head_size]``, rotated.
+        queries: ``[n, heads, head_size]``, rotated, at least one.
         keys: ``[m, kv_heads, head_size]``, rotated.
     """
-    (n, _, head_size), (m, num_kv_heads, _) = queries.shape, keys.shape
-    grouped = queries.view(n, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
-    scores = torch.bmm(grouped.reshape(num_kv_heads, -1, head_size), keys.permute(1, 2, 0))
-    return torch.softmax(scores.float() * head_size**-0.5, dim=-1).view(-1, n, m)
+    (n, num_heads, head_size), (m, num_kv_heads, _) = queries.shape, keys.shape
+    mean = torch.zeros(num_heads, m, device=keys.device)
+    for part in queries.split(max(1, _MOST_SHARES // (num_heads * m))):
+        rows = part.shape[0]
+        grouped = part.view(rows, num_kv_heads, -1, head_size).permute(1, 2, 0, 3)
+        scores = torch.bmm(grouped.reshape(num_kv_heads, -1, head_size), keys.permute(1, 2, 0))
+        shares = torch.softmax(scores.float() * head_size**-0.5, dim=-1)
+        mean += shares.view(num_heads, rows, m).mean(dim=1) * (rows / n)
+    return mean
 
 
 SALIENCIES: dict[str, Saliency] = {

@@ -84,11 +84,28 @@ class Forbid:
 
     def apply(self, logits: torch.Tensor, first: int) -> None:
         own = (self.rows >= first) & (self.rows < first + logits.shape[0])
-        # A tokenizer's end-of-text id may lie outside the model's vocabulary.
-        own &= self.token_ids < logits.shape[1]
         index = np.stack([self.rows[own] - first, self.token_ids[own]])
         rows, token_ids = torch.from_numpy(index).to(logits.device)
         logits[rows, token_ids] = -torch.inf
+
+
+@dataclass(frozen=True)
+class ForbidFirst:
+    """Some tokens not at the first candidates.
+
+    Attributes:
+        num: How many candidates.
+        token_ids: ``[k]`` host array.
+    """
+
+    num: int
+    token_ids: np.ndarray
+
+    def apply(self, logits: torch.Tensor, first: int) -> None:
+        # A tokenizer's end of text may have an id that the model has not.
+        own = torch.from_numpy(self.token_ids[self.token_ids < logits.shape[1]])
+        rows = logits[: max(0, self.num - first)]
+        rows.index_fill_(1, own.to(logits.device), -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -202,3 +219,22 @@ class BadWords:
             if (windows[:, None, :] == words).all(axis=-1).any():
                 return True
         return False
+
+
+@dataclass(frozen=True)
+class ForbidWords:
+    """Tokens that would complete a bad word; found for a part of the candidates at a time.
+
+    Attributes:
+        words: The bad words.
+        response: ``[G]`` ids, `MASKED` where nothing is committed.
+        candidates: ``[n]`` masked positions of it, ascending.
+    """
+
+    words: BadWords
+    response: np.ndarray
+    candidates: np.ndarray
+
+    def apply(self, logits: torch.Tensor, first: int) -> None:
+        own = self.candidates[first : first + logits.shape[0]]
+        self.words.forbidden(self.response, own).apply(logits, 0)

@@ -19,7 +19,8 @@ from vllm_sparse_dllm.denoise.constraints import (
     Allow,
     BadWords,
     CommitCheck,
-    Forbid,
+    ForbidFirst,
+    ForbidWords,
     LogitsEdit,
     Repetition,
 )
@@ -144,11 +145,10 @@ class RequestConstraints:
         """
         edits = list(self._allow)
         if self._bad_words is not None:
-            edits.append(self._bad_words.forbidden(response, candidates))
-        early = np.flatnonzero(candidates < self._sampling.min_tokens)
-        if len(early) and len(self._stop_ids):
-            rows = np.repeat(early, len(self._stop_ids))
-            edits.append(Forbid(rows, np.tile(self._stop_ids, len(early))))
+            edits.append(ForbidWords(self._bad_words, response, candidates))
+        num_early = int(np.searchsorted(candidates, self._sampling.min_tokens))
+        if num_early and len(self._stop_ids):
+            edits.append(ForbidFirst(num_early, self._stop_ids))
         return (*edits, *self._bias, *self._penalties(response))
 
     def _penalties(self, response: np.ndarray) -> list[LogitsEdit]:

@@ -12,8 +12,9 @@ from typing import Any
 
 #: Name of the figures in `SchedulerStats.kv_connector_stats`.
 FIGURES = "sparse_dllm"
-#: What the first waiting request waits for; all others wait behind it.
-QUEUE_CAUSES = ("pages", "token_budget", "max_num_seqs")
+#: What the first waiting request waits for; all others wait behind it. Requests whose grammar is
+#: still being compiled are counted separately, under ``grammar``.
+QUEUE_CAUSES = ("pages", "token_budget", "max_num_seqs", "grammar")
 #: Why a request ends without an answer.
 FAILURE_CAUSES = ("refused", "pages", "grammar", "logits")
 #: Those found by the engine and caused by the request itself; its client gets the reason.
@@ -68,7 +69,8 @@ class EngineFigures:
 
     def queue(self, cause: str, num_requests: int) -> None:
         """Count the requests that wait in this step."""
-        self.queued[cause] = self.queued.get(cause, 0) + num_requests
+        if num_requests:
+            self.queued[cause] = self.queued.get(cause, 0) + num_requests
 
     def fail(self, cause: str) -> None:
         """Count a failed request."""

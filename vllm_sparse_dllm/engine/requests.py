@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,11 +20,13 @@ from vllm_sparse_dllm.cache.policies import (
 )
 from vllm_sparse_dllm.denoise.constraints import MASKED, AllowMask, LogitsEdit
 from vllm_sparse_dllm.denoise.plan import Candidates
-from vllm_sparse_dllm.denoise.rules import PROBABILITY_RULE, RULES, UnmaskingRule
+from vllm_sparse_dllm.denoise.rules import PROBABILITY_RULE, UnmaskingRule
 from vllm_sparse_dllm.denoise.step import Logprobs
-from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions, share_steps
+from vllm_sparse_dllm.denoise.timetable import Canvas, commit_fractions
 from vllm_sparse_dllm.denoise.traits import ModelTraits
 from vllm_sparse_dllm.engine.constraints import RequestConstraints
+from vllm_sparse_dllm.engine.course import Course
+from vllm_sparse_dllm.engine.logprobs import Entry
 from vllm_sparse_dllm.engine.output import Failure
 from vllm_sparse_dllm.engine.structured_output import has_grammar
 from vllm_sparse_dllm.engine.trace import CommitTrace
@@ -138,8 +141,8 @@ class RequestState:
         page_size: Slots of a page.
         num_layers: Decoder layers.
         generator: Source of the request's own noise.
-        num_delivered: Tokens that were delivered before a preemption; they are computed
-            again, identically, and not delivered twice.
+        delivered: Tokens of the response that were delivered before a preemption. They are given
+            now, and not delivered twice.
         request_id: vLLM's id of the request.
 
     Attributes:
@@ -157,7 +160,7 @@ class RequestState:
         page_size: int,
         num_layers: int,
         generator: torch.Generator,
-        num_delivered: int = 0,
+        delivered: SequenceOf[int] = (),
         request_id: str = "",
     ) -> None:
         assert sampling.max_tokens is not None
@@ -168,15 +171,13 @@ class RequestState:
         self.generator = generator
         self.policy: CachePolicy = POLICIES[settings.cache_policy]
         self.canvas = Canvas(len(prompt), sampling.max_tokens, settings.block_length)
-        self.rule = RULES[settings.remasking or traits.default_remasking]
+        self.left_to_right = has_grammar(sampling)
+        self.course = Course(self.canvas, settings, traits, self.left_to_right, delivered)
+        self.rule = self.course.rule
         self.page_size = page_size
 
         mask = traits.mask_token_id
-        conditional = np.full(self.canvas.length, mask, dtype=np.int64)
-        conditional[: len(prompt)] = prompt
-        response = conditional[len(prompt) :]
-        if settings.canvas is not None:
-            response[: len(settings.canvas)] = settings.canvas
+        conditional = np.concatenate([np.array(prompt, dtype=np.int64), self.course.response])
         unconditional = conditional.copy()
         unconditional[: len(prompt)] = mask
         self.num_pages = self.policy.num_pages(self.canvas, settings, page_size)
@@ -192,33 +193,42 @@ class RequestState:
         ]
         self.add_pages(page_ids[self.num_pages :])
         # Only in the response: a mask id in the prompt is text.
-        self.masked = response == mask
-        starts = np.arange(0, self.canvas.response_length, self.canvas.block_length)
-        self._masked_of_block = np.add.reduceat(self.masked.astype(np.int64), starts).tolist()
-        self.steps_of_block = share_steps(self.canvas, settings.steps, self._masked_of_block)
+        self.masked = self.course.response == mask
         self.constraints = RequestConstraints.of(
             sampling, conditional[: len(prompt)], generator.device
         )
-        self.left_to_right = has_grammar(sampling)
         self.allowed_tokens: np.ndarray | None = None
-        self.block_index = 0
-        self.step = 0
+        start = self.course.start
+        self.block_index = start.block
+        self.step = start.step
         self.refreshed = -1
         self.cache_is_whole = False
-        self._skip_blocks_without_masks()
-        self.num_delivered = num_delivered
+        self.num_delivered = len(delivered)
+        self._noise_of_block = generator.get_state()
         self.trace: CommitTrace | None = None
         if settings.trace:
             length, with_kept = self.canvas.response_length, settings.trace > 1
-            self.trace = CommitTrace(length, with_kept, num_delivered)
+            self.trace = CommitTrace(length, with_kept)
         self._stop_ids = {*(sampling.stop_token_ids or ()), sampling.eos_token_id} - {None}
         self._num_final = 0
-        self._logprobs: dict[int, tuple[np.ndarray, np.ndarray, int]] = {}
+        self._logprobs: dict[int, Entry] = {}
         if sampling.logprobs is not None:
             # Given tokens have probability 1.
             for position in np.flatnonzero(~self.masked) + len(prompt):
                 given = conditional[position : position + 1].copy()
                 self._logprobs[int(position)] = (given, np.zeros(1, np.float32), 1)
+
+    def follow(self, before: RequestState) -> None:
+        """Go on with the noise and the trace of the request as it was before a preemption.
+
+        Noise that decided what was delivered must not decide the rest too. A block of which the
+        model has delivered nothing draws what it drew before.
+        """
+        self.generator = before.generator
+        if before.block_index == self.block_index and self.course.starts_whole_block:
+            self.generator.set_state(before._noise_of_block)
+        self._noise_of_block = self.generator.get_state()
+        self.trace = before.trace
 
     @property
     def finished(self) -> bool:
@@ -252,34 +262,18 @@ class RequestState:
         candidates = self._masked_positions(block)
         if self._commits_first_position_only:
             return NextStep(kind, block, queries, candidates[:1], 1)
-        count = self._scheduled_count(len(candidates))
+        count = self.course.count(self.block_index, self.step, len(candidates))
         if count == 0:
             candidates = candidates[:0]
         return NextStep(kind, block, queries, candidates, count)
 
     @property
     def _commits_first_position_only(self) -> bool:
-        if self.left_to_right:
-            return True
-        if self.step or not self.traits.shifts_logits or not self.policy.first_step_commits_one:
-            return False
-        # Only this step runs the row that predicts it; a fixed position needs no prediction.
-        start, _ = self.canvas.block(self.block_index)
-        return bool(self.masked[start - self.canvas.prompt_length])
+        return self.course.commits_first_only(self.block_index, self.step)
 
     def _masked_positions(self, block: Span) -> np.ndarray:
         first = self.canvas.prompt_length
         return np.flatnonzero(self.masked[block[0] - first : block[1] - first]) + block[0]
-
-    def _scheduled_count(self, num_masked: int) -> int:
-        """Return the commits of this step under fixed steps, otherwise ``num_masked``."""
-        settings = self.settings
-        if settings.threshold is not None or settings.factor is not None or self.rule.independent:
-            return num_masked
-        block = self.block_index
-        return self.traits.schedule.count(
-            self.step, self.steps_of_block[block], num_masked, self._masked_of_block[block]
-        )
 
     @property
     def _ranking_of_one(self) -> UnmaskingRule:
@@ -291,7 +285,7 @@ class RequestState:
         """Return how to commit the candidates of a step, of which there must be at least one."""
         settings, sampling = self.settings, self.sampling
         special = self._commits_first_position_only
-        num_steps = self.steps_of_block[self.block_index]
+        num_steps = self.course.steps_of_block[self.block_index]
         edits: tuple[LogitsEdit, ...] = ()
         check = None
         if self.constraints is not None:
@@ -368,8 +362,9 @@ class RequestState:
         self._advance()
 
     def _skip_blocks_without_masks(self) -> None:
-        while not self.finished and not self._masked_of_block[self.block_index]:
-            self.block_index += 1
+        block = self.course.first_with_masks(self.block_index)
+        if block > self.block_index:
+            self.block_index = block
             # Only the block directly after a denoised one can go on with its cache.
             self.refreshed = -1
 
@@ -379,24 +374,15 @@ class RequestState:
             self.block_index += 1
             self._skip_blocks_without_masks()
             self.step = 0
+            self._noise_of_block = self.generator.get_state()
             if self.cache_is_whole and not self.policy.keeps_cache(self.progress, self.settings):
                 self._give_pages_back()
             if self.finished:
                 return
-            num_masked = self._masked_of_block[self.block_index]
+            num_masked = self.course.masked_of_block[self.block_index]
         else:
             self.step += 1
-        if self._commits_first_position_only or self._scheduled_count(num_masked) > 0:
-            return
-        # A step that commits nothing and leaves the cache unchanged has no effect: skip it.
-        next_commit = self.traits.schedule.next_commit(
-            self.step,
-            self.steps_of_block[self.block_index],
-            num_masked,
-            self._masked_of_block[self.block_index],
-        )
-        next_change = self.policy.next_change(self.progress, self.settings)
-        self.step = next_commit if next_change is None else min(next_commit, next_change)
+        self.step = self.course.next_step(self.progress, num_masked)
 
     @property
     def continues_alone(self) -> bool:
@@ -413,7 +399,7 @@ class RequestState:
         masked = self.masked[self._num_final :]
         return int(np.argmax(masked)) if masked.any() else len(masked)
 
-    def take_final(self) -> tuple[list[int], list[tuple[np.ndarray, np.ndarray, int]]]:
+    def take_final(self) -> tuple[list[int], list[Entry]]:
         """Return the tokens that became final (as has all before them) since the last call.
 
         Returns:

@@ -22,7 +22,6 @@ from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
 from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
-from vllm.v1.outputs import LogprobsLists
 from vllm.v1.worker.workspace import reset_workspace_manager
 
 from vllm_sparse_dllm.attention.backends import make_backend
@@ -38,6 +37,7 @@ from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import LogitsRows, build_batch
 from vllm_sparse_dllm.engine.figures import StepCounts
 from vllm_sparse_dllm.engine.graphs import MOST_SLOTS, BlockGraphs, Capture, ladder
+from vllm_sparse_dllm.engine.logprobs import Entry, logprobs_lists
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
 from vllm_sparse_dllm.engine.profiling import profile_steps, run_full_pass
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState
@@ -67,6 +67,8 @@ class DiffusionModelRunner:
         self.traits = model_traits(self.model_config.hf_config)
         self.greedy = greedy_distribution(device)
         self.requests: dict[str, RequestState] = {}
+        # As they were when they were preempted, until they are admitted again.
+        self.preempted: dict[str, RequestState] = {}
         self.kv_caches: list[torch.Tensor] = []
         self.model_memory_usage = 0
         self.model: DiffusionDecoder
@@ -188,6 +190,7 @@ class DiffusionModelRunner:
     def shutdown(self) -> None:
         """Forget all requests, and release the device's memory."""
         self.requests.clear()
+        self.preempted.clear()
         self.graphs = None
         self.kv_caches = []
         for name in ("backend", "model"):
@@ -284,8 +287,10 @@ class DiffusionModelRunner:
     def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
         for request_id in scheduler_output.finished_req_ids:
             self.requests.pop(request_id, None)
+            self.preempted.pop(request_id, None)
         for request_id in scheduler_output.preempted_req_ids or ():
-            self.requests.pop(request_id, None)
+            if (state := self.requests.pop(request_id, None)) is not None:
+                self.preempted[request_id] = state
         for new in scheduler_output.scheduled_new_reqs:
             self.requests[new.req_id] = self._new_request(new)
         running = scheduler_output.scheduled_cached_reqs
@@ -307,7 +312,7 @@ class DiffusionModelRunner:
         page_ids = new.block_ids[0]
         if page_ids:
             self.backend.clear(np.array(page_ids))
-        return RequestState(
+        state = RequestState(
             new.prompt_token_ids,
             settings,
             sampling,
@@ -316,9 +321,12 @@ class DiffusionModelRunner:
             self.cache_config.block_size,
             self.num_layers,
             torch.Generator(self.device).manual_seed(seed % 2**63),
-            num_delivered=new.num_computed_tokens,
+            delivered=(new.prefill_token_ids or [])[len(new.prompt_token_ids) :],
             request_id=new.req_id,
         )
+        if (before := self.preempted.pop(new.req_id, None)) is not None:
+            state.follow(before)
+        return state
 
     def run_step(self, states: list[RequestState], steps: list[NextStep]) -> Commits | None:
         """Run a step of each request; return None if none has anything to commit."""
@@ -451,7 +459,7 @@ class DiffusionModelRunner:
     @staticmethod
     def _report(states: list[RequestState], output: DiffusionRunnerOutput) -> None:
         """Report to the scheduler the tokens that became final and each request's progress."""
-        logprobs: list[list[tuple[np.ndarray, np.ndarray, int]]] = []
+        logprobs: list[list[Entry]] = []
         for index, (request_id, state) in enumerate(zip(output.req_ids, states, strict=True)):
             output.sampled_token_ids[index], own = state.take_final()
             logprobs.append(own)
@@ -460,7 +468,7 @@ class DiffusionModelRunner:
                 num_new = len(output.sampled_token_ids[index])
                 output.traces[request_id] = state.trace.take(num_new)
         if any(logprobs):
-            output.logprobs = _logprobs_lists(output.sampled_token_ids, logprobs)
+            output.logprobs = logprobs_lists(logprobs)
 
 
 def _count_step(state: RequestState, step: NextStep, counts: StepCounts) -> None:
@@ -476,25 +484,3 @@ def _count_step(state: RequestState, step: NextStep, counts: StepCounts) -> None
             num_kept = int(sequence.num_kept.max())
             counts.kept += num_kept
             counts.evicted += num_candidates - num_kept
-
-
-def _logprobs_lists(
-    tokens: list[list[int]], entries: list[list[tuple[np.ndarray, np.ndarray, int]]]
-) -> LogprobsLists:
-    """Lay out log-probabilities as vLLM does: one row per token, all of the same width.
-
-    A shorter row is padded with its own token, which vLLM's dictionaries hold only once.
-    """
-    width = max(len(entry[0]) for own in entries for entry in own)
-    ends = np.cumsum([len(own) for own in tokens])
-    token_ids = np.zeros((ends[-1], width), dtype=np.int32)
-    values = np.full((ends[-1], width), -np.inf, dtype=np.float32)
-    ranks = np.zeros(ends[-1], dtype=np.int32)
-    starts = [0, *ends.tolist()]
-    for start, own in zip(starts, entries, strict=False):
-        for row, (ids, logprobs, rank) in enumerate(own, start):
-            token_ids[row], values[row] = ids[0], logprobs[0]
-            token_ids[row, : len(ids)] = ids
-            values[row, : len(ids)] = logprobs
-            ranks[row] = rank
-    return LogprobsLists(token_ids, values, ranks, starts)

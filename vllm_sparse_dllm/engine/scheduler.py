@@ -16,7 +16,7 @@ run.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vllm.logger import init_logger
@@ -36,9 +36,10 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_sparse_dllm.cache.block_manager import SparseBlockManager
 from vllm_sparse_dllm.cache.policies import POLICIES, Progress, StepKind, step_tokens
 from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.engine.course import Course
 from vllm_sparse_dllm.engine.figures import FIGURES, TOLD_CAUSES, EngineFigures
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput, DiffusionSchedulerOutput, Failure
-from vllm_sparse_dllm.engine.structured_output import AllowedTokens
+from vllm_sparse_dllm.engine.structured_output import AllowedTokens, has_grammar
 from vllm_sparse_dllm.engine.trace import TRACE
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import DecodingSettings, EngineSettings, request_settings
@@ -136,7 +137,7 @@ class DiffusionScheduler(Scheduler):
             canvas,
             policy.num_pages(canvas, settings, page_size),
             policy.peak_pages(canvas, settings, page_size),
-            Progress(self._first_block(canvas, settings)),
+            self._start(request, canvas, settings),
         )
         if tracked.peak_pages > self.block_manager.num_pages:
             self._too_large[request.request_id] = Failure(
@@ -147,14 +148,12 @@ class DiffusionScheduler(Scheduler):
             )
         super().add_request(request)
 
-    def _first_block(self, canvas: Canvas, settings: DecodingSettings) -> int:
-        """Return the first block that has masks; the last one if none has."""
-        given = settings.canvas or ()
-        num_fixed = next(
-            (i for i, token_id in enumerate(given) if token_id == self.traits.mask_token_id),
-            len(given),
-        )
-        return min(num_fixed // canvas.block_length, canvas.num_blocks - 1)
+    def _start(self, request: Request, canvas: Canvas, settings: DecodingSettings) -> Progress:
+        """Return where a request starts or restarts; in its last block if no block has masks."""
+        assert request.sampling_params is not None
+        left_to_right = has_grammar(request.sampling_params)
+        start = Course(canvas, settings, self.traits, left_to_right, request.output_token_ids).start
+        return replace(start, block=min(start.block, canvas.num_blocks - 1))
 
     def schedule(self, throttle_prefills: bool = False) -> SchedulerOutput:
         self.current_step += 1
@@ -194,6 +193,9 @@ class DiffusionScheduler(Scheduler):
                     scheduled.append(request)
                 num_tokens[request.request_id] = cost
                 budget -= cost
+            if self._pause_state == PauseState.UNPAUSED:
+                for request in tuple(self.deferred_waiting):
+                    self._is_ready(request)
             waits_for = "max_num_seqs"
             while (head := self._waiting_head()) is not None:
                 cost = self.tracked[head.request_id].cost
@@ -206,8 +208,10 @@ class DiffusionScheduler(Scheduler):
                 admitted.append(new)
                 num_tokens[head.request_id] = cost
                 budget -= cost
-            if num_tokens and self.waiting and self._pause_state == PauseState.UNPAUSED:
-                self.figures.queue(waits_for, len(self.waiting))
+            if num_tokens and self._pause_state == PauseState.UNPAUSED:
+                num_compiling = len(self.deferred_waiting)
+                self.figures.queue("grammar", num_compiling)
+                self.figures.queue(waits_for, len(self.waiting) - num_compiling)
 
         for request_id in num_tokens:
             self.tracked[request_id].last_served = self.current_step
@@ -322,10 +326,9 @@ class DiffusionScheduler(Scheduler):
             request.record_event(EngineCoreEventType.SCHEDULED, now)
         request.status = RequestStatus.RUNNING
         self.running.append(request)
-        new = NewRequestData.from_request(request, (pages,))
-        # Tokens delivered before a preemption are computed again, but not delivered again.
-        new.num_computed_tokens = request.num_output_tokens
-        return new
+        # A restarted request goes on from what it delivered before the preemption.
+        given = list(request.all_token_ids) if request.num_output_tokens else None
+        return NewRequestData.from_request(request, (pages,), prefill_token_ids=given)
 
     def _update_after_schedule(self, scheduler_output: SchedulerOutput) -> None:
         # A step's tokens are not a prefix that stays computed, so vLLM's counter of computed
@@ -355,8 +358,11 @@ class DiffusionScheduler(Scheduler):
             failed |= model_runner_output.failed
             traces = model_runner_output.traces
             self.figures.steps.add(model_runner_output.counts)
-            elapsed = time.monotonic() - self._scheduled_at
-            self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
+            counts = model_runner_output.counts
+            if counts.full_passes or counts.block_steps:
+                # A step that ran nothing, as after an abort while paused, says nothing of others.
+                elapsed = time.monotonic() - self._scheduled_at
+                self._step_seconds = max(1e-6, elapsed / model_runner_output.num_steps)
             for request_id, progress in model_runner_output.progress.items():
                 tracked = self.tracked.get(request_id)
                 if tracked is not None:
@@ -427,10 +433,10 @@ class DiffusionScheduler(Scheduler):
     def _preempt_request(
         self, request: Request, timestamp: float, drop_stale_output: bool = False
     ) -> None:
-        # vLLM preempts only to reset its caches; the request starts over.
+        # vLLM preempts only to reset its caches.
         tracked = self.tracked[request.request_id]
-        first = self._first_block(tracked.canvas, tracked.settings)
-        tracked.progress, tracked.last_served = Progress(first), -1
+        tracked.progress = self._start(request, tracked.canvas, tracked.settings)
+        tracked.last_served = -1
         super()._preempt_request(request, timestamp, drop_stale_output)
 
     def _free_blocks(self, request: Request) -> None:

@@ -25,16 +25,15 @@ class CommitTrace:
     Args:
         response_length: Tokens of the response.
         with_kept: Whether to record which positions each layer kept.
-        num_delivered: Tokens that were delivered, with their trace, before a preemption.
 
     Attributes:
         num_passes: Forward passes that were run.
     """
 
-    def __init__(self, response_length: int, with_kept: bool, num_delivered: int = 0) -> None:
+    def __init__(self, response_length: int, with_kept: bool) -> None:
         self.num_passes = 0
         self.with_kept = with_kept
-        self._num_taken = num_delivered
+        self._num_taken = 0
         self._steps = np.full(response_length, -1, dtype=np.int64)
         self._confidences = np.ones(response_length)
         self._refreshes: list[tuple[int, str, Span, list[np.ndarray]]] = []
@@ -87,9 +86,7 @@ def merge(trace: dict[str, Any], part: dict[str, Any]) -> None:
     trace.setdefault("steps", []).extend(part["steps"])
     trace.setdefault("confidences", []).extend(part["confidences"])
     if "refreshes" in part:
-        # After a preemption a request is run again, identically, and reports refreshes again.
-        known = {refresh["step"] for refresh in trace.setdefault("refreshes", [])}
-        trace["refreshes"] += [r for r in part["refreshes"] if r["step"] not in known]
+        trace.setdefault("refreshes", []).extend(part["refreshes"])
 
 
 def finish(trace: dict[str, Any], num_tokens: int) -> None:

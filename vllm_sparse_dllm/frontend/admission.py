@@ -27,7 +27,14 @@ from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.config import DiffusionModelConfig, pages_of_an_engine
 from vllm_sparse_dllm.engine.constraints import check_constraints
 from vllm_sparse_dllm.engine.structured_output import check_structured_output
-from vllm_sparse_dllm.frontend import failures, metrics, server, structural_tag, traces
+from vllm_sparse_dllm.frontend import (
+    failures,
+    logprobs,
+    metrics,
+    server,
+    structural_tag,
+    traces,
+)
 from vllm_sparse_dllm.frontend.wrapping import wrap
 from vllm_sparse_dllm.models.configs import model_traits
 from vllm_sparse_dllm.settings import REQUEST_PREFIX, EngineSettings, request_settings
@@ -98,6 +105,22 @@ def _check_transport(given: msgspec.Struct) -> None:
                 parameter=name,
                 value=reprlib.repr(value),
             )
+
+
+def _check_seeds(sampling: SamplingParams) -> None:
+    """Refuse a seed from which the last of ``n`` samples would get one beyond 64 bits.
+
+    Raises:
+        RequestError: Naming the seed, its value and what is allowed.
+    """
+    largest = 2**64 - sampling.n
+    if sampling.seed is not None and sampling.seed > largest:
+        raise RequestError(
+            f"seed must be at most 2**64 - n = {largest} with n={sampling.n}, whose samples have "
+            f"the seeds seed, seed + 1, ..., got {sampling.seed}",
+            parameter="seed",
+            value=sampling.seed,
+        )
 
 
 def _fits_message(value: Any) -> bool:
@@ -251,6 +274,7 @@ def _wrap_init() -> None:
             metrics.install()
             # Both wrap the same function: the trace is taken out before a failure is refused.
             traces.install()
+            logprobs.install()
             failures.install()
             server.install()
             _keep_unknown_fields()
@@ -286,6 +310,7 @@ def _wrap_process_inputs() -> None:
         if isinstance(params, SamplingParams):
             with _refusals(self.vllm_config):
                 _check_transport(params)
+                _check_seeds(params)
                 given = structural_tag.write_out(
                     params, self.structured_outputs_config, self.tokenizer
                 )
