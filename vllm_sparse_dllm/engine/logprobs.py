@@ -2,8 +2,8 @@
 """Log-probabilities on their way to vLLM's front end.
 
 vLLM carries the log-probabilities of a step in arrays, all rows of one width. A fixed token has no
-alternatives, so its row is shorter: it is padded with NaN, which no log-probability is, and the front
-end (`frontend/logprobs.py`) cuts it there.
+alternatives, so its row is shorter: it is padded with NaN, which no log-probability is, and the
+front end (`frontend/logprobs.py`) cuts it there.
 """
 
 from __future__ import annotations
