@@ -847,6 +847,10 @@ def test_dream_chats(dream_with_tokenizer: Path) -> None:
         ),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls"),
+        ({"watermark": 0.1}, r"watermark must be 0\.0 .* got 0\.1: an admitted request"),
+        ({"long_prefill_token_threshold": 64}, "long_prefill_token_threshold must be 0 "),
+        ({"prefill_schedule_interval": 4}, "prefill_schedule_interval must be 1 "),
+        ({"scheduler_reserve_full_isl": False}, "scheduler_reserve_full_isl must be True "),
         (
             {
                 "kv_transfer_config": {
@@ -870,6 +874,26 @@ def test_defaults_need_no_flag(llada: Path) -> None:
     assert config.scheduler_config.scheduler_cls.endswith("DiffusionScheduler")
     assert "vllm_sparse_dllm" in config.parallel_config.worker_cls
     assert not config.scheduler_config.enable_chunked_prefill
+    assert not config.scheduler_config.async_scheduling
+    assert not config.cache_config.enable_prefix_caching
+
+
+def test_options_that_are_switched_off_are_named(
+    llada: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where vLLM's defaults have them off; they are in many templates, so they are no error."""
+    warnings: list[str] = []
+    monkeypatch.setattr(
+        "vllm_sparse_dllm.engine.config.logger.warning",
+        lambda message, *args: warnings.append(message % args),
+    )
+    config_of(llada, max_model_len=512, async_scheduling=False)
+    config_of(llada, max_model_len=512, enable_prefix_caching=True)
+    assert not warnings
+    options = {"async_scheduling": True, "prefix_caching_hash_algo": "sha256_cbor"}
+    config = config_of(llada, max_model_len=512, **options)
+    [warning] = warnings
+    assert warning.endswith("async_scheduling=True, prefix_caching_hash_algo='sha256_cbor'")
     assert not config.scheduler_config.async_scheduling
     assert not config.cache_config.enable_prefix_caching
 

@@ -37,6 +37,9 @@ _CPU_PAGE_SIZE = 32
 _REASONS = {
     "kv_cache_dtype": "; a checkpoint may ask for it, and --kv-cache-dtype overrides that",
     "pipeline_parallel_size": ": a step needs the tokens of the last one, so stages would idle",
+    "watermark": ": an admitted request never lacks pages",
+    "long_prefill_token_threshold": ": a full pass cannot be cut",
+    "scheduler_reserve_full_isl": ": a request is admitted with all its pages",
 }
 #: Bytes that vLLM's own processes take before the pool is allocated, with some margin.
 _MEMORY_OF_PROCESSES = 2 << 30
@@ -88,6 +91,7 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         check_config(model_config.hf_config)
         settings = EngineSettings.from_additional_config(vllm_config.additional_config)
         _refuse(vllm_config)
+        _warn_of_switched_off(vllm_config)
         _check_tensor_parallel(vllm_config)
         _check_attention_backend(vllm_config, settings.attention_backend)
 
@@ -147,7 +151,7 @@ def _refuse(vllm_config: VllmConfig) -> None:
         vllm_config.cache_config,
         vllm_config.parallel_config,
     )
-    attention = vllm_config.attention_config
+    attention, scheduler = vllm_config.attention_config, vllm_config.scheduler_config
     assert isinstance(model.dtype, torch.dtype)
     dtype = dtype_name(model.dtype)
     options: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
@@ -168,7 +172,11 @@ def _refuse(vllm_config: VllmConfig) -> None:
         ("watermark_config", getattr(vllm_config, "watermark_config", None), (None,)),
         ("attention_config.backend_per_kind", attention.backend_per_kind, ({},)),
         ("attention_config.flash_attn_version", attention.flash_attn_version, (None,)),
-        ("scheduler_cls", vllm_config.scheduler_config.scheduler_cls, (None, _SCHEDULER)),
+        ("scheduler_cls", scheduler.scheduler_cls, (None, _SCHEDULER)),
+        ("watermark", scheduler.watermark, (0.0,)),
+        ("long_prefill_token_threshold", scheduler.long_prefill_token_threshold, (0,)),
+        ("prefill_schedule_interval", scheduler.prefill_schedule_interval, (1,)),
+        ("scheduler_reserve_full_isl", scheduler.scheduler_reserve_full_isl, (True,)),
     )
     for name, value, allowed in options:
         if value not in allowed:
@@ -177,6 +185,28 @@ def _refuse(vllm_config: VllmConfig) -> None:
             raise ValueError(
                 f"{name} must be {choices} for diffusion models, got {_shown(value)}{why}"
             )
+
+
+def _warn_of_switched_off(vllm_config: VllmConfig) -> None:
+    """Log the options that were set for what diffusion models switch off.
+
+    Chunked prefill and prefix caching themselves are on by default, so it is not known whether
+    they were set.
+    """
+    scheduler, cache = vllm_config.scheduler_config, vllm_config.cache_config
+    options: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        ("async_scheduling", scheduler.async_scheduling, (None, False)),
+        ("prefix_match_unit", cache.prefix_match_unit, (None,)),
+        ("prefix_caching_hash_algo", cache.prefix_caching_hash_algo, ("sha256",)),
+        ("prefix_cache_retention_interval", cache.prefix_cache_retention_interval, (0,)),
+    )
+    given = [f"{name}={value!r}" for name, value, neutral in options if value not in neutral]
+    if given:
+        logger.warning(
+            "Diffusion models have no async scheduling and no prefix caching, so these have no "
+            "effect: %s",
+            ", ".join(given),
+        )
 
 
 def _check_tensor_parallel(vllm_config: VllmConfig) -> None:
