@@ -7,7 +7,8 @@ import pytest
 import torch
 from vllm.config import CompilationConfig, VllmConfig, set_current_vllm_config
 
-from vllm_sparse_dllm.models.layers import DecoderShape, Rotary
+from vllm_sparse_dllm.models.layers import Rotary
+from vllm_sparse_dllm.models.shape import DecoderShape
 
 HEAD, HEADS, KV_HEADS, THETA = 32, 4, 2, 10_000.0
 

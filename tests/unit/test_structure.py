@@ -104,6 +104,8 @@ WALLS: dict[str, tuple[str, ...]] = {
     "models/llada.py": own("cache", "engine", "denoise"),
     "models/dream.py": own("cache", "engine", "denoise"),
     "models/layers.py": own("cache", "engine", "denoise"),
+    "models/loading.py": own("attention", "cache", "engine", "denoise"),
+    "models/shape.py": ("torch", "vllm", *own("attention", "cache", "engine", "denoise")),
     # Scheduling decisions, which need no tensors, attention or rules.
     "engine/scheduler.py": (
         "torch",

@@ -7,7 +7,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_sparse_dllm.models.configs import DreamConfig, check_dream_config
-from vllm_sparse_dllm.models.layers import DecoderShape, DiffusionDecoder
+from vllm_sparse_dllm.models.layers import DiffusionDecoder
+from vllm_sparse_dllm.models.shape import DecoderShape
 
 
 class DreamModel(DiffusionDecoder):

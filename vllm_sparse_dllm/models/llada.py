@@ -9,7 +9,8 @@ from vllm.config import VllmConfig
 from vllm.model_executor.models.utils import WeightsMapper
 
 from vllm_sparse_dllm.models.configs import LLaDAConfig, check_llada_config
-from vllm_sparse_dllm.models.layers import DecoderShape, DiffusionDecoder
+from vllm_sparse_dllm.models.layers import DiffusionDecoder
+from vllm_sparse_dllm.models.shape import DecoderShape
 
 _NAMES = {
     # Quantisers leave out `lm_head` by default; LLaDA has none, so that its head is quantised.
