@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -50,10 +51,19 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByServer(config, log) if config.option.dist == "loadfile" else None
 
 
+@contextmanager
+def on_all_cores() -> Iterator[None]:
+    """Let processes that are started inside use all of the machine's cores."""
+    own = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, ALL_CORES)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, own)
+
+
 @pytest.fixture(scope="module")
 def all_cores() -> Iterator[None]:
     """Let processes that a module's tests start use all of the machine's cores."""
-    own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, ALL_CORES)
-    yield
-    os.sched_setaffinity(0, own)
+    with on_all_cores():
+        yield

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from contextlib import ExitStack
 
 import pytest
 
-from tests.conftest import ALL_CORES
+from tests.conftest import on_all_cores
 from tests.e2e.server import Server, running_server, tiny_llada
 
 #: Allows requests from pages that were opened from a file.
@@ -23,9 +23,9 @@ def default_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
     Tests must leave it idle, and must not rely on its counters being zero. It is stopped with
     SIGTERM.
     """
-    own = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, ALL_CORES)
     log = tmp_path_factory.mktemp("server") / "server.log"
-    with running_server(log, tiny_llada(), *NAMES, *ALLOW_FILES) as started:
-        os.sched_setaffinity(0, own)
+    with ExitStack() as stack:
+        with on_all_cores():
+            server = running_server(log, tiny_llada(), *NAMES, *ALLOW_FILES)
+            started = stack.enter_context(server)
         yield started

@@ -11,8 +11,6 @@ import torch
 from vllm.sampling_params import SamplingParams
 
 from vllm_sparse_dllm.cache.policies import (
-    POLICIES,
-    CachePolicy,
     Progress,
     Span,
     StepKind,
@@ -169,11 +167,10 @@ class RequestState:
         self.sampling = sampling
         self.traits = traits
         self.generator = generator
-        self.policy: CachePolicy = POLICIES[settings.cache_policy]
         self.canvas = Canvas(len(prompt), sampling.max_tokens, settings.block_length)
         self.left_to_right = has_grammar(sampling)
         self.course = Course(self.canvas, settings, traits, self.left_to_right, delivered)
-        self.rule = self.course.rule
+        self.policy, self.rule = self.course.policy, self.course.rule
         self.page_size = page_size
 
         mask = traits.mask_token_id
