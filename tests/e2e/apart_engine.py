@@ -31,6 +31,7 @@ from tests.e2e.cases import (
 )
 from tests.e2e.pretended.apart import CUDA, Apart, Captured, apart, move
 from tests.engines import generate, pool_is_whole, running_engine
+from tests.interpreter import patch_language_once
 from tests.reference import load, write_checkpoint
 from tests.reference.checkpoints import special_ids
 from vllm_sparse_dllm.engine import runner as runner_module
@@ -97,6 +98,7 @@ def kinds(noted: list[str]) -> dict[str, int]:
 
 
 def main(folder: Path, backend: str) -> int:
+    patch_language_once()
     # Few logits at a time, so that rows are split, and profiling in the interpreter takes seconds.
     runner_module._MAX_LOGITS = 1 << 13
     different = asked = 0

@@ -16,6 +16,7 @@ from typing import Any
 from tests.e2e import recorded
 from tests.e2e.cases import Case
 from tests.engines import generate, running_engine
+from tests.interpreter import patch_language_once
 from tests.reference import load, write_checkpoint
 from vllm_sparse_dllm.engine import graphs
 from vllm_sparse_dllm.transfer import HostArrays
@@ -56,6 +57,7 @@ def capture(runner: Any, replayed: set[int]) -> None:
 
 
 def main(folder: Path) -> int:
+    patch_language_once()
     different = 0
     for model, sizes in CHECKPOINTS.items():
         path = write_checkpoint(folder / model, model, vocab=VOCAB, seed=7, **sizes)

@@ -8,12 +8,11 @@ with options named as in an HTTP request; OUT gets a list of the completions of 
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from tests.e2e.server import CACHE_BYTES, ROOT, clean_environment, tiny_llada
+from tests.e2e.server import CACHE_BYTES, run_warm, tiny_llada
 
 
 def split(options: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -26,17 +25,12 @@ def answer_all(requests: list[dict[str, Any]], folder: Path) -> list[list[dict[s
     """Run the program on requests, in a process of its own."""
     given, found = folder / "requests.json", folder / "answers.json"
     given.write_text(json.dumps(requests))
-    command = [sys.executable, "-m", "tests.e2e.offline", str(given), str(found)]
-    result = subprocess.run(
-        command,
-        # A single process imports vLLM only once; the server covers the multi-process engine.
-        env=clean_environment(VLLM_ENABLE_V1_MULTIPROCESSING="0"),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
+    # In a single process; the server covers the multi-process engine.
+    run_warm(
+        ["-m", "tests.e2e.offline", str(given), str(found)],
+        folder / "offline.log",
+        VLLM_ENABLE_V1_MULTIPROCESSING="0",
     )
-    assert result.returncode == 0, result.stderr[-4000:]
     return json.loads(found.read_text())
 
 

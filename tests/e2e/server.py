@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``vllm serve`` as users start it: a process of its own, with vLLM's multi-process engine."""
+"""``vllm serve`` with vLLM's multi-process engine, and other programs in processes of their own."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import psutil
+
+from tests.warm import WarmProgram
 
 ROOT = Path(__file__).parents[2]
 CACHE_BYTES = 64 << 20
@@ -65,9 +68,26 @@ def run_program(
     return done.stdout
 
 
-def serve_command(model: str | Path) -> list[str]:
-    """Return ``vllm serve MODEL``."""
-    return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", str(model)]
+def run_warm(arguments: list[str], output: Path, timeout: float = 900, **environment: str) -> str:
+    """Run ``python ARGUMENTS`` as `run_program` does, without the time for importing vLLM.
+
+    Args:
+        arguments: The arguments of Python.
+        output: File for the program's standard output and standard error.
+        timeout: Seconds that it may take.
+        **environment: Variables in addition to those of `clean_environment`.
+
+    Returns:
+        The content of ``output``.
+    """
+    given = clean_environment(**environment)
+    program = WarmProgram(arguments, output=output, environment=given, folder=ROOT)
+    try:
+        status = program.wait(timeout)
+    finally:
+        program.kill()
+    assert status == 0, output.read_text()[-6000:]
+    return output.read_text()
 
 
 def poll(condition: Callable[[], Any], what: str) -> Any:
@@ -99,7 +119,9 @@ class Server:
         log: File with all that the server prints.
     """
 
-    def __init__(self, process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes] | WarmProgram, port: int, log: Path
+    ) -> None:
         self.process = process
         self.log = log
         self.client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=120)
@@ -136,6 +158,12 @@ class Server:
                 response.read()
                 raise AssertionError(response.text)
             yield events(response)
+
+    def processes(self) -> list[psutil.Process]:
+        """Return the processes that the server has started."""
+        if isinstance(self.process, WarmProgram):
+            return self.process.processes()
+        return psutil.Process(self.process.pid).children(recursive=True)
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of those of a metric's series that have the labels."""
@@ -176,30 +204,53 @@ def events(response: httpx.Response) -> Iterator[dict[str, Any]]:
     raise AssertionError("the stream ended without [DONE]")
 
 
-def launch(log: Path, port: int, model: str | Path, *options: str, **environment: str) -> Server:
-    """Start a server in float32, without waiting for it."""
-    command = [
-        *serve_command(model),
+def launch(
+    log: Path,
+    port: int,
+    model: str | Path,
+    *options: str,
+    cold: bool = False,
+    **environment: str,
+) -> Server:
+    """Start a server in float32, without waiting for it.
+
+    Args:
+        log: File for the server's output.
+        port: The port to listen on.
+        model: The checkpoint.
+        *options: More options of ``vllm serve``.
+        cold: Start a new process, parent of the server's other ones, instead of a warm program.
+            Needed if its environment affects imports.
+        **environment: Variables in addition to those of `clean_environment`.
+    """
+    arguments = [
+        *("-m", "vllm.entrypoints.cli.main", "serve", str(model)),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--served-model-name", "tiny"),
         *("--dtype", "float32"),
         *("--kv-cache-memory-bytes", str(CACHE_BYTES)),
         *options,
     ]
+    given = clean_environment(**environment)
+    if not cold:
+        warm = WarmProgram(arguments, output=log, environment=given, folder=ROOT)
+        return Server(warm, port, log)
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command,
+            [sys.executable, *arguments],
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=clean_environment(**environment),
+            env=given,
             cwd=ROOT,
         )
     return Server(process, port, log)
 
 
-def start(log: Path, model: str | Path, *options: str, **environment: str) -> Server:
-    """Start a server in float32 and wait until it answers."""
-    server = launch(log, free_port(), model, *options, **environment)
+def start(
+    log: Path, model: str | Path, *options: str, cold: bool = False, **environment: str
+) -> Server:
+    """Start a server as `launch` does and wait until it answers."""
+    server = launch(log, free_port(), model, *options, cold=cold, **environment)
     try:
         poll(server.healthy, "the server to answer")
     except BaseException:
@@ -210,7 +261,7 @@ def start(log: Path, model: str | Path, *options: str, **environment: str) -> Se
 
 @contextmanager
 def running_server(log: Path, model: str | Path, *options: str) -> Iterator[Server]:
-    """Run a server in float32; stopped at the end, it must exit with status 0."""
+    """Run a warm server in float32; stopped at the end, it must exit with status 0."""
     server = start(log, model, *options)
     try:
         yield server

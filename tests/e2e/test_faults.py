@@ -292,7 +292,7 @@ def check_errors(server: Server, kill: Callable[[], Any]) -> None:
 
 def check_death(server: Server, kill: Callable[[], Any]) -> None:
     """Check that running requests get an error, and that the server ends with an error status."""
-    processes = psutil.Process(server.process.pid).children(recursive=True)
+    processes = server.processes()
     check_errors(server, kill)
     assert server.process.wait(timeout=300) not in (0, None)
     assert re.search("engine.* died", server.log.read_text(), re.IGNORECASE)
@@ -301,8 +301,7 @@ def check_death(server: Server, kill: Callable[[], Any]) -> None:
 
 def process_of(server: Server, name: str) -> psutil.Process:
     """Return the only process of a server whose command line contains a name."""
-    children = psutil.Process(server.process.pid).children(recursive=True)
-    [process] = [child for child in children if name in "".join(child.cmdline())]
+    [process] = [own for own in server.processes() if name in "".join(own.cmdline())]
     return process
 
 
@@ -319,7 +318,8 @@ def test_an_exception_inside_a_step_ends_the_server(server: Server) -> None:
 def test_a_killed_process_ends_the_server(
     tmp_path: Path, victim: str, options: tuple[str, ...]
 ) -> None:
-    server = start(tmp_path / "server.log", tiny_llada(), *options)
+    # One of them as users start it, where the processes are the server's children.
+    server = start(tmp_path / "server.log", tiny_llada(), *options, cold=victim == "Worker")
     try:
         check_death(server, process_of(server, victim).kill)
     finally:

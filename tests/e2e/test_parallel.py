@@ -42,6 +42,7 @@ from tests.e2e.server import (
     free_port,
     poll,
     run_program,
+    run_warm,
     tiny_llada,
 )
 from tests.e2e.test_readme import PARALLEL, RAY, Block
@@ -76,11 +77,12 @@ class _Results(dict[str, Result]):
 
     def __missing__(self, name: str) -> Result:
         backend = LAYOUTS[name].backend
-        more = {RAY_ON_CPU: "1"} if backend == "ray" else {}
-        run_program(
-            [sys.executable, "-m", "tests.e2e.parallel", backend, str(self.folder)],
-            environment=clean_environment(**more),
-        )
+        arguments = ["-m", "tests.e2e.parallel", backend, str(self.folder)]
+        if backend == "ray":
+            environment = clean_environment(**{RAY_ON_CPU: "1"})
+            run_program([sys.executable, *arguments], environment=environment)
+        else:
+            run_warm(arguments, self.folder / "log")
         found = json.loads((self.folder / f"{backend}.json").read_text())
         self.update({layout: Result(**result) for layout, result in found.items()})
         return self[name]

@@ -9,8 +9,6 @@ import json
 import os
 import pickle
 import shutil
-import subprocess
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.e2e.server import ROOT, clean_environment, tiny_llada
+from tests.e2e.server import run_warm, tiny_llada
 from tests.engines import generate, running_engine, sampling, scheduler_of
 from tests.reference import generate as reference
 from tests.reference import load, write_checkpoint
@@ -65,22 +63,10 @@ def edit_config(model: Path, **fields: Any) -> None:
     path.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
 
 
-def run_python(code: str, *args: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a process of its own; an error shows in its exit status only."""
-    return subprocess.run(
-        [sys.executable, "-c", code, *args],
-        env=clean_environment(**environment),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
-
-
 # (a) and (b): the plugin is not loaded, or runs beside other models.
 
 
-def test_plugin_stays_out_when_not_listed() -> None:
+def test_plugin_stays_out_when_not_listed(tmp_path: Path) -> None:
     """Without the plugin, vLLM and transformers do not know the model, and say so."""
     code = """
 import sys
@@ -91,9 +77,9 @@ except Exception as error:
     print(error)
 assert "vllm_sparse_dllm" not in sys.modules
 """
-    result = run_python(code, str(tiny_llada()), VLLM_PLUGINS="none_such")
-    assert result.returncode == 0, result.stderr[-2000:]
-    assert "llada" in result.stdout and "does not recognize" in result.stdout
+    program = ["-c", code, str(tiny_llada())]
+    output = run_warm(program, tmp_path / "output", VLLM_PLUGINS="none_such")
+    assert "llada" in output and "does not recognize" in output
 
 
 @pytest.fixture(scope="module")
@@ -133,15 +119,15 @@ assert "vllm_sparse_dllm.plugin" not in sys.modules
 """
 
 
-def test_ordinary_models_are_untouched(ordinary: Path, llada: Path) -> None:
+def test_ordinary_models_are_untouched(ordinary: Path, llada: Path, tmp_path: Path) -> None:
     """An ordinary model, a diffusion model and the ordinary one again, in one process.
 
     The ordinary one gives the tokens, and has the defaults, of a vLLM without the plugin.
     """
-    arguments = (str(ordinary), json.dumps(ORDINARY), json.dumps(PROMPTS))
-    result = run_python(_ORDINARY_PROGRAM, *arguments, VLLM_PLUGINS="none_such")
-    assert result.returncode == 0, result.stderr[-4000:]
-    without = json.loads(result.stdout.splitlines()[-1])
+    program = ["-c", _ORDINARY_PROGRAM, str(ordinary), json.dumps(ORDINARY), json.dumps(PROMPTS)]
+    output = run_warm(program, tmp_path / "output", VLLM_PLUGINS="none_such")
+    (line,) = [line for line in output.splitlines() if line.startswith('{"tokens"')]
+    without = json.loads(line)
     assert (without["temperature"], without["max_tokens"]) == (1.0, 16)
 
     def with_plugin() -> dict[str, Any]:

@@ -5,13 +5,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.e2e.server import ROOT, run_program
+from tests.e2e.server import ROOT, run_warm
 from tests.scripts import EXAMPLES, load
 from vllm_sparse_dllm.cache.saliency import SALIENCIES
 
@@ -30,8 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the folder with the report of a run, and the documentation page that it updated."""
     folder = tmp_path_factory.mktemp("quality")
     (folder / "page.md").write_text(PAGE.read_text(encoding="utf-8"), encoding="utf-8")
-    command = [sys.executable, str(FOLDER / "run.py"), "--quick", "--output", str(folder)]
-    run_program([*command, "--page", str(folder / "page.md")])
+    arguments = [str(FOLDER / "run.py"), "--quick", "--output", str(folder)]
+    run_warm([*arguments, "--page", str(folder / "page.md")], folder / "log")
     return folder
 
 
@@ -195,12 +194,12 @@ def test_items_know_their_parts(task: str) -> None:
         assert {item.prompt[p] for p in item.pivots} >= set(item.answer)
 
 
-def run_code(code: str) -> str:
-    """Run code that can import the scripts, in a process of its own."""
-    return run_program([sys.executable, "-c", f"import sys\nsys.path[0] = {str(FOLDER)!r}\n{code}"])
+def run_code(code: str, output: Path) -> str:
+    """Run code that can import the scripts, in a process of its own; return what it prints."""
+    return run_warm(["-c", f"import sys\nsys.path[0] = {str(FOLDER)!r}\n{code}"], output)
 
 
-def test_bad_arguments() -> None:
+def test_bad_arguments(tmp_path: Path) -> None:
     """Each bad argument is reported before an engine starts."""
     cases = {
         "run": {
@@ -232,7 +231,8 @@ def test_bad_arguments() -> None:
             f"for line in {list(lines)!r}:\n"
             f"    try:\n        {script}.parse_arguments(line.split())\n"
             "    except SystemExit as end:\n        assert end.code == 2, line\n"
-            "    else:\n        raise AssertionError(line)\n"
+            "    else:\n        raise AssertionError(line)\n",
+            tmp_path / script,
         )
         errors = [line for line in output.splitlines() if " error: " in line]
         assert len(errors) == len(lines), output
@@ -240,12 +240,13 @@ def test_bad_arguments() -> None:
             assert message in error
 
 
-def test_engines_start_without_the_controls() -> None:
+def test_engines_start_without_the_controls(tmp_path: Path) -> None:
     """Engines on a GPU run all saliencies at start, and controls would not know the prompts."""
     output = run_code(
         "import run\n"
         "def start(*_):\n    print('saliencies:', *run.SALIENCIES)\n    sys.exit(0)\n"
         "run.start_engine = start\n"
-        "run.main(['--quick', '--sweeps', 'keep'])\n"
+        "run.main(['--quick', '--sweeps', 'keep'])\n",
+        tmp_path / "output",
     )
     assert f"saliencies: {' '.join(SALIENCIES)}\n" in output

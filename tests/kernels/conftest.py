@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import settings
 
+from tests.interpreter import patch_language_once
 from vllm_sparse_dllm.kernels import interpreted
 
 settings.register_profile("kernels", deadline=None, derandomize=True, max_examples=12)
@@ -20,6 +21,8 @@ if not interpreted() and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 else:
     settings.load_profile("kernels")
+if interpreted():
+    patch_language_once()
 
 
 @pytest.fixture(scope="session")

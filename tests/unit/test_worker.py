@@ -6,12 +6,12 @@ from __future__ import annotations
 import ast
 import inspect
 import socket
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
 from vllm.v1.worker.gpu_worker import Worker
 
+from tests.e2e.server import run_warm
 from vllm_sparse_dllm.engine.cpu_worker import shared_memory_name
 from vllm_sparse_dllm.engine.runner import DiffusionModelRunner
 from vllm_sparse_dllm.engine.worker import DiffusionGPUWorker
@@ -60,13 +60,10 @@ print("changed" if functions() != before else "the same")
 
 
 @pytest.mark.parametrize(("device", "found"), [("cuda", "the same"), ("cpu", "changed")])
-def test_the_gpu_worker_leaves_pytorch_alone(device: str, found: str) -> None:
+def test_the_gpu_worker_leaves_pytorch_alone(device: str, found: str, tmp_path: Path) -> None:
     """Importing vLLM's CPU worker replaces streams, events and memory figures by stand-ins."""
-    program = IMPORTED.replace("{device}", device)
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=True
-    )
-    assert done.stdout.split("\n")[-2] == found
+    output = run_warm(["-c", IMPORTED.replace("{device}", device)], tmp_path / "output")
+    assert output.split("\n")[-2] == found
 
 
 #: Attributes of a runner that vLLM's worker names, but never reads from the package's runner.
