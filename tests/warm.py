@@ -1,16 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Python programs that start within a second, although they import vLLM.
+"""Python programs that start within seconds, although they import vLLM.
 
 Importing vLLM takes most of a program's start, and ``vllm serve`` does it in three processes. Here
 the programs, and the processes that they spawn, are forks of Python's fork server, which has
-imported vLLM once. It has started no engine, threads or plugins, so what happens after the imports
-is as in a new process, with two differences: `LD_PRELOAD` has no effect, and the parent of all
-these processes is the fork server.
+imported vLLM once. It has loaded no plugins and started no engine, so what happens after the
+imports is as in a new process, but for this:
+
+- Variables that are read during the imports, or by the dynamic linker, have no effect; programs
+  that depend on one must be started as usual.
+- The fork server is the parent of all processes, and all have the same hash seed.
+- Processes end without the interpreter's finalisation, after their exit handlers.
+- Shared memory that a killed process leaves behind is released at the end of the test process.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import multiprocessing
@@ -20,6 +26,7 @@ import signal
 import subprocess
 import sys
 import types
+import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing import context, forkserver
 from pathlib import Path
@@ -29,7 +36,6 @@ import psutil
 
 #: What the fork server imports.
 _MODULES = (
-    "vllm.entrypoints.cli.main",
     "vllm.entrypoints.cli.serve",
     "vllm.entrypoints.llm",
     "vllm.entrypoints.openai.api_server",
@@ -39,21 +45,29 @@ _MODULES = (
 )
 #: The name under which the fork server imports this module in order to import `_MODULES`.
 _PRELOAD = "tests.warm_imports"
+#: Beginnings of the names of variables that are read during the imports.
+_READ_AT_IMPORT = ("TRITON_INTERPRET", "VLLM_LOGGING_", "VLLM_SPARSE_DLLM_RAY_ON_CPU")
 
+#: In the fork server and its forks: `sys.path` without a program's folder, and the variables that
+#: the imports have set.
+_path: list[str] = []
+_set_by_imports: dict[str, str] = {}
 #: The file for the output of this process, if it is warm, and of those that it starts.
 _output: str | None = None
 
 
 def preload() -> None:
     """Import vLLM. Called in the fork server only."""
+    before = dict(os.environ)
+    _path[:] = [place for place in sys.path if place]
     for name in _MODULES:
         importlib.import_module(name)
-    # It has to find the arguments of this process before a fork replaces the environment.
+    _set_by_imports.update(os.environ.items() - before.items())
+    # It must find this process's arguments before `_WarmProcess.run` replaces the environment.
     importlib.import_module("setproctitle").getproctitle()
     # Collections of garbage then skip what was imported, in every fork.
     gc.collect()
     gc.freeze()
-    vars(gc)["unfreeze"] = lambda: None
 
 
 class _WarmProcess(context.ForkServerProcess):
@@ -63,7 +77,7 @@ class _WarmProcess(context.ForkServerProcess):
         super().__init__(*args, **kwargs)
         self.output = _output
         self.environment: dict[str, str] | None = None
-        self.cores: set[int] | None = None
+        self.cores: set[int] = set()
 
     def start(self) -> None:
         if self.environment is None:
@@ -75,63 +89,75 @@ class _WarmProcess(context.ForkServerProcess):
         global _output
         _output = self.output
         assert self.output is not None and self.environment is not None
-        assert self.cores is not None
         with open(self.output, "ab") as out:
             os.dup2(out.fileno(), 1)
             os.dup2(out.fileno(), 2)
+        assert _PRELOAD in sys.modules, "the fork server could not import vLLM"
+        with open(_pids_beside(self.output), "a") as pids:
+            pids.write(f"{os.getpid()}\n")
         os.environ.clear()
-        os.environ.update(self.environment)
+        os.environ.update(_set_by_imports | self.environment)
         os.sched_setaffinity(0, self.cores)
         vars(context)["_concrete_contexts"]["spawn"] = _CONTEXT
+        multiprocessing.set_start_method("spawn", force=True)
         # Use this process's own fork server instead of starting another.
         vars(vars(forkserver)["_forkserver"])["ensure_running"] = lambda: None
+        if sys.version_info >= (3, 13):
+            # The fork server has removed its exit handlers; this one is registered only once.
+            atexit.register(weakref.finalize._exitfunc)
         _apply_to_imported(self.environment, self.cores)
         super().run()
 
+    def _bootstrap(self, *args: Any, **kwargs: Any) -> int:
+        status: int = super()._bootstrap(*args, **kwargs)  # type: ignore[misc]
+        # The interpreter's end, which `multiprocessing` leaves out of forks.
+        atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        return status
+
 
 def _apply_to_imported(environment: Mapping[str, str], cores: set[int]) -> None:
-    """Repeat what the interpreter and modules do with environment and cores as they start."""
+    """Repeat what modules do with environment and cores as they are imported."""
     import torch
     from prometheus_client import values
 
-    sys.path[:0] = [p for p in environment.get("PYTHONPATH", "").split(os.pathsep) if p]
-    if bound := environment.get("GOMP_CPU_AFFINITY"):
-        # OpenMP's library binds each thread to one of these, and this one to the first.
-        cores = {int(core) for core in bound.split()}
-        os.sched_setaffinity(0, cores)
-    torch.set_num_threads(len(cores))
+    torch.set_num_threads(int(environment.get("OMP_NUM_THREADS") or len(cores)))
     if "PROMETHEUS_MULTIPROC_DIR" in environment:
         values.ValueClass = values.get_value_class()
 
 
 class _WarmContext(context.ForkServerContext):
+    _name = "spawn"
     Process = _WarmProcess  # type: ignore[assignment]
 
 
 _CONTEXT = _WarmContext()
 
 
+def _pids_beside(output: str | Path) -> Path:
+    """Return the file with the numbers of a program's processes."""
+    return Path(f"{output}.pids")
+
+
 def _run(arguments: Sequence[str], folder: str) -> None:
-    """Be ``python ARGUMENTS``, run in a folder."""
+    """Do what ``python ARGUMENTS`` does in a folder."""
     os.chdir(folder)
+    multiprocessing.set_start_method(None, force=True)
     kind, *rest = arguments
-    try:
-        if kind == "-m":
-            sys.argv = [*rest]
-            sys.path.insert(0, folder)
-            runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
-        elif kind == "-c":
-            sys.argv = ["-c", *rest[1:]]
-            sys.path.insert(0, folder)
-            main = sys.modules["__main__"] = types.ModuleType("__main__")
-            exec(compile(rest[0], "<string>", "exec"), vars(main))
-        else:
-            sys.argv = [*arguments]
-            sys.path.insert(0, str(Path(kind).parent.absolute()))
-            runpy.run_path(kind, run_name="__main__")
-    finally:
-        # As at an interpreter's end; `multiprocessing` leaves it out.
-        atexit._run_exitfuncs()
+    own = str(Path(kind).parent.absolute()) if kind not in ("-m", "-c") else folder
+    extra = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    sys.path[:] = [own, *filter(None, extra), *_path]
+    if kind == "-m":
+        sys.argv = [*rest]
+        runpy.run_module(rest[0], run_name="__main__", alter_sys=True)
+    elif kind == "-c":
+        sys.argv = ["-c", *rest[1:]]
+        main = sys.modules["__main__"] = types.ModuleType("__main__")
+        exec(compile(rest[0], "<string>", "exec"), vars(main))
+    else:
+        sys.argv = [*arguments]
+        runpy.run_path(kind, run_name="__main__")
 
 
 class WarmProgram:
@@ -149,12 +175,20 @@ class WarmProgram:
 
         Args:
             arguments: Those of ``python``: ``-m NAME``, ``-c TEXT`` or a script, and its own.
-            output: File to which its standard output and errors are appended.
+            output: File for its standard output and errors.
             environment: Its environment.
             folder: Its working directory.
+
+        Raises:
+            ValueError: If the environment has a variable that is read during the imports.
         """
-        output.touch()
+        for name in environment:
+            if name.startswith(_READ_AT_IMPORT):
+                raise ValueError(f"{name} has no effect on a warm program")
+        for file in (output, _pids_beside(output)):
+            file.write_bytes(b"")
         self.args = list(arguments)
+        self._output = output
         self._process = _WarmProcess(target=_run, args=(self.args, str(folder)))
         self._process.output = str(output)
         self._process.environment = dict(environment)
@@ -189,28 +223,35 @@ class WarmProgram:
     def send_signal(self, number: int) -> None:
         """Send a signal to the program if it runs."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            # The fork server may have seen its end already.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def kill(self) -> None:
-        """End the program with SIGKILL."""
+        """End the program and its processes with SIGKILL."""
         self.send_signal(signal.SIGKILL)
+        for process in self.processes():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
 
     def processes(self) -> list[psutil.Process]:
-        """Return the processes that this program, or one started after it, has started."""
-        forks = psutil.Process(vars(forkserver)["_forkserver"]._forkserver_pid).children()
-        own = psutil.Process(self.pid).create_time()
-        return [fork for fork in forks if fork.create_time() > own]
+        """Return the running processes that the program has started."""
+        found = []
+        for line in _pids_beside(self._output).read_text().split():
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if int(line) != self.pid:
+                    found.append(psutil.Process(int(line)))
+        return found
 
 
 def _ensure_fork_server() -> None:
-    """Start the fork server if there is none, without the settings of tests.
-
-    Some modules read variables as they are imported; programs that set those must start cold.
-    """
+    """Start the fork server if there is none, without the settings of tests."""
+    if vars(vars(forkserver)["_forkserver"])["_forkserver_pid"] is not None:
+        return
     multiprocessing.set_forkserver_preload([_PRELOAD])
     saved = dict(os.environ)
     for name in saved:
-        if name.startswith("VLLM_"):
+        if name.startswith(("VLLM_", *_READ_AT_IMPORT)):
             del os.environ[name]
     # No plugins: programs load them. OpenMP's variable is read as its library is loaded.
     os.environ.update(VLLM_PLUGINS="", OMP_WAIT_POLICY="PASSIVE")

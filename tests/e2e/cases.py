@@ -153,7 +153,7 @@ def plain_cases(block_length: int) -> list[Case]:
         {"saliency": "attention", "keep_ratio": 0.4},
     ]
     return [
-        Case([7 + i] * 60, 16, {"block_length": block_length, **own})
+        Case([7 + i] * 60, 24, {"block_length": block_length, **own})
         for i, own in enumerate(options)
     ]
 

@@ -318,7 +318,7 @@ def test_an_exception_inside_a_step_ends_the_server(server: Server) -> None:
 def test_a_killed_process_ends_the_server(
     tmp_path: Path, victim: str, options: tuple[str, ...]
 ) -> None:
-    # One of them as users start it, where the processes are the server's children.
+    # One server is started as users start it: its processes are its children.
     server = start(tmp_path / "server.log", tiny_llada(), *options, cold=victim == "Worker")
     try:
         check_death(server, process_of(server, victim).kill)

@@ -174,13 +174,17 @@ def test_pages_hold_the_heads_of_a_rank(name: str, results: dict[str, Result]) -
     assert results[name].num_pages == expected_pages(LAYOUTS[name])
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_ranks_share_the_cores(name: str, results: dict[str, Result]) -> None:
-    """Every rank has cores of its own, or shares some if there are fewer cores than ranks."""
-    cores = results[name].cores
+def check_cores(cores: list[list[int]]) -> None:
+    """Check that every rank has cores of its own, or shares some if they are too few for that."""
     assert all(cores)
     if len(os.sched_getaffinity(0)) >= len(cores):
         assert len({core for own in cores for core in own}) == sum(map(len, cores))
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if LAYOUTS[name].backend == "ray"])
+def test_ranks_on_ray_share_the_cores(name: str, results: dict[str, Result]) -> None:
+    """The ranks of the README's servers are those of vLLM's own executor."""
+    check_cores(results[name].cores)
 
 
 @pytest.mark.parametrize(
@@ -312,3 +316,7 @@ def test_servers_of_the_readme(
     environment = request.getfixturevalue("ray_environment") if on_ray else {}
     with readme_server(block, tmp_path / "log", **environment) as server:
         check_answers(server, int(found[1]) if found else 1)
+        if not on_ray:
+            ranks = [own for own in server.processes() if "Worker" in "".join(own.cmdline())]
+            assert len(ranks) == 2
+            check_cores([rank.cpu_affinity() for rank in ranks])

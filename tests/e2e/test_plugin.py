@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import shutil
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 from vllm.engine.arg_utils import EngineArgs
 
-from tests.e2e.server import run_warm, tiny_llada
+from tests.e2e.server import clean_environment, run_program, tiny_llada
 from tests.engines import generate, running_engine, sampling, scheduler_of
 from tests.reference import generate as reference
 from tests.reference import load, write_checkpoint
@@ -66,7 +67,7 @@ def edit_config(model: Path, **fields: Any) -> None:
 # (a) and (b): the plugin is not loaded, or runs beside other models.
 
 
-def test_plugin_stays_out_when_not_listed(tmp_path: Path) -> None:
+def test_plugin_stays_out_when_not_listed() -> None:
     """Without the plugin, vLLM and transformers do not know the model, and say so."""
     code = """
 import sys
@@ -77,8 +78,8 @@ except Exception as error:
     print(error)
 assert "vllm_sparse_dllm" not in sys.modules
 """
-    program = ["-c", code, str(tiny_llada())]
-    output = run_warm(program, tmp_path / "output", VLLM_PLUGINS="none_such")
+    environment = clean_environment(VLLM_PLUGINS="none_such")
+    output = run_program([sys.executable, "-c", code, str(tiny_llada())], environment=environment)
     assert "llada" in output and "does not recognize" in output
 
 
@@ -119,13 +120,16 @@ assert "vllm_sparse_dllm.plugin" not in sys.modules
 """
 
 
-def test_ordinary_models_are_untouched(ordinary: Path, llada: Path, tmp_path: Path) -> None:
+def test_ordinary_models_are_untouched(ordinary: Path, llada: Path) -> None:
     """An ordinary model, a diffusion model and the ordinary one again, in one process.
 
     The ordinary one gives the tokens, and has the defaults, of a vLLM without the plugin.
     """
-    program = ["-c", _ORDINARY_PROGRAM, str(ordinary), json.dumps(ORDINARY), json.dumps(PROMPTS)]
-    output = run_warm(program, tmp_path / "output", VLLM_PLUGINS="none_such")
+    arguments = (str(ordinary), json.dumps(ORDINARY), json.dumps(PROMPTS))
+    output = run_program(
+        [sys.executable, "-c", _ORDINARY_PROGRAM, *arguments],
+        environment=clean_environment(VLLM_PLUGINS="none_such"),
+    )
     (line,) = [line for line in output.splitlines() if line.startswith('{"tokens"')]
     without = json.loads(line)
     assert (without["temperature"], without["max_tokens"]) == (1.0, 16)
