@@ -159,11 +159,13 @@ class Server:
                 raise AssertionError(response.text)
             yield events(response)
 
-    def processes(self) -> list[psutil.Process]:
-        """Return the processes that the server has started."""
+    def processes(self, title: str = "") -> list[psutil.Process]:
+        """Return the processes that the server has started, those whose command line has a text."""
         if isinstance(self.process, WarmProgram):
-            return self.process.processes()
-        return psutil.Process(self.process.pid).children(recursive=True)
+            started = self.process.processes()
+        else:
+            started = psutil.Process(self.process.pid).children(recursive=True)
+        return [own for own in started if title in "".join(own.cmdline())] if title else started
 
     def metric(self, name: str, **labels: str) -> float:
         """Return the sum of those of a metric's series that have the labels."""

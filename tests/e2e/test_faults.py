@@ -301,7 +301,7 @@ def check_death(server: Server, kill: Callable[[], Any]) -> None:
 
 def process_of(server: Server, name: str) -> psutil.Process:
     """Return the only process of a server whose command line contains a name."""
-    [process] = [own for own in server.processes() if name in "".join(own.cmdline())]
+    [process] = server.processes(name)
     return process
 
 

@@ -317,6 +317,6 @@ def test_servers_of_the_readme(
     with readme_server(block, tmp_path / "log", **environment) as server:
         check_answers(server, int(found[1]) if found else 1)
         if not on_ray:
-            ranks = [own for own in server.processes() if "Worker" in "".join(own.cmdline())]
+            ranks = server.processes("Worker")
             assert len(ranks) == 2
             check_cores([rank.cpu_affinity() for rank in ranks])
