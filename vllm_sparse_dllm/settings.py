@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 CONFIG_KEY = "sparse_dllm"
 REQUEST_PREFIX = "diffusion_"
+#: Keys of a request's ``vllm_xargs`` that vLLM's front end reads itself.
+_KEYS_OF_VLLM = frozenset({"session_id"})
 #: Steps beyond one per position commit nothing; the bound keeps timetables small.
 MAX_STEPS = 65536
 _MAX_LENGTH = 1 << 24
@@ -256,6 +258,8 @@ def request_settings(
     """
     given: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
+        if key in _KEYS_OF_VLLM:
+            continue
         name = str(key).removeprefix(REQUEST_PREFIX)
         if name == key or not isinstance(key, str):
             raise ValueError(

@@ -391,6 +391,15 @@ def test_all_logprobs_of_a_fixed_token(checkpoints: dict[str, Path]) -> None:
     assert entries[0][31].rank == 1
 
 
+def test_more_logprobs_than_there_are_tokens(checkpoints: dict[str, Path]) -> None:
+    """The limit, and a request within it, may exceed the vocabulary."""
+    with running_engine(str(checkpoints["llada"]), max_logprobs=2 * VOCAB) as llm:
+        params = [sampling(3, logprobs=num) for num in (VOCAB + 1, 2 * VOCAB, 1)]
+        outputs = llm.generate([{"prompt_token_ids": [1, 2]}] * 3, params, use_tqdm=False)
+    widths = [{len(at) for at in output.outputs[0].logprobs or ()} for output in outputs]
+    assert widths == [{VOCAB}, {VOCAB}, {1}]
+
+
 def test_every_row_of_the_table_offline() -> None:
     """Each field of `SamplingParams` is accepted or refused as docs/parameters.md says."""
     rows = table("parameters", PARAMETERS)

@@ -838,6 +838,15 @@ def test_dream_chats(dream_with_tokenizer: Path) -> None:
         ),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls"),
+        ({"enable_mfu_metrics": True}, "enable_mfu_metrics must be False "),
+        (
+            {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"},
+            "distributed_executor_backend must be mp, ray or uni .* on 2 ranks, got 'external_l",
+        ),
+        (
+            {"max_num_batched_tokens": 512, "max_num_scheduled_tokens": 600},
+            "max_num_scheduled_tokens must be at most max_num_batched_tokens=512, .* got 600",
+        ),
         ({"watermark": 0.1}, r"watermark must be 0\.0 .* got 0\.1: an admitted request"),
         ({"long_prefill_token_threshold": 64}, "long_prefill_token_threshold must be 0 "),
         ({"prefill_schedule_interval": 4}, "prefill_schedule_interval must be 1 "),
@@ -857,6 +866,14 @@ def test_dream_chats(dream_with_tokenizer: Path) -> None:
 def test_unsupported_engine_options(llada: Path, options: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         config_of(llada, **options)
+
+
+def test_the_front_end_that_checks_no_request_is_refused(
+    llada: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    with pytest.raises(ValueError, match="VLLM_USE_RUST_FRONTEND must be False .* got True: req"):
+        config_of(llada)
 
 
 def test_defaults_need_no_flag(llada: Path) -> None:
@@ -914,6 +931,22 @@ def test_requests_beyond_the_users_token_budget_are_refused(llada: Path) -> None
         assert generate(llm, [fits, fits], [sampling(40)] * 2) == [expected] * 2
 
 
+def test_the_option_that_limits_a_step_is_named(
+    llada: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    warnings: list[str] = []
+    monkeypatch.setattr(
+        "vllm_sparse_dllm.engine.config.logger.warning",
+        lambda message, *args: warnings.append(message % args),
+    )
+    with running_engine(str(llada), max_model_len=512, max_num_scheduled_tokens=100) as llm:
+        with pytest.raises(ValueError, match="=100; lower .* or raise max_num_scheduled_tokens "):
+            generate(llm, [[7] * 61], [sampling(40)])
+        assert generate(llm, [[7] * 60], [sampling(40)]) == [reference(load(llada), [7] * 60, 40)]
+    [warning] = warnings
+    assert warning.startswith("max_num_scheduled_tokens=100 is below the context length 512")
+
+
 #: float32, 2 layers, 2 heads of 32: bytes of one page of 32 slots.
 PAGE_BYTES = 2 * 32 * 2 * 32 * 4 * 2
 
@@ -949,6 +982,25 @@ def test_requests_and_the_page_pool(llada: Path) -> None:
         assert max(running for running, _ in together) == 1
         assert [finished["0"], finished["1"]] == expected
         assert blocks.get_num_free_blocks() == pool
+
+
+@pytest.mark.parametrize(("policy", "slots"), [("dual", 416), ("sparse", 801)])
+def test_the_longest_context_that_fits_the_pool(llada: Path, policy: str, slots: int) -> None:
+    """``--max-model-len -1`` lowers the context to what one request can have under the policy."""
+    options = {
+        "kv_cache_memory_bytes": 14 * PAGE_BYTES,
+        "additional_config": {"sparse_dllm": {"cache_policy": policy}},
+    }
+    with running_engine(str(llada), max_model_len=-1, **options) as llm:
+        assert llm.llm_engine.model_config.max_model_len == slots
+        prompt = [7] * (slots - 40)
+        expected = reference(load(llada), prompt, 40, cache_policy=policy)
+        assert generate(llm, [prompt], [sampling(40)]) == [expected]
+    with (
+        pytest.raises(ValueError, match=rf"estimated maximum model length is {slots}\b"),
+        running_engine(str(llada), max_model_len=1000, **options),
+    ):
+        raise AssertionError("it should not start")
 
 
 def test_environment_of_the_tests_is_one_process() -> None:

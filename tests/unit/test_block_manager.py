@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import settings
@@ -23,16 +26,17 @@ from vllm_sparse_dllm.cache.block_manager import (
     SparseCacheSpec,
     register_block_manager,
 )
+from vllm_sparse_dllm.settings import DecodingSettings
 
 
-def make_spec(max_slots: int = 512) -> SparseCacheSpec:
+def make_spec(**decoding: Any) -> SparseCacheSpec:
     return SparseCacheSpec(
         block_size=32,
         num_kv_heads=2,
         head_size=64,
         dtype=torch.float32,
         dcp_sharded=False,
-        max_slots=max_slots,
+        settings=DecodingSettings(**decoding),
     )
 
 
@@ -178,13 +182,27 @@ def test_no_prefix_is_ever_shared() -> None:
     assert manager.grow("a", 1) is not None
 
 
-def test_spec_asks_for_the_slots_of_one_request_and_at_least_one_page() -> None:
-    page = make_spec().page_size_bytes
-    assert page == 2 * 32 * 2 * 64 * 4  # keys and values of 32 slots, float32
-    for slots, pages in ((0, 1), (1, 1), (32, 1), (33, 2), (512, 16)):
-        assert make_spec(slots).max_memory_usage_bytes(None) == pages * page  # type: ignore[arg-type]
-    assert not make_spec().prefix_cacheable
-    assert make_spec().non_causal
+@pytest.mark.parametrize(
+    ("decoding", "context", "pages"),
+    [
+        ({"cache_policy": "none"}, 512, 1),
+        ({"cache_policy": "dual"}, 1, 1),
+        ({"cache_policy": "dual"}, 32, 1),
+        ({"cache_policy": "dual"}, 33, 2),
+        ({"cache_policy": "dual"}, 512, 16),
+        ({"cache_policy": "sparse", "keep_ratio": 0.5}, 512, 9),  # 240 kept, 32 of the block
+        ({"cache_policy": "sparse", "keep_ratio": 0.5, "eviction_delay": 2}, 512, 16),
+    ],
+)
+def test_spec_asks_for_a_request_of_the_whole_context_and_at_least_one_page(
+    decoding: dict[str, Any], context: int, pages: int
+) -> None:
+    spec = make_spec(**decoding)
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(max_model_len=context))
+    assert spec.page_size_bytes == 2 * 32 * 2 * 64 * 4  # keys and values of 32 slots, float32
+    assert spec.max_memory_usage_bytes(config) == pages * spec.page_size_bytes
+    assert not spec.prefix_cacheable
+    assert spec.non_causal
 
 
 def test_registration_may_be_repeated() -> None:

@@ -73,7 +73,7 @@ def make_scheduler(
         head_size=64,
         dtype=torch.float32,
         dcp_sharded=False,
-        max_slots=512,
+        settings=DecodingSettings(),
     )
     scheduler_class = config.scheduler_config.get_scheduler_cls()
     scheduler = scheduler_class(
@@ -935,33 +935,56 @@ def test_failure_stops_one_request_with_an_error() -> None:
     world.drain()
 
 
-def test_what_no_pool_of_this_size_holds_ends_at_once() -> None:
-    """A front end of several engines can admit it, as it knows only the mean of their pools."""
+@pytest.mark.parametrize(
+    ("bad", "cause", "reason"),
+    [
+        (
+            Spec(prompt=200, settings={"cache_policy": "dual"}),
+            "pages",
+            r"max_tokens=16 with this prompt needs \d+ cache pages \(cache policy dual\), but the "
+            r"pool of this engine has 3",
+        ),
+        (
+            Spec(prompt=600, settings={"cache_policy": "none"}),
+            "refused",
+            "max_tokens=16 with this prompt needs 616 tokens in a step, but a step may have 512",
+        ),
+        (
+            Spec(prompt=250, settings={"cache_policy": "none", "cfg_scale": 1.0}),
+            "refused",
+            "max_tokens=16 with this prompt needs 532 tokens in a step, but a step may have 512",
+        ),
+        (
+            Spec(prompt=20, settings={"keep_ratio": 2.0}),
+            "refused",
+            r"diffusion_keep_ratio must be a number with 0 < r <= 1, got 2\.0",
+        ),
+    ],
+)
+def test_what_can_never_run_ends_at_once(bad: Spec, cause: str, reason: str) -> None:
+    """A front end of several engines knows only the mean of their pools; others know nothing."""
     world = World(num_pages=3)
     whole = {"cache_policy": "dual"}
-    before, large, behind = (
+    before, never, behind = (
         world.add(Spec(settings=whole)),
-        world.add(Spec(prompt=200, settings=whole)),
+        world.add(bad),
         world.add(Spec(settings=whole)),
     )
     scheduler = world.scheduler
     output = scheduler.schedule()
+    assert never not in output.num_scheduled_tokens
     outputs = scheduler.update_from_output(output, world.runner.run(output))
-    (end,) = (one for one in outputs[0].outputs if one.request_id == large)
+    (end,) = (one for one in outputs[0].outputs if one.request_id == never)
     assert str(end.finish_reason) == "error"
-    assert re.fullmatch(
-        r"max_tokens=16 with this prompt needs \d+ cache pages \(cache policy dual\), but the "
-        r"pool of this engine has 3",
-        str(end.stop_reason),
-    )
+    assert re.fullmatch(reason, str(end.stop_reason))
     stats = outputs[0].scheduler_stats
     assert stats is not None and stats.kv_connector_stats is not None
-    assert stats.kv_connector_stats[FIGURES]["failures"] == {"pages": 1}
+    assert stats.kv_connector_stats[FIGURES]["failures"] == {cause: 1}
     for one in outputs[0].outputs:
         world.delivered[one.request_id] += one.new_token_ids
-    world.finished[large] = str(end.finish_reason)
+    world.finished[never] = str(end.finish_reason)
     world.drain()
-    assert world.finished == {before: "length", large: "error", behind: "length"}
+    assert world.finished == {before: "length", never: "error", behind: "length"}
 
 
 def test_a_failure_in_the_step_that_another_finishes() -> None:
@@ -1003,11 +1026,3 @@ def test_the_prefix_cache_cannot_be_reset_under_running_requests() -> None:
     assert world.running == ["r0"]
     world.drain()
     assert world.scheduler.reset_prefix_cache()
-
-
-def test_a_request_with_bad_parameters_leaves_nothing_behind() -> None:
-    """Admission should have refused it; if not, the scheduler's state is not affected."""
-    world = World()
-    with pytest.raises(ValueError, match="diffusion_keep_ratio must be"):
-        world.add(Spec(settings={"keep_ratio": 2.0}))
-    assert not world.scheduler.requests and not world.scheduler.tracked

@@ -258,6 +258,11 @@ def test_names_without_the_prefix_are_refused(key: str) -> None:
         request_settings(engine(), LLADA, {key: 1})
 
 
+def test_what_vllms_front_end_reads_is_left_to_it() -> None:
+    given = {"session_id": "one", "diffusion_keep_ratio": 0.25}
+    assert request_settings(engine(), LLADA, given).keep_ratio == 0.25
+
+
 @pytest.mark.parametrize("config", [None, [], "sparse", 3])
 def test_additional_config_must_be_a_mapping(config: Any) -> None:
     with pytest.raises(ValueError, match="additional_config must be a mapping"):

@@ -21,18 +21,22 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
+from vllm_sparse_dllm.cache.policies import POLICIES
+from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.settings import DecodingSettings
+
 
 @dataclass(frozen=True, kw_only=True)
 class SparseCacheSpec(AttentionSpec):
     """Pages of a layer of a diffusion model.
 
     Attributes:
-        max_slots: Slots that a request filling the whole context needs under the engine's
-            settings; vLLM checks at start that the pool has that many.
+        settings: The engine's. vLLM checks at start that the pool has room for a request that
+            fills the whole context under them.
         non_causal: Makes vLLM disable chunked prefill and prefix caching.
     """
 
-    max_slots: int
+    settings: DecodingSettings
     non_causal: bool = True
 
     @property
@@ -40,8 +44,19 @@ class SparseCacheSpec(AttentionSpec):
         return False
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        # vLLM also tries other lengths, to find the longest that fits.
+        slots = self.slots_of_context(vllm_config.model_config.max_model_len)
         # At least one page, even if nothing is kept: vLLM does not accept an empty pool.
-        return max(1, cdiv(self.max_slots, self.block_size)) * self.page_size_bytes
+        return max(1, cdiv(slots, self.block_size)) * self.page_size_bytes
+
+    def slots_of_context(self, length: int) -> int:
+        """Return the most slots that a request of ``length`` positions needs."""
+        policy = POLICIES[self.settings.cache_policy]
+        # A response of one token leaves the most positions to keep; one of all tokens has the
+        # largest blocks.
+        prompts = (max(0, length - 1), 0)
+        canvases = (Canvas(p, length - p, self.settings.block_length) for p in prompts)
+        return max(policy.peak_slots(c, self.settings, self.block_size) for c in canvases)
 
 
 class SparseBlockManager(SingleTypeKVCacheManager):

@@ -263,7 +263,7 @@ def _logprobs(
         logits = logits_of(*plan.spans[number], index)
         num_rows, vocab = logits.shape
         k = plan.requests[number].num_logprobs
-        k = vocab if k is None or k < 0 else k
+        k = vocab if k is None or k < 0 else min(k, vocab)
         pending = sum(result.numel() for result in results)
         if pending and pending + num_rows * 2 * k > plan.max_rows * vocab:
             # Read back before there are more: profiling measures the memory of one part.

@@ -7,6 +7,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm import envs
 from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig
 from vllm.config.vllm import OptimizationLevel
 from vllm.logger import init_logger
@@ -22,7 +23,7 @@ from vllm_sparse_dllm.plugin import RAY_ON_CPU
 from vllm_sparse_dllm.settings import ATTENTION_BACKENDS, CONFIG_KEY, EngineSettings
 
 if TYPE_CHECKING:
-    from vllm.config import ParallelConfig, VllmConfig
+    from vllm.config import ParallelConfig, SchedulerConfig, VllmConfig
 
 logger = init_logger("vllm." + __name__)
 
@@ -40,6 +41,8 @@ _REASONS = {
     "watermark": ": an admitted request never lacks pages",
     "long_prefill_token_threshold": ": a full pass cannot be cut",
     "scheduler_reserve_full_isl": ": a request is admitted with all its pages",
+    "enable_mfu_metrics": ": vLLM counts a step's work for causal attention",
+    "VLLM_USE_RUST_FRONTEND": ": requests are checked in the Python front end",
 }
 #: Bytes that vLLM's own processes take before the pool is allocated, with some margin.
 _MEMORY_OF_PROCESSES = 2 << 30
@@ -92,6 +95,7 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         settings = EngineSettings.from_additional_config(vllm_config.additional_config)
         _refuse(vllm_config)
         _warn_of_switched_off(vllm_config)
+        _check_executor(vllm_config.parallel_config)
         _check_tensor_parallel(vllm_config)
         _check_attention_backend(vllm_config, settings.attention_backend)
 
@@ -169,6 +173,8 @@ def _refuse(vllm_config: VllmConfig) -> None:
         ("kv_cache_dtype", cache.cache_dtype, ("auto", dtype)),
         ("logprobs_mode", model.logprobs_mode, ("raw_logprobs",)),
         ("logits_processors", model.logits_processors, (None, [])),
+        ("enable_mfu_metrics", vllm_config.observability_config.enable_mfu_metrics, (False,)),
+        ("VLLM_USE_RUST_FRONTEND", envs.VLLM_USE_RUST_FRONTEND, (False,)),
         ("watermark_config", getattr(vllm_config, "watermark_config", None), (None,)),
         ("attention_config.backend_per_kind", attention.backend_per_kind, ({},)),
         ("attention_config.flash_attn_version", attention.flash_attn_version, (None,)),
@@ -206,6 +212,18 @@ def _warn_of_switched_off(vllm_config: VllmConfig) -> None:
             "Diffusion models have no async scheduling and no prefix caching, so these have no "
             "effect: %s",
             ", ".join(given),
+        )
+
+
+def _check_executor(parallel: ParallelConfig) -> None:
+    """Refuse an executor under which each rank has a scheduler of its own.
+
+    They would have to decide alike, but the time that steps take decides how many run at once.
+    """
+    if parallel.distributed_executor_backend == "external_launcher" and parallel.world_size > 1:
+        raise ValueError(
+            "distributed_executor_backend must be mp, ray or uni for a diffusion model on "
+            f"{parallel.world_size} ranks, got 'external_launcher'"
         )
 
 
@@ -272,35 +290,50 @@ def _raise_default_token_budget(vllm_config: VllmConfig) -> None:
 
     vLLM fills in its default before this hook runs and does not record that it did; a budget
     equal to one of its defaults is assumed to be one.
+
+    Raises:
+        ValueError: If steps may have more tokens than memory is reserved for.
     """
     from vllm.engine.arg_utils import EngineArgs
 
     scheduler, parallel = vllm_config.scheduler_config, vllm_config.parallel_config
     context = vllm_config.model_config.max_model_len
-    budget = scheduler.max_num_batched_tokens
-    if budget >= context:
-        return
+    given = scheduler.max_num_batched_tokens
     world_size = parallel.pipeline_parallel_size * parallel.tensor_parallel_size
     defaults, _ = EngineArgs.get_batch_defaults(world_size)
     default_budgets = {scheduler.DEFAULT_MAX_NUM_BATCHED_TOKENS, *defaults.values()}
     default_budgets |= {2 * tokens for tokens in default_budgets}
-    if budget in default_budgets:
+    if given < context and given in default_budgets:
         logger.warning(
             "Raising max_num_batched_tokens from %d, a default of vLLM's, to the context length "
             "%d: a diffusion model runs a request whole. If you did set it, set another value",
-            budget,
+            given,
             context,
         )
         scheduler.max_num_batched_tokens = context
         scheduler.max_num_encoder_input_tokens = context
         scheduler.encoder_cache_size = context
-    else:
+    name, budget = token_budget(scheduler)
+    if budget > scheduler.max_num_batched_tokens:
+        raise ValueError(
+            f"{name} must be at most max_num_batched_tokens={scheduler.max_num_batched_tokens}, "
+            f"which memory is reserved for, got {budget}"
+        )
+    if budget < context:
         logger.warning(
-            "max_num_batched_tokens=%d is below the context length %d: requests whose prompt "
-            "and max_tokens exceed it will be refused",
+            "%s=%d is below the context length %d: requests whose prompt and max_tokens exceed it "
+            "will be refused",
+            name,
             budget,
             context,
         )
+
+
+def token_budget(scheduler: SchedulerConfig) -> tuple[str, int]:
+    """Return the option that limits the tokens of a step, and its value."""
+    if scheduler.max_num_scheduled_tokens is not None:
+        return "max_num_scheduled_tokens", scheduler.max_num_scheduled_tokens
+    return "max_num_batched_tokens", scheduler.max_num_batched_tokens
 
 
 def _leave_memory_to_others(vllm_config: VllmConfig) -> None:

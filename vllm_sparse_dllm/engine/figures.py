@@ -18,7 +18,7 @@ QUEUE_CAUSES = ("pages", "token_budget", "max_num_seqs", "grammar")
 #: Why a request ends without an answer.
 FAILURE_CAUSES = ("refused", "pages", "grammar", "logits")
 #: Those found by the engine and caused by the request itself; its client gets the reason.
-TOLD_CAUSES = ("pages", "grammar")
+TOLD_CAUSES = ("refused", "pages", "grammar")
 
 
 @dataclass

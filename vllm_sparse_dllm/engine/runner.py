@@ -29,11 +29,10 @@ from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShap
 from vllm_sparse_dllm.attention.plan import ForwardPlan
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.pages import allocate_pages
-from vllm_sparse_dllm.cache.policies import POLICIES, StepKind
+from vllm_sparse_dllm.cache.policies import StepKind
 from vllm_sparse_dllm.denoise.fused import greedy_distribution
 from vllm_sparse_dllm.denoise.plan import plan_step
 from vllm_sparse_dllm.denoise.step import Commits, denoise
-from vllm_sparse_dllm.denoise.timetable import Canvas
 from vllm_sparse_dllm.engine.batch import LogitsRows, build_batch
 from vllm_sparse_dllm.engine.figures import StepCounts
 from vllm_sparse_dllm.engine.graphs import MOST_SLOTS, BlockGraphs, Capture, ladder
@@ -124,21 +123,14 @@ class DiffusionModelRunner:
         return ("generate",)
 
     def get_kv_cache_spec(self) -> dict[str, KVCacheSpec]:
-        settings = self.engine_settings.decoding
-        context = self.model_config.max_model_len
-        # A response of one token leaves the most positions to keep.
-        canvas = Canvas(max(0, context - 1), 1, settings.block_length)
-        policy = POLICIES[settings.cache_policy]
         shape = self.attention_shape
-        longest = Canvas(0, context, settings.block_length)
-        page = self.cache_config.block_size
         spec = SparseCacheSpec(
-            block_size=page,
+            block_size=self.cache_config.block_size,
             num_kv_heads=shape.num_kv_heads,
             head_size=shape.head_size,
             dtype=self.dtype,
             dcp_sharded=False,
-            max_slots=max(policy.peak_slots(c, settings, page) for c in (canvas, longest)),
+            settings=self.engine_settings.decoding,
         )
         return {f"layers.{index}.self_attn": spec for index in range(self.num_layers)}
 

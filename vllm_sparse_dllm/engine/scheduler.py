@@ -115,13 +115,17 @@ class DiffusionScheduler(Scheduler):
         )
         self.figures = EngineFigures()
         self.tracked: dict[str, Tracked] = {}
-        # Requests admitted by a front end that knows only the mean of several engines' pools.
-        self._too_large: dict[str, Failure] = {}
+        # Requests that can never run, but whose front end knew only the mean of several engines'
+        # pools, or is not the one that admission is part of.
+        self._refused: dict[str, Failure] = {}
         # Step in which the head of the waiting queue was first passed over, None if it was not;
         # kept if another request becomes the head without an admission.
         self._head_ticket: int | None = None
         # Whether a request lacked pages in this step.
         self._pages_are_spoken_for = False
+        # vLLM logs these details once per call of `schedule`.
+        details = self.vllm_config.observability_config.enable_logging_iteration_details
+        self._max_burst_steps = 1 if details else _MAX_BURST_STEPS
         self._scheduled_at = 0.0
         # Duration of the last step; until one is measured, steps are run one at a time.
         self._step_seconds = _BURST_SECONDS
@@ -129,23 +133,31 @@ class DiffusionScheduler(Scheduler):
     def add_request(self, request: Request) -> None:
         sampling = request.sampling_params
         assert sampling is not None and sampling.max_tokens is not None
-        settings = request_settings(self.engine_settings, self.traits, sampling.extra_args)
+        name, engine, traits = request.request_id, self.engine_settings, self.traits
+        try:
+            settings = request_settings(engine, traits, sampling.extra_args)
+        except ValueError as error:
+            self._refused[name] = Failure("refused", str(error))
+            settings = request_settings(engine, traits, None)
         canvas = Canvas(request.num_prompt_tokens, sampling.max_tokens, settings.block_length)
         policy, page_size = POLICIES[settings.cache_policy], self.block_manager.block_size
-        self.tracked[request.request_id] = tracked = Tracked(
+        self.tracked[name] = tracked = Tracked(
             settings,
             canvas,
             policy.num_pages(canvas, settings, page_size),
             policy.peak_pages(canvas, settings, page_size),
             self._start(request, canvas, settings),
         )
-        if tracked.peak_pages > self.block_manager.num_pages:
-            self._too_large[request.request_id] = Failure(
-                "pages",
-                f"max_tokens={sampling.max_tokens} with this prompt needs {tracked.peak_pages} "
-                f"cache pages (cache policy {settings.cache_policy}), but the pool of this engine "
-                f"has {self.block_manager.num_pages}",
-            )
+        tokens, most = canvas.length * settings.num_sequences, self.max_num_scheduled_tokens
+        pages, pool = tracked.peak_pages, self.block_manager.num_pages
+        what = f"max_tokens={sampling.max_tokens} with this prompt needs"
+        if tokens > most:
+            why = f"{what} {tokens} tokens in a step, but a step may have {most}"
+            self._refused.setdefault(name, Failure("refused", why))
+        if pages > pool:
+            policy_name = settings.cache_policy
+            why = f"{what} {pages} cache pages (cache policy {policy_name}), but the pool of this "
+            self._refused.setdefault(name, Failure("pages", f"{why}engine has {pool}"))
         super().add_request(request)
 
     def _start(self, request: Request, canvas: Canvas, settings: DecodingSettings) -> Progress:
@@ -261,7 +273,7 @@ class DiffusionScheduler(Scheduler):
             return 1
         if any(self.tracked[request_id].kind is not StepKind.CACHED for request_id in scheduled):
             return 1
-        return max(1, min(_MAX_BURST_STEPS, int(_BURST_SECONDS / self._step_seconds)))
+        return max(1, min(self._max_burst_steps, int(_BURST_SECONDS / self._step_seconds)))
 
     def _waiting_head(self) -> Request | None:
         """Return the next request to admit, None if none can be."""
@@ -277,6 +289,8 @@ class DiffusionScheduler(Scheduler):
 
     def _is_ready(self, request: Request) -> bool:
         """Return whether a waiting request waits for nothing but its turn."""
+        if request.request_id in self._refused:
+            return False
         if not self._is_blocked_waiting_status(request.status):
             return True
         if not self._handle_blocked_waiting_request(request):
@@ -344,7 +358,7 @@ class DiffusionScheduler(Scheduler):
     def update_from_output(
         self, scheduler_output: SchedulerOutput, model_runner_output: ModelRunnerOutput
     ) -> dict[int, EngineCoreOutputs]:
-        failed, self._too_large = self._too_large, {}
+        failed, self._refused = self._refused, {}
         traces: dict[str, dict[str, Any]] = {}
         constrained = {
             request_id: request

@@ -24,7 +24,7 @@ from vllm.v1.engine.input_processor import InputProcessor
 
 from vllm_sparse_dllm.cache.policies import POLICIES
 from vllm_sparse_dllm.denoise.timetable import Canvas
-from vllm_sparse_dllm.engine.config import DiffusionModelConfig, pages_of_an_engine
+from vllm_sparse_dllm.engine.config import DiffusionModelConfig, pages_of_an_engine, token_budget
 from vllm_sparse_dllm.engine.constraints import check_constraints
 from vllm_sparse_dllm.engine.structured_output import check_structured_output
 from vllm_sparse_dllm.frontend import (
@@ -177,15 +177,12 @@ def check_request(request: EngineCoreRequest, vllm_config: VllmConfig) -> None:
             value=sampling.max_tokens,
         )
     tokens = canvas.length * settings.num_sequences
-    budget = (
-        vllm_config.scheduler_config.max_num_scheduled_tokens
-        or vllm_config.scheduler_config.max_num_batched_tokens
-    )
+    option, budget = token_budget(vllm_config.scheduler_config)
     if tokens > budget:
         guided = " and cfg_scale runs them twice" if settings.num_sequences > 1 else ""
         raise RequestError(
             f"a step of this request takes {tokens} tokens ({lengths}{guided}), more than "
-            f"max_num_batched_tokens={budget}; lower max_tokens or raise max_num_batched_tokens",
+            f"{option}={budget}; lower max_tokens or raise {option}",
             parameter="max_tokens",
             value=sampling.max_tokens,
         )
