@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from tests.reference.decode import Options, at_factor, at_threshold, choose
 from tests.unit.helpers import reference_model, traits_of
+from vllm_sparse_dllm.denoise import sampling
 from vllm_sparse_dllm.denoise.plan import Candidates, plan_step
 from vllm_sparse_dllm.denoise.rules import RULES, factor_counts, threshold_counts
 from vllm_sparse_dllm.denoise.sampling import restrict
@@ -436,6 +437,42 @@ def test_restrict_keeps_the_smallest_set_that_reaches_top_p() -> None:
     assert kept(0.9, 2) == [0, 1]
     assert kept(1e-9, 0) == [0]
     assert kept(1.0, 3) == [0, 1, 2, 3]  # ties with the k-th are kept
+
+
+@settings(max_examples=600)
+@given(
+    rows=st.integers(1, 9).flatmap(
+        lambda vocab: st.lists(
+            st.lists(st.integers(0, 3), min_size=vocab, max_size=vocab).filter(any),
+            min_size=1,
+            max_size=3,
+        )
+    ),
+    part=st.floats(0, 1, exclude_max=True),
+    top_k=st.just(0) | st.integers(1, 10),
+    few=st.integers(1, 10),
+)
+def test_restrict_is_exact_however_few_tokens_it_sorts(
+    rows: list[list[int]], part: float, top_k: int, few: int
+) -> None:
+    """Against exact sums of integer weights; 0 is a token that is excluded already."""
+    top_p = (int(part * sum(rows[0])) + 0.5) / sum(rows[0])  # between two sums of the first row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_FEW_TOKENS", few)
+        got = restrict(torch.tensor(rows).log(), top_p, top_k)
+    for weights, kept in zip(rows, torch.isfinite(got).tolist(), strict=True):
+        order = sorted(range(len(weights)), key=lambda token: -weights[token])
+        if abs(top_p * sum(weights) % 1) < 1e-5:
+            continue
+        before, nucleus = 0, set()
+        for token in order:
+            if before <= top_p * sum(weights):
+                nucleus.add(token)
+            before += weights[token]
+        if 0 < top_k < len(weights):
+            least = sorted((weights[t] if t in nucleus else 0 for t in order), reverse=True)
+            nucleus = {t for t in nucleus if weights[t] >= least[top_k - 1]}
+        assert {t for t, own in enumerate(kept) if own} == {t for t in nucleus if weights[t]}
 
 
 @KINDS

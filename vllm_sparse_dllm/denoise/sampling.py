@@ -9,6 +9,9 @@ from typing import ClassVar
 
 import torch
 
+#: Tokens among which a nucleus is looked for first.
+_FEW_TOKENS = 1024
+
 
 class TokenDistribution:
     """What a step predicts for its candidate positions, and the tokens chosen from it.
@@ -167,15 +170,40 @@ def restrict(logits: torch.Tensor, top_p: float, top_k: int, min_p: float = 0.0)
         least = min_p * probabilities.amax(dim=-1, keepdim=True)
         logits = logits.masked_fill(probabilities < least, -torch.inf)
     if top_p < 1:
-        ordered, order = torch.sort(logits, dim=-1, descending=True, stable=True)
-        # CUDA's scan of a single row is not deterministic; that of several rows is.
-        rows = ordered if ordered.shape[0] != 1 else ordered.expand(2, -1)
-        reached = torch.softmax(rows, dim=-1).cumsum(dim=-1)[: ordered.shape[0]]
-        before = torch.cat([torch.zeros_like(reached[:, :1]), reached[:, :-1]], dim=-1)
-        removed = torch.zeros_like(logits, dtype=torch.bool)
-        removed.scatter_(-1, order, before > top_p)
-        logits = logits.masked_fill(removed, -torch.inf)
+        logits = logits.masked_fill(~_nucleus(logits, top_p, top_k), -torch.inf)
     if 0 < top_k < logits.shape[-1]:
         smallest_kept = torch.topk(logits, top_k, dim=-1).values[:, -1:]
         logits = logits.masked_fill(logits < smallest_kept, -torch.inf)
     return logits
+
+
+def _nucleus(logits: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
+    """Return ``[n, vocab]`` whether a token is in the nucleus, first on ties.
+
+    Sorts no more than it has to: the ``top_k`` most probable tokens if only they can be drawn, and
+    without ``top_k`` on a CPU a few that nearly always are enough. Elsewhere the host would have to
+    wait to know whether they are.
+    """
+    vocab = logits.shape[-1]
+    few = _FEW_TOKENS if logits.device.type == "cpu" else vocab
+    most = min(top_k or few, vocab)
+    ordered = torch.topk(logits, most, dim=-1).values
+    largest = ordered[:, :1]
+    # CUDA's scan of a single row is not deterministic; that of several rows is.
+    rows = ordered if ordered.shape[0] != 1 else ordered.expand(2, -1)
+    reached = torch.exp(rows - largest).cumsum(dim=-1)[: ordered.shape[0]]
+    limit = top_p * torch.exp(logits - largest).sum(dim=-1, keepdim=True)
+    num = 1 + (reached[:, :-1] <= limit).sum(dim=-1, keepdim=True)
+    last = ordered.gather(-1, num - 1)
+    tied = logits == last
+    # Where the nucleus goes on behind the sorted tokens, more may be tied with their last.
+    goes_on = reached[:, -1:] <= limit
+    further = (limit - reached[:, -1:]) / torch.exp(last - largest)
+    further = further.nan_to_num(vocab, posinf=vocab).clamp(max=vocab).long() + 1
+    num_tied = num + goes_on * further - (ordered > last).sum(dim=-1, keepdim=True)
+    nucleus = (logits > last) | (tied & (tied.cumsum(dim=-1, dtype=torch.int32) <= num_tied))
+    if most < vocab and not top_k:
+        larger = torch.nonzero(goes_on.squeeze(-1)).squeeze(-1)
+        if len(larger):
+            nucleus[larger] = _nucleus(logits[larger], top_p, vocab)
+    return nucleus

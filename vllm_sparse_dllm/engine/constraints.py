@@ -119,6 +119,11 @@ class RequestConstraints:
         self._has_long_words = any(len(word) > 1 for word in words)
         self._stop_ids = np.array(sorted(sampling.all_stop_token_ids), dtype=np.int64)
         self._prompt_ids = np.unique(prompt)
+        self._repetition: list[LogitsEdit] = []
+        if sampling.repetition_penalty != 1:
+            # The prompt can be long, so its ids are sent to the device only once.
+            there = self._tensor(self._prompt_ids)
+            self._repetition.append(Repetition(there, sampling.repetition_penalty))
         self._allow: list[LogitsEdit] = []
         if sampling.allowed_token_ids is not None:
             self._allow.append(Allow(self._tensor(np.unique(sampling.allowed_token_ids))))
@@ -152,13 +157,18 @@ class RequestConstraints:
         return (*edits, *self._bias, *self._penalties(response))
 
     def _penalties(self, response: np.ndarray) -> list[LogitsEdit]:
-        sampling = self._sampling
-        penalties: list[LogitsEdit] = []
+        sampling, penalties = self._sampling, list(self._repetition)
+        by_count = sampling.frequency_penalty or sampling.presence_penalty
+        if not penalties and not by_count:
+            return penalties
         committed, counts = np.unique(response[response >= 0], return_counts=True)
-        if sampling.repetition_penalty != 1:
-            there = np.union1d(self._prompt_ids, committed)
-            penalties.append(Repetition(self._tensor(there), sampling.repetition_penalty))
-        if len(committed) and (sampling.frequency_penalty or sampling.presence_penalty):
+        if penalties:
+            last = len(self._prompt_ids) - 1
+            places = np.searchsorted(self._prompt_ids, committed).clip(max=last)
+            new = committed[self._prompt_ids[places] != committed]
+            if len(new):
+                penalties.append(Repetition(self._tensor(new), sampling.repetition_penalty))
+        if by_count and len(committed):
             weights = sampling.frequency_penalty * counts + sampling.presence_penalty
             penalties.append(
                 Add(self._tensor(committed), self._tensor(-weights.astype(np.float32)))
