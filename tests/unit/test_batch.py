@@ -224,6 +224,7 @@ def test_layers_that_keep_different_numbers_have_plans_of_their_own() -> None:
     cached = build(state)[0].plan.cached
     assert cached is not None
     assert [cached.plan_of(layer)[1] for layer in range(LAYERS)] == [[12], [9], [12]]
+    assert cached.plan_of(0) is cached.plan_of(2)  # one for all layers with the same numbers
     state.sequences[0].num_kept[:] = 8
     cached = build(state)[0].plan.cached
     assert cached is not None

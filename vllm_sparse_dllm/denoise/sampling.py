@@ -187,7 +187,10 @@ def _nucleus(logits: torch.Tensor, top_p: float, top_k: int) -> torch.Tensor:
     vocab = logits.shape[-1]
     few = _FEW_TOKENS if logits.device.type == "cpu" else vocab
     most = min(top_k or few, vocab)
-    ordered = torch.topk(logits, most, dim=-1).values
+    if most < vocab:
+        ordered = torch.topk(logits, most, dim=-1).values
+    else:
+        ordered = torch.sort(logits, dim=-1, descending=True).values
     largest = ordered[:, :1]
     # CUDA's scan of a single row is not deterministic; that of several rows is.
     rows = ordered if ordered.shape[0] != 1 else ordered.expand(2, -1)

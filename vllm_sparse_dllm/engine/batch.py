@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -200,12 +200,15 @@ class StepLayout:
         if own is None:
             return None
         table = own.page_table
+        # Layers that hold the same numbers of keys share a plan.
+        distinct: dict[bytes, Any] = {}
+        for keys in own.filled:
+            if (name := keys.tobytes()) not in distinct:
+                distinct[name] = backend.plan_paged(own.lengths, keys, table, arrays)
         return CachedSegment(
             num_tokens=int(own.lengths.sum()),
             fresh_slots=tuple(arrays.put(own.fresh)),
-            plans=tuple(
-                backend.plan_paged(own.lengths, keys, table, arrays) for keys in own.filled
-            ),
+            plans=tuple(distinct[keys.tobytes()] for keys in own.filled),
             last_plan=backend.plan_paged(row_counts, own.last_filled, table, arrays),
         )
 
