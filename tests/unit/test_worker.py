@@ -72,8 +72,8 @@ NEVER_ASKED = {
     *("add_lora", "remove_lora", "list_loras", "pin_lora"),
     # Weight transfers are refused.
     "reset_lora_state",
-    # For vLLM's second runner, or if `execute_model` returns None.
-    *("needs_cudagraph_capture", "sample_tokens"),
+    # For vLLM's second runner.
+    "needs_cudagraph_capture",
     # There are no CUDA graphs of vLLM's own, no drafts and no encoders.
     *("profile_cudagraph_memory", "take_draft_token_ids", "get_encoder_timing_stats"),
     # Called only if the runner has it.

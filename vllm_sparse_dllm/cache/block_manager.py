@@ -21,8 +21,7 @@ from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheSpec
 from vllm.v1.kv_cache_spec_registry import KVCacheSpecRegistry
 from vllm.v1.request import Request
 
-from vllm_sparse_dllm.cache.policies import POLICIES
-from vllm_sparse_dllm.denoise.timetable import Canvas
+from vllm_sparse_dllm.cache.policies import slots_of_context
 from vllm_sparse_dllm.settings import DecodingSettings
 
 
@@ -45,18 +44,10 @@ class SparseCacheSpec(AttentionSpec):
 
     def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
         # vLLM also tries other lengths, to find the longest that fits.
-        slots = self.slots_of_context(vllm_config.model_config.max_model_len)
+        context = vllm_config.model_config.max_model_len
+        slots = slots_of_context(context, self.settings, self.block_size)
         # At least one page, even if nothing is kept: vLLM does not accept an empty pool.
         return max(1, cdiv(slots, self.block_size)) * self.page_size_bytes
-
-    def slots_of_context(self, length: int) -> int:
-        """Return the most slots that a request of ``length`` positions needs."""
-        policy = POLICIES[self.settings.cache_policy]
-        # A response of one token leaves the most positions to keep; one of all tokens has the
-        # largest blocks.
-        prompts = (max(0, length - 1), 0)
-        canvases = (Canvas(p, length - p, self.settings.block_length) for p in prompts)
-        return max(policy.peak_slots(c, self.settings, self.block_size) for c in canvases)
 
 
 class SparseBlockManager(SingleTypeKVCacheManager):

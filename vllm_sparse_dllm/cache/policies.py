@@ -260,6 +260,16 @@ def step_tokens(canvas: Canvas, settings: DecodingSettings, progress: Progress) 
     return settings.num_sequences * (end - start)
 
 
+def slots_of_context(context: int, settings: DecodingSettings, page_size: int) -> int:
+    """Return the most slots that one sequence of ``context`` positions needs."""
+    policy = POLICIES[settings.cache_policy]
+    # A response of one token leaves the most positions to keep; one of all tokens has the largest
+    # blocks.
+    prompts = (max(0, context - 1), 0)
+    canvases = (Canvas(prompt, context - prompt, settings.block_length) for prompt in prompts)
+    return max(policy.peak_slots(canvas, settings, page_size) for canvas in canvases)
+
+
 def _pages(num_slots: int, settings: DecodingSettings, page_size: int) -> int:
     """Return the pages of a request for ``num_slots`` slots in each of its sequences."""
     return settings.num_sequences * -(-num_slots // page_size)

@@ -6,7 +6,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 
@@ -21,12 +20,13 @@ class DiffusionSchedulerOutput(SchedulerOutput):
     Attributes:
         max_steps: Most denoising steps to run. The runner stops earlier at the end of a block or
             of a response, and wherever else the scheduler has to decide.
-        allowed_tokens: For each scheduled request that a grammar constrains: the bit mask of
-            its next token, as in `AllowedTokens`.
+        constrained: The scheduled requests that a grammar constrains. If there are any, the
+            masks of their next tokens follow while the network runs (`GrammarOutput`), and the
+            runner chooses tokens only then.
     """
 
     max_steps: int = 1
-    allowed_tokens: dict[str, np.ndarray] = field(default_factory=dict)
+    constrained: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

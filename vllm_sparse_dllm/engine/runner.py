@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +21,7 @@ from vllm.model_executor.model_loader import get_model
 from vllm.model_executor.model_loader.reload.inplace import reload_weights
 from vllm.tasks import SupportedTask
 from vllm.utils.mem_utils import DeviceMemoryProfiler
-from vllm.v1.core.sched.output import NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import GrammarOutput, NewRequestData, SchedulerOutput
 from vllm.v1.kv_cache_interface import KVCacheConfig, KVCacheSpec
 from vllm.v1.worker.workspace import reset_workspace_manager
 
@@ -29,14 +30,12 @@ from vllm_sparse_dllm.attention.interface import AttentionBackend, AttentionShap
 from vllm_sparse_dllm.attention.plan import ForwardPlan
 from vllm_sparse_dllm.cache.block_manager import SparseCacheSpec
 from vllm_sparse_dllm.cache.pages import allocate_pages
-from vllm_sparse_dllm.cache.policies import StepKind
 from vllm_sparse_dllm.denoise.fused import greedy_distribution
-from vllm_sparse_dllm.denoise.plan import plan_step
+from vllm_sparse_dllm.denoise.plan import StepPlan, plan_step
 from vllm_sparse_dllm.denoise.step import Commits, denoise
-from vllm_sparse_dllm.engine.batch import LogitsRows, build_batch
-from vllm_sparse_dllm.engine.figures import StepCounts
+from vllm_sparse_dllm.engine.batch import LogitsRows, StepBatch, build_batch
+from vllm_sparse_dllm.engine.commit import commit_step, output_of, report
 from vllm_sparse_dllm.engine.graphs import MOST_SLOTS, BlockGraphs, Capture, ladder
-from vllm_sparse_dllm.engine.logprobs import Entry, logprobs_lists
 from vllm_sparse_dllm.engine.output import DiffusionRunnerOutput
 from vllm_sparse_dllm.engine.profiling import profile_steps, run_full_pass
 from vllm_sparse_dllm.engine.requests import NextStep, RequestState
@@ -51,6 +50,27 @@ logger = init_logger("vllm." + __name__)
 
 #: Most logits that exist at a time; sampling needs a few float64 copies of them.
 _MAX_LOGITS = 1 << 26
+
+
+@dataclass(frozen=True)
+class _BegunStep:
+    """A step on which the network was launched.
+
+    Attributes:
+        states: The requests.
+        steps: Their steps.
+        batch: What was run.
+        hidden: ``[n, hidden]`` the network's output.
+        planned: Whether ``plan`` is there.
+        plan: How tokens are chosen, None if there are none to choose.
+    """
+
+    states: list[RequestState]
+    steps: list[NextStep]
+    batch: StepBatch
+    hidden: torch.Tensor
+    planned: bool
+    plan: StepPlan | None
 
 
 class DiffusionModelRunner:
@@ -74,6 +94,8 @@ class DiffusionModelRunner:
         self.backend: AttentionBackend
         self.arrays = HostArrays(device)
         self.graphs: BlockGraphs | None = None
+        # Between `execute_model` and `sample_tokens`: the scheduled requests and their step.
+        self._begun: tuple[list[RequestState], _BegunStep | None] | None = None
 
     # The methods that vLLM's worker calls on a runner.
 
@@ -246,34 +268,50 @@ class DiffusionModelRunner:
     @torch.inference_mode()
     def execute_model(
         self, scheduler_output: SchedulerOutput, intermediate_tensors: object = None
-    ) -> DiffusionRunnerOutput:
-        """Run the scheduled requests for one step, or for up to ``max_steps``."""
+    ) -> DiffusionRunnerOutput | None:
+        """Run the scheduled requests for one step, or for up to ``max_steps``.
+
+        Returns:
+            None if a grammar constrains some of them: vLLM then calls `sample_tokens`, with the
+            masks that it has computed in the meantime.
+        """
         self._update_requests(scheduler_output)
-        request_ids = list(scheduler_output.num_scheduled_tokens)
-        output = DiffusionRunnerOutput(
-            req_ids=request_ids,
-            req_id_to_index={request_id: i for i, request_id in enumerate(request_ids)},
-            sampled_token_ids=[[] for _ in request_ids],
-        )
-        if not request_ids:
-            return output
-        states = [self.requests[request_id] for request_id in request_ids]
+        names = list(scheduler_output.num_scheduled_tokens)
+        states = [self.requests[name] for name in names]
         # A request whose given canvas has no mask is finished before its first step.
-        active = [index for index, state in enumerate(states) if not state.finished]
-        running = [states[index] for index in active]
+        running = [state for state in states if not state.finished]
+        if getattr(scheduler_output, "constrained", ()):
+            self._begun = states, self._begin_step(running, [s.next_step() for s in running])
+            return None
+        output = output_of(names)
         max_steps = getattr(scheduler_output, "max_steps", 1)
-        failed: list[int] = []
         for number in range(1, max_steps + 1 if running else 1):
             steps = [state.next_step() for state in running]
             commits = self.run_step(running, steps)
-            failed = self._commit(running, steps, commits, output.counts)
+            commit_step(running, steps, commits, output, self.model.shape.vocab_size)
             output.num_steps = number
-            if failed or not all(state.continues_alone for state in states):
+            if output.failed or not all(state.continues_alone for state in states):
                 break
-        for index in failed:
-            failure = running[index].failure(self.model.shape.vocab_size)
-            output.failed[request_ids[active[index]]] = failure
-        self._report(states, output)
+        report(states, output)
+        return output
+
+    @torch.inference_mode()
+    def sample_tokens(self, grammar_output: GrammarOutput | None) -> DiffusionRunnerOutput:
+        """Choose and commit the tokens of the step that `execute_model` has begun."""
+        assert self._begun is not None and grammar_output is not None
+        (states, begun), self._begun = self._begun, None
+        names, masks = (
+            grammar_output.structured_output_request_ids,
+            grammar_output.grammar_bitmask,
+        )
+        for name, mask in zip(names, masks, strict=True):
+            self.requests[name].allowed_tokens = mask
+        output = output_of([state.request_id for state in states])
+        if begun is not None:
+            commits = self._finish_step(begun)
+            vocab_size = self.model.shape.vocab_size
+            commit_step(begun.states, begun.steps, commits, output, vocab_size)
+        report(states, output)
         return output
 
     def _update_requests(self, scheduler_output: SchedulerOutput) -> None:
@@ -290,8 +328,6 @@ class DiffusionModelRunner:
             if page_ids is not None:
                 self.backend.clear(np.array(page_ids[0]))
                 self.requests[request_id].add_pages(page_ids[0])
-        for request_id, mask in getattr(scheduler_output, "allowed_tokens", {}).items():
-            self.requests[request_id].allowed_tokens = mask
 
     def _new_request(self, new: NewRequestData) -> RequestState:
         sampling = new.sampling_params
@@ -322,32 +358,61 @@ class DiffusionModelRunner:
 
     def run_step(self, states: list[RequestState], steps: list[NextStep]) -> Commits | None:
         """Run a step of each request; return None if none has anything to commit."""
+        begun = self._begin_step(states, steps, planned=True)
+        return self._finish_step(begun) if begun is not None else None
+
+    def _begin_step(
+        self, states: list[RequestState], steps: list[NextStep], planned: bool = False
+    ) -> _BegunStep | None:
+        """Launch the network on a step of each request, None if there are no requests.
+
+        Args:
+            states: The requests.
+            steps: Their next steps.
+            planned: Whether the choice of tokens is planned now, so that all data for the device
+                is sent at once.
+        """
+        if not states:
+            return None
         batch = build_batch(states, steps, self.backend, self.arrays, self.graphs)
-        candidates = [
-            state.candidates_of(step)
-            for state, step in zip(states, steps, strict=True)
-            if len(step.candidates)
-        ]
-        plan = None
-        if candidates:
-            fused = self.greedy is not None
-            plan = plan_step(candidates, self.max_logits_rows, batch.arrays, fused)
+        plan = self._plan_of(states, steps, batch) if planned else None
         # Send everything that the device needs for this step at once.
         batch.arrays.send()
         if batch.replay is None:
             hidden = self._run_model(batch.input_ids, batch.positions, batch.plan)
         else:
             hidden = batch.replay()
+        return _BegunStep(states, steps, batch, hidden, planned, plan)
+
+    def _finish_step(self, begun: _BegunStep) -> Commits | None:
+        """Choose the tokens of a step; None if there is nothing to choose."""
+        batch, plan = begun.batch, begun.plan
+        if not begun.planned:
+            plan = self._plan_of(begun.states, begun.steps, batch)
+            batch.arrays.send()
         if plan is None:
             return None
         return denoise(
-            partial(self.logits_of, hidden, batch.logits),
+            partial(self.logits_of, begun.hidden, batch.logits),
             plan,
             self.traits.mask_token_id,
             self.traits.sampler,
             batch.arrays,
             self.greedy,
         )
+
+    def _plan_of(
+        self, states: list[RequestState], steps: list[NextStep], batch: StepBatch
+    ) -> StepPlan | None:
+        candidates = [
+            state.candidates_of(step)
+            for state, step in zip(states, steps, strict=True)
+            if len(step.candidates)
+        ]
+        if not candidates:
+            return None
+        fused = self.greedy is not None
+        return plan_step(candidates, self.max_logits_rows, batch.arrays, fused)
 
     def _run_model(
         self, input_ids: torch.Tensor, positions: torch.Tensor, plan: ForwardPlan
@@ -400,79 +465,3 @@ class DiffusionModelRunner:
         logits = self.model.compute_logits(hidden.index_select(0, rows))
         assert logits is not None
         return logits
-
-    def _commit(
-        self,
-        states: list[RequestState],
-        steps: list[NextStep],
-        commits: Commits | None,
-        counts: StepCounts,
-    ) -> list[int]:
-        """Write a step's commits to the canvases; return the indices of failed requests."""
-        failed: list[int] = []
-        nothing = np.zeros(0, dtype=np.int64)
-        row = active = 0
-        for index, (state, step) in enumerate(zip(states, steps, strict=True)):
-            num, block_index = len(step.candidates), state.block_index
-            _count_step(state, step, counts)
-            changes = step.kind in (StepKind.REFRESH, StepKind.EVICT, StepKind.APPEND)
-            if state.trace is not None and state.trace.with_kept and changes:
-                kept = state.sequences[0].kept_positions
-                state.trace.record_cache(step.kind.value, step.block, kept)
-            if commits is None or num == 0:
-                if state.trace is not None:
-                    state.trace.record_pass(nothing, nothing)
-                state.commit(nothing, nothing, None)
-            else:
-                if commits.failed[active]:
-                    failed.append(index)
-                else:
-                    committed = commits.committed[row : row + num]
-                    positions = step.candidates[committed]
-                    if state.trace is not None:
-                        assert commits.confidences is not None
-                        state.trace.record_pass(
-                            positions - state.canvas.prompt_length,
-                            commits.confidences[row : row + num][committed],
-                        )
-                    state.commit(
-                        positions,
-                        commits.tokens[row : row + num][committed],
-                        commits.logprobs[active],
-                    )
-                    counts.committed += len(positions)
-                row += num
-                active += 1
-            if state.block_index > block_index:
-                counts.blocks += 1
-                counts.finished_positions += step.block[1] - step.block[0]
-        return failed
-
-    @staticmethod
-    def _report(states: list[RequestState], output: DiffusionRunnerOutput) -> None:
-        """Report to the scheduler the tokens that became final and each request's progress."""
-        logprobs: list[list[Entry]] = []
-        for index, (request_id, state) in enumerate(zip(output.req_ids, states, strict=True)):
-            output.sampled_token_ids[index], own = state.take_final()
-            logprobs.append(own)
-            output.progress[request_id] = state.progress
-            if state.trace is not None and output.sampled_token_ids[index]:
-                num_new = len(output.sampled_token_ids[index])
-                output.traces[request_id] = state.trace.take(num_new)
-        if any(logprobs):
-            output.logprobs = logprobs_lists(logprobs)
-
-
-def _count_step(state: RequestState, step: NextStep, counts: StepCounts) -> None:
-    counts.full_passes += step.kind.runs_all
-    counts.refreshes += step.kind is StepKind.REFRESH
-    counts.block_steps += not step.kind.runs_all
-    counts.positions += step.block[1] - step.block[0]
-    if step.kind is state.policy.choice(state.settings):
-        spans = state.policy.candidates(state.canvas, step.block, state.settings)
-        num_candidates = sum(end - start for start, end in spans)
-        for sequence in state.sequences:
-            # With granularity `page`, a layer that keeps the short last run has fewer positions.
-            num_kept = int(sequence.num_kept.max())
-            counts.kept += num_kept
-            counts.evicted += num_candidates - num_kept

@@ -21,7 +21,12 @@ from typing import Any
 
 from vllm.logger import init_logger
 from vllm.v1.core.sched.interface import PauseState
-from vllm.v1.core.sched.output import CachedRequestData, NewRequestData, SchedulerOutput
+from vllm.v1.core.sched.output import (
+    CachedRequestData,
+    GrammarOutput,
+    NewRequestData,
+    SchedulerOutput,
+)
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.engine import (
     EngineCoreEventType,
@@ -228,11 +233,9 @@ class DiffusionScheduler(Scheduler):
         for request_id in num_tokens:
             self.tracked[request_id].last_served = self.current_step
         self._scheduled_at = now
-        constrained = [
-            request
-            for request_id in num_tokens
-            if (request := self.requests[request_id]).use_structured_output
-        ]
+        constrained = tuple(
+            name for name in num_tokens if self.requests[name].use_structured_output
+        )
         output = DiffusionSchedulerOutput(
             scheduled_new_reqs=admitted,
             scheduled_cached_reqs=CachedRequestData(
@@ -256,12 +259,19 @@ class DiffusionScheduler(Scheduler):
             preempted_req_ids=self.reset_preempted_req_ids,
             # A grammar sees one token at a time.
             max_steps=1 if constrained else self._burst(num_tokens),
-            allowed_tokens=self.allowed_tokens.next_masks(
-                constrained, {name: self.tracked[name].num_committed for name in num_tokens}
-            ),
+            constrained=constrained,
         )
         self._update_after_schedule(output)
         return output
+
+    def get_grammar_bitmask(self, scheduler_output: SchedulerOutput) -> GrammarOutput | None:
+        """Return the masks of the constrained requests' next tokens, None if there are none."""
+        names = getattr(scheduler_output, "constrained", ())
+        if not names:
+            return None
+        requests = [self.requests[name] for name in names]
+        num_committed = {name: self.tracked[name].num_committed for name in names}
+        return GrammarOutput(list(names), self.allowed_tokens.next_masks(requests, num_committed))
 
     def _burst(self, scheduled: dict[str, int]) -> int:
         """Return how many steps the runner may take by itself.
@@ -363,7 +373,7 @@ class DiffusionScheduler(Scheduler):
         constrained = {
             request_id: request
             for request_id in (
-                *getattr(scheduler_output, "allowed_tokens", ()),
+                *getattr(scheduler_output, "constrained", ()),
                 *self.grammar_compile_error_reqs,
             )
             if (request := self.requests.get(request_id)) is not None

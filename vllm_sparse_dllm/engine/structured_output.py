@@ -232,29 +232,25 @@ class AllowedTokens:
         self._mask_token_id = mask_token_id
         self._special: np.ndarray | None = None
 
-    def next_masks(
-        self, requests: list[Request], num_committed: Mapping[str, int]
-    ) -> dict[str, np.ndarray]:
-        """Return the mask of each request's next token.
+    def next_masks(self, requests: list[Request], num_committed: Mapping[str, int]) -> np.ndarray:
+        """Return the mask of each request's next token, ``[requests, words]``.
 
         Args:
-            requests: Constrained requests whose grammars are compiled.
+            requests: Constrained requests whose grammars are compiled, at least one.
             num_committed: Tokens committed on the canvas, by request id. While a request is
                 computed again after a preemption they are fewer than it has delivered; it then
                 repeats the delivered ones.
         """
-        if not requests:
-            return {}
         ids = [request.request_id for request in requests]
         rows = self._manager.grammar_bitmask({r.request_id: r for r in requests}, ids, {})
         assert rows is not None
-        masks = {}
-        for request, row in zip(requests, rows, strict=True):
+        masks = rows.copy()
+        for request, row in zip(requests, masks, strict=True):
             position = num_committed[request.request_id]
             if position < request.num_output_tokens:
-                masks[request.request_id] = _bits([request.output_token_ids[position]], len(row))
+                row[:] = _bits([request.output_token_ids[position]], len(row))
             else:
-                masks[request.request_id] = self._corrected(request, row.copy())
+                row[:] = self._corrected(request, row)
         return masks
 
     @staticmethod

@@ -42,7 +42,7 @@ class DiffusionWorker(Worker):
         return [_KV_CACHE_LAYOUT]
 
     @torch.inference_mode()
-    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput:
+    def execute_model(self, scheduler_output: SchedulerOutput) -> ModelRunnerOutput | None:
         with self.annotate_profile(scheduler_output):
             return self.model_runner.execute_model(scheduler_output)
 
