@@ -100,7 +100,7 @@ class StepRecorder:
         self._wrap(runner.model, "compute_logits", "head")
         self._wrap(runner_module, "plan_step", "denoise")
         self._wrap(runner_module, "denoise", "denoise")
-        self._wrap(runner, "_commit", "commit")
+        self._wrap(runner_module, "commit_step", "commit")
         self._wrap_details(runner)
 
     def start(self, detailed: bool) -> None:
