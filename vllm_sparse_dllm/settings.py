@@ -256,6 +256,8 @@ def request_settings(
     Raises:
         ValueError: On an unknown name, a bad value or values that exclude each other.
     """
+    if extra_args is not None and not isinstance(extra_args, Mapping):
+        raise ValueError(f"vllm_xargs must be an object, got {reprlib.repr(extra_args)}")
     given: dict[str, Any] = {}
     for key, value in (extra_args or {}).items():
         if key in _KEYS_OF_VLLM:

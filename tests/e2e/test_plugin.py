@@ -838,6 +838,18 @@ def test_dream_chats(dream_with_tokenizer: Path) -> None:
         ),
         ({"logprobs_mode": "processed_logprobs"}, "logprobs_mode"),
         ({"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"}, "scheduler_cls"),
+        (
+            {"diffusion_config": {"canvas_length": 64}},
+            r"diffusion_config must be None .*; settings go into additional_config\[\"sparse_dllm",
+        ),
+        (
+            {"ec_transfer_config": {"ec_connector": "ECExampleConnector", "ec_role": "ec_both"}},
+            "ec_transfer_config must be None ",
+        ),
+        (
+            {"worker_cls": "vllm.v1.worker.cpu_worker.CPUWorker"},
+            "worker_cls must be auto or a subclass of .*, got vllm.v1.worker.cpu_worker.CPUWorker",
+        ),
         ({"enable_mfu_metrics": True}, "enable_mfu_metrics must be False "),
         (
             {"tensor_parallel_size": 2, "distributed_executor_backend": "external_launcher"},

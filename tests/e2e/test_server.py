@@ -512,6 +512,22 @@ def test_other_endpoints_name_a_field_of_a_wrong_type(server: Server, path: str)
     assert "structured_outputs" in response.text
 
 
+@pytest.mark.parametrize("value", ["x", [1], 5], ids=repr)
+def test_the_batch_endpoint_names_parameters_of_a_wrong_type(server: Server, value: Any) -> None:
+    messages = [{"role": "user", "content": QUESTION}]
+    response = server.post("chat/completions/batch", messages=[messages], vllm_xargs=value)
+    assert response.status_code == 400, response.text
+    assert "vllm_xargs" in response.text
+
+
+def test_an_error_inside_an_endpoint_is_answered(server: Server) -> None:
+    """Whatever its cause; here vLLM's own endpoint expects an object."""
+    # The server closes the connection, so it must not be one that later requests use.
+    headers = {"Connection": "close"}
+    response = server.client.post("/scale_elastic_ep", json=[], headers=headers, timeout=60)
+    assert response.status_code == 500
+
+
 @pytest.mark.parametrize("field", ["diffusion_steps", "min_tokens", "guided_json", "max_tokens"])
 def test_responses_refuse_misplaced_fields(server: Server, field: str) -> None:
     """Fields of other endpoints are refused; here, `max_output_tokens` sets the length."""

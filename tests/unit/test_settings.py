@@ -258,6 +258,12 @@ def test_names_without_the_prefix_are_refused(key: str) -> None:
         request_settings(engine(), LLADA, {key: 1})
 
 
+@pytest.mark.parametrize("given", ["x", [1], 5])
+def test_parameters_must_be_an_object(given: Any) -> None:
+    with pytest.raises(ValueError, match=r"vllm_xargs must be an object, got "):
+        request_settings(engine(), LLADA, given)
+
+
 def test_what_vllms_front_end_reads_is_left_to_it() -> None:
     given = {"session_id": "one", "diffusion_keep_ratio": 0.25}
     assert request_settings(engine(), LLADA, given).keep_ratio == 0.25

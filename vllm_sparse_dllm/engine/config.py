@@ -41,6 +41,7 @@ _REASONS = {
     "watermark": ": an admitted request never lacks pages",
     "long_prefill_token_threshold": ": a full pass cannot be cut",
     "scheduler_reserve_full_isl": ": a request is admitted with all its pages",
+    "diffusion_config": f'; settings go into additional_config["{CONFIG_KEY}"]',
     "enable_mfu_metrics": ": vLLM counts a step's work for causal attention",
     "VLLM_USE_RUST_FRONTEND": ": requests are checked in the Python front end",
 }
@@ -104,9 +105,14 @@ class DiffusionConfigHook(VerifyAndUpdateConfig):
         model_config.default_response_length = settings.default_response_length
 
         parallel = vllm_config.parallel_config
+        worker = _WORKERS["cpu" if current_platform.is_cpu() else "cuda"]
         if parallel.worker_cls == "auto":
-            device = "cpu" if current_platform.is_cpu() else "cuda"
-            parallel.worker_cls = _WORKERS[device]
+            parallel.worker_cls = worker
+        elif str(parallel.worker_cls).startswith("vllm."):
+            raise ValueError(
+                f"worker_cls must be auto or a subclass of {worker} for diffusion models, got "
+                f"{parallel.worker_cls}"
+            )
         scheduler = vllm_config.scheduler_config
         scheduler.scheduler_cls = _SCHEDULER
         scheduler.async_scheduling = False
@@ -166,6 +172,8 @@ def _refuse(vllm_config: VllmConfig) -> None:
         ("speculative_config", vllm_config.speculative_config, (None,)),
         ("enable_lora", vllm_config.lora_config is not None, (False,)),
         ("kv_transfer_config", vllm_config.kv_transfer_config, (None,)),
+        ("ec_transfer_config", vllm_config.ec_transfer_config, (None,)),
+        ("diffusion_config", vllm_config.diffusion_config, (None,)),
         ("kv_offloading_size", cache.kv_offloading_size, (None,)),
         ("weight_transfer_config", vllm_config.weight_transfer_config, (None,)),
         ("cpu_offload_gb", vllm_config.offload_config.uva.cpu_offload_gb, (0,)),

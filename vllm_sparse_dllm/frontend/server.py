@@ -72,6 +72,10 @@ async def _answer_wrong_type(request: Any, error: Exception) -> Any:
     Raises:
         Exception: The error, if it has another cause; vLLM then answers 500.
     """
+    if not hasattr(request, "_body"):
+        # Not read yet, or read by an inner handler that raised the error again: there may be
+        # nothing left to receive, and reading would wait for ever.
+        raise error
     try:
         value = (await request.json())[_FIELD]
     except (ValueError, TypeError, KeyError):

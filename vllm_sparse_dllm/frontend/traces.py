@@ -102,7 +102,9 @@ def _attach(state: RequestState, output: Any, trace: dict[str, Any]) -> None:
 
 def _asks(request: Any) -> bool:
     """Return whether an HTTP request asks for a trace; its value was checked at admission."""
-    return bool((getattr(request, "vllm_xargs", None) or {}).get(TRACE))
+    given = getattr(request, "vllm_xargs", None)
+    # Some endpoints do not check its type before admission does.
+    return isinstance(given, dict) and bool(given.get(TRACE))
 
 
 async def _watched(
